@@ -1,0 +1,352 @@
+"""CLIP (arXiv 2103.00020): text tower, vision tower and, for the preference model, time-conditioned vision layers.
+
+Module and parameter names are those of transformers. The step-aware preference model adds ``t_embedder`` and
+``adaLN_modulation`` layers to the vision tower (SPO, arXiv 2406.04314, section 3.2), which start as the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from spo_jax.models.attention import multi_head_attention
+from spo_jax.models.config import check_fields
+from spo_jax.models.layers import activation, timestep_embedding
+
+# Fields of transformers' configs that do not change what the towers compute (training, text generation, bookkeeping).
+_INERT = frozenset(
+    "add_cross_attention architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id "
+    "chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout "
+    "dtype early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task "
+    "forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_factor initializer_range "
+    "is_decoder is_encoder_decoder label2id length_penalty logit_scale_init_value max_length min_length model_type "
+    "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states "
+    "output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict "
+    "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss "
+    "tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version "
+    "typical_p use_bfloat16 use_cache".split()
+)
+_TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps")
+_TEXT = (*_TOWER, "vocab_size", "max_position_embeddings", "eos_token_id", "projection_dim")
+_VISION = (*_TOWER, "image_size", "patch_size", "projection_dim")
+_ACTIVATIONS = ("quick_gelu", "gelu")
+TIME_EMBEDDING_DIM = 256
+
+
+@flax.struct.dataclass
+class CLIPTextOutput:
+    """What a text tower gives: hidden states [B, L, D] and the pooled state [B, D] at the end-of-text token."""
+
+    last_hidden_state: jax.Array
+    penultimate_hidden_state: jax.Array
+    pooled: jax.Array
+
+
+class CLIPTextTransformer(nn.Module):
+    """Causal text tower. Shapes: tokens int [B, L], L <= max_position_embeddings."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+    projection_dim: int = 512
+    dtype: jnp.dtype = jnp.float32
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dtype: jnp.dtype = jnp.float32, **kwargs) -> CLIPTextTransformer:
+        """Builds the tower from a parsed transformers text config; an unsupported field raises UserError."""
+        fields = check_fields("CLIP text", config, used=_TEXT, fixed={}, inert=_INERT)
+        _check_activation("CLIP text", fields)
+        return cls(dtype=dtype, **fields, **kwargs)
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "b l"]) -> CLIPTextOutput:
+        length = tokens.shape[1]
+        x = _TextEmbeddings(
+            self.vocab_size, self.max_position_embeddings, self.hidden_size, self.dtype, name="embeddings"
+        )(tokens)
+        causal = jnp.tril(jnp.ones((length, length), dtype=bool))[None, None]
+        x, penultimate = _Encoder(**_tower_fields(self), name="encoder")(x, mask=causal)
+        x = _layer_norm(self, "final_layer_norm")(x)
+        # transformers treats eos_token_id = 2 as "the largest id", because old configs carry that wrong value.
+        end = tokens if self.eos_token_id == 2 else (tokens == self.eos_token_id).astype(jnp.int32)
+        pooled = jnp.take_along_axis(x, jnp.argmax(end, axis=-1)[:, None, None], axis=1)[:, 0]
+        return CLIPTextOutput(x, penultimate, pooled)
+
+
+class CLIPVisionTransformer(nn.Module):
+    """Vision tower. Pixels [B, H, W, 3] already normalised; returns the pooled, layer-normed class token [B, D]."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+    dtype: jnp.dtype = jnp.float32
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dtype: jnp.dtype = jnp.float32, **kwargs) -> CLIPVisionTransformer:
+        """Builds the tower from a parsed transformers vision config; an unsupported field raises UserError."""
+        fields = check_fields("CLIP vision", config, used=_VISION, fixed={"num_channels": (3,)}, inert=_INERT | {"eos_token_id"})
+        _check_activation("CLIP vision", fields)
+        return cls(dtype=dtype, **fields, **kwargs)
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "b H W 3"], time: Float[Array, "b d"] | None = None) -> Float[Array, "b d"]:
+        x = _VisionEmbeddings(self.hidden_size, self.patch_size, self.dtype, name="embeddings")(pixels)
+        x = _layer_norm(self, "pre_layrnorm")(x)  # transformers' own spelling, kept because it is the key
+        x, _ = _Encoder(**_tower_fields(self), name="encoder")(x, time=time)
+        x = _layer_norm(self, "post_layernorm")(x[:, 0])
+        if time is not None:
+            x = _modulate(x, *_Modulation(2, (), self.dtype, name="adaLN_modulation_1")(time))
+        return x
+
+
+class CLIPTextModel(nn.Module):
+    """The text encoder of a diffusion pipeline (``text_encoder/``); see ``CLIPTextTransformer``."""
+
+    config: Any
+    dtype: jnp.dtype = jnp.float32
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dtype: jnp.dtype = jnp.float32) -> CLIPTextModel:
+        """Builds the model from a parsed ``text_encoder/config.json``; an unsupported field raises UserError."""
+        CLIPTextTransformer.from_config(config)
+        return cls(config=flax.core.freeze(dict(config)), dtype=dtype)
+
+    def setup(self) -> None:
+        self.text_model = CLIPTextTransformer.from_config(self.config, self.dtype)
+
+    def __call__(self, tokens: Int[Array, "b l"]) -> CLIPTextOutput:
+        return self.text_model(tokens)
+
+
+class CLIPModel(nn.Module):
+    """Both towers with their projections. ``step_aware`` adds the time conditioning of the preference model."""
+
+    text_config: Any
+    vision_config: Any
+    projection_dim: int = 512
+    step_aware: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], *, step_aware: bool, dtype: jnp.dtype = jnp.float32
+    ) -> CLIPModel:
+        """Builds the model from a parsed transformers ``CLIPConfig``; an unsupported field raises UserError."""
+        used = ("text_config", "vision_config", "projection_dim")
+        inert = _INERT | {"text_config_dict", "vision_config_dict", "eos_token_id"}
+        fields = check_fields("CLIP", config, used=used, fixed={}, inert=inert)
+        CLIPTextTransformer.from_config(fields["text_config"])
+        CLIPVisionTransformer.from_config(fields["vision_config"])
+        for tower in ("text_config", "vision_config"):
+            fields[tower] = flax.core.freeze(dict(fields[tower]))
+        return cls(step_aware=step_aware, dtype=dtype, **fields)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input image in pixels."""
+        return self.vision_config["image_size"]
+
+    def setup(self) -> None:
+        self.text_model = CLIPTextTransformer.from_config(self.text_config, self.dtype)
+        self.vision_model = CLIPVisionTransformer.from_config(self.vision_config, self.dtype)
+        self.text_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
+        self.visual_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), (), jnp.float32)
+        if self.step_aware:
+            self.t_embedder = _TimeEmbedder(self.vision_config["hidden_size"], self.dtype)
+
+    def image_features(
+        self, pixels: Float[Array, "b H W 3"], timesteps: Num[Array, " b"] | None = None
+    ) -> Float[Array, "b e"]:
+        """Projected image embeddings, not normalised. A step-aware model needs ``timesteps``, a plain one has none."""
+        if self.step_aware != (timesteps is not None):
+            raise ValueError("timesteps must be given to a step-aware CLIP, and only to one.")
+        time = self.t_embedder(timesteps) if self.step_aware else None
+        return self.visual_projection(self.vision_model(pixels.astype(self.dtype), time))
+
+    def text_features(self, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
+        """Projected text embeddings, not normalised."""
+        return self.text_projection(self.text_model(tokens).pooled)
+
+    def __call__(self, pixels, tokens, timesteps=None):
+        """Unit-length image and text embeddings [B, E] in float32 and exp(logit_scale)."""
+        image = self.image_features(pixels, timesteps).astype(jnp.float32)
+        text = self.text_features(tokens).astype(jnp.float32)
+        return (
+            image / jnp.linalg.norm(image, axis=-1, keepdims=True),
+            text / jnp.linalg.norm(text, axis=-1, keepdims=True),
+            jnp.exp(self.logit_scale),
+        )
+
+
+class _TextEmbeddings(nn.Module):
+    vocab_size: int
+    max_length: int
+    hidden_size: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, tokens):
+        token = nn.Embed(self.vocab_size, self.hidden_size, dtype=self.dtype, name="token_embedding")(tokens)
+        position = nn.Embed(self.max_length, self.hidden_size, dtype=self.dtype, name="position_embedding")
+        return token + position(jnp.arange(tokens.shape[1]))[None]
+
+
+class _VisionEmbeddings(nn.Module):
+    hidden_size: int
+    patch_size: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, pixels):
+        size = (self.patch_size, self.patch_size)
+        patches = nn.Conv(
+            self.hidden_size, size, strides=size, padding="VALID", use_bias=False, dtype=self.dtype,
+            name="patch_embedding",
+        )(pixels)
+        patches = patches.reshape(pixels.shape[0], -1, self.hidden_size)
+        class_token = self.param("class_embedding", nn.initializers.normal(0.02), (self.hidden_size,), jnp.float32)
+        class_token = jnp.broadcast_to(class_token.astype(self.dtype), (pixels.shape[0], 1, self.hidden_size))
+        x = jnp.concatenate([class_token, patches], axis=1)
+        position = nn.Embed(x.shape[1], self.hidden_size, dtype=self.dtype, name="position_embedding")
+        return x + position(jnp.arange(x.shape[1]))[None]
+
+
+class _Encoder(nn.Module):
+    """The stack of layers; returns the last hidden state and the one before the last layer."""
+
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    hidden_act: str
+    layer_norm_eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, mask=None, time=None):
+        previous = x
+        for i in range(self.num_layers):
+            previous = x
+            x = _EncoderLayer(
+                self.num_heads, self.intermediate_size, self.hidden_act, self.layer_norm_eps, self.dtype,
+                name=f"layers_{i}",
+            )(x, mask, time)
+        return x, previous
+
+
+class _EncoderLayer(nn.Module):
+    num_heads: int
+    intermediate_size: int
+    hidden_act: str
+    layer_norm_eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, mask, time):
+        attention = _SelfAttention(self.num_heads, self.dtype, name="self_attn")
+        mlp = _MLP(self.intermediate_size, self.hidden_act, self.dtype, name="mlp")
+        norm1, norm2 = _layer_norm(self, "layer_norm1"), _layer_norm(self, "layer_norm2")
+        if time is None:
+            x = x + attention(norm1(x), mask)
+            return x + mlp(norm2(x))
+        modulation = _Modulation(6, (2, 5), self.dtype, name="adaLN_modulation_1")(time)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, None] for m in modulation)
+        x = x + gate1 * attention(_modulate(norm1(x), shift1, scale1), mask)
+        return x + gate2 * mlp(_modulate(norm2(x), shift2, scale2))
+
+
+class _SelfAttention(nn.Module):
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, mask):
+        query, key, value = (nn.Dense(x.shape[-1], dtype=self.dtype, name=f"{n}_proj")(x) for n in "qkv")
+        out = multi_head_attention(query, key, value, self.num_heads, mask)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="out_proj")(out)
+
+
+class _MLP(nn.Module):
+    intermediate_size: int
+    hidden_act: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = nn.Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(activation(self.hidden_act)(hidden))
+
+
+class _TimeEmbedder(nn.Module):
+    """Sinusoid, Linear, SiLU, Linear; then the SiLU that every modulation layer starts with."""
+
+    hidden_size: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, timesteps):
+        init = nn.initializers.normal(0.02)
+        x = timestep_embedding(timesteps, TIME_EMBEDDING_DIM).astype(self.dtype)
+        x = nn.silu(nn.Dense(self.hidden_size, dtype=self.dtype, kernel_init=init, name="mlp_0")(x))
+        return nn.silu(nn.Dense(self.hidden_size, dtype=self.dtype, kernel_init=init, name="mlp_2")(x))
+
+
+class _Modulation(nn.Module):
+    """``count`` vectors from the time embedding: initially zero, except ones at the ``gates``."""
+
+    count: int
+    gates: tuple[int, ...]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, time):
+        width = time.shape[-1]
+
+        def bias(_key, shape, dtype):
+            return jnp.zeros((self.count, width), dtype).at[jnp.array(self.gates, int)].set(1).reshape(shape)
+
+        kernel = self.param("kernel", nn.initializers.zeros_init(), (width, self.count * width), jnp.float32)
+        offset = self.param("bias", bias, (self.count * width,), jnp.float32)
+        return jnp.split(time @ kernel.astype(self.dtype) + offset.astype(self.dtype), self.count, axis=-1)
+
+
+def _modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+def _layer_norm(module, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=module.layer_norm_eps, dtype=module.dtype, use_fast_variance=False, name=name)
+
+
+def _tower_fields(tower) -> dict[str, Any]:
+    return {
+        "num_layers": tower.num_hidden_layers,
+        "num_heads": tower.num_attention_heads,
+        "intermediate_size": tower.intermediate_size,
+        "hidden_act": tower.hidden_act,
+        "layer_norm_eps": tower.layer_norm_eps,
+        "dtype": tower.dtype,
+    }
+
+
+def _check_activation(component: str, fields: Mapping[str, Any]) -> None:
+    fixed: dict[str, tuple[Any, ...]] = {"hidden_act": _ACTIVATIONS}
+    check_fields(component, {k: v for k, v in fields.items() if k in fixed}, used=(), fixed=fixed)

@@ -1,0 +1,98 @@
+"""Convolutional building blocks shared by the UNet and the autoencoder. Images and feature maps are [B, H, W, C]."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+
+def timestep_embedding(
+    timesteps: Num[Array, " b"], dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> Float[Array, "b dim"]:
+    """Sinusoidal embedding of ``timesteps`` (DDPM, section B); float32. ``flip_sin_to_cos`` puts the cosines first."""
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
+    halves = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.pad(jnp.concatenate(halves, axis=-1), ((0, 0), (0, dim % 2)))
+
+
+def group_norm(num_groups: int, epsilon: float, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
+    """Group normalisation with two-pass float32 statistics, as PyTorch computes them."""
+    return nn.GroupNorm(num_groups=num_groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def conv3x3(channels: int, dtype: jnp.dtype, name: str, stride: int = 1) -> nn.Conv:
+    """3x3 convolution with PyTorch's ``padding=1`` (flax's SAME pads a strided convolution on one side only)."""
+    return nn.Conv(channels, (3, 3), strides=stride, padding=1, dtype=dtype, name=name)
+
+
+class TimestepEmbedding(nn.Module):
+    """Linear, SiLU, Linear on the sinusoidal embedding."""
+
+    dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b dim"]:
+        x = nn.Dense(self.dim, dtype=self.dtype, name="linear_1")(x)
+        return nn.Dense(self.dim, dtype=self.dtype, name="linear_2")(nn.silu(x))
+
+
+class ResnetBlock2D(nn.Module):
+    """Two normalised convolutions with a shortcut; the time embedding, if any, is added between them."""
+
+    channels: int
+    num_groups: int
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], time: Float[Array, "b t"] | None = None) -> Float[Array, "b h w d"]:
+        h = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm1")(x))
+        h = conv3x3(self.channels, self.dtype, "conv1")(h)
+        if time is not None:
+            shift = nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
+            h = h + shift[:, None, None, :]
+        h = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm2")(h))
+        h = conv3x3(self.channels, self.dtype, "conv2")(h)
+        if x.shape[-1] != self.channels:
+            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
+        return x + h
+
+
+class Downsample2D(nn.Module):
+    """Halves height and width. The autoencoder pads below and to the right only, the UNet on all sides."""
+
+    channels: int
+    asymmetric: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        padding = [(0, 1), (0, 1)] if self.asymmetric else [(1, 1), (1, 1)]
+        return nn.Conv(self.channels, (3, 3), strides=2, padding=padding, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample2D(nn.Module):
+    """Doubles height and width by nearest neighbour, then convolves."""
+
+    channels: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        return conv3x3(self.channels, self.dtype, "conv")(x)
+
+
+def activation(name: str):
+    """The activation functions of CLIP configs, by their transformers name."""
+    return {
+        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    }[name]

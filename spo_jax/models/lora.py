@@ -1,0 +1,65 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) inside the attention projections.
+
+Adapters live in their own collection ``"lora"`` at the module path of the layer they adapt, so that
+``unet.apply({"params": base, "lora": adapters}, ...)`` is the policy and ``unet.apply({"params": base}, ...)`` the
+reference: one copy of the base weights serves both. The scale alpha / r is part of ``B``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from spo_jax import rng
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out_0")
+
+
+class LoRADense(nn.Module):
+    """``y = x W + b + (x A) B``; the last term in float32, and only where the collection ``"lora"`` has it.
+
+    Folding ``A B`` into a bfloat16 ``W`` would round small updates away, so it is never done in training.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            y = y + bias.astype(self.dtype)
+        if self.has_variable("lora", "A"):
+            a = self.get_variable("lora", "A")
+            b = self.get_variable("lora", "B")
+            y = (y.astype(jnp.float32) + (x.astype(jnp.float32) @ a) @ b).astype(self.dtype)
+        return y
+
+
+def init_lora(key: jax.Array, params: Any, rank: int) -> Any:
+    """Fresh adapters for every attention projection of ``params``: A ~ N(0, 1/rank^2), B = 0, float32.
+
+    Args:
+      key: PRNG key. Each layer draws from a stream of its own name, so the order of layers does not matter.
+      params: UNet parameters (only names and shapes are read).
+      rank: inner dimension r >= 1.
+
+    Returns:
+      A nested dict ``{..., "to_q": {"A": [in, rank], "B": [rank, out]}, ...}``.
+    """
+    lora = {}
+    for path, value in flax.traverse_util.flatten_dict(params).items():
+        if path[-1] == "kernel" and path[-2] in TARGETS:
+            fan_in, fan_out = value.shape
+            layer_key = rng.stream(key, "/".join(path[:-1]))
+            lora[(*path[:-1], "A")] = jax.random.normal(layer_key, (fan_in, rank), jnp.float32) / rank
+            lora[(*path[:-1], "B")] = jnp.zeros((rank, fan_out), jnp.float32)
+    return flax.traverse_util.unflatten_dict(lora)

@@ -1,0 +1,231 @@
+"""The text-conditioned UNet of Stable Diffusion, from the fields of diffusers' ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from spo_jax.errors import UserError
+from spo_jax.models.attention import Transformer2DModel
+from spo_jax.models.config import check_fields, per_block
+from spo_jax.models.layers import (
+    Downsample2D,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Upsample2D,
+    conv3x3,
+    group_norm,
+    timestep_embedding,
+)
+
+_USED = (
+    "in_channels out_channels block_out_channels down_block_types up_block_types layers_per_block attention_head_dim "
+    "num_attention_heads cross_attention_dim transformer_layers_per_block use_linear_projection norm_num_groups "
+    "norm_eps flip_sin_to_cos freq_shift sample_size"
+).split()
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "addition_embed_type": (None,),
+    "addition_time_embed_dim": (None,),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dropout": (0.0,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "projection_class_embeddings_input_dim": (None,),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+}
+# upcast_attention asks for a float32 softmax, which we always use; addition_embed_type_num_heads is read only
+# together with an addition_embed_type that is refused above.
+_INERT = ("upcast_attention", "addition_embed_type_num_heads")
+_DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
+_UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
+
+
+class UNet2DConditionModel(nn.Module):
+    """Predicts the noise (or v, or x0: see the scheduler's ``prediction_type``) in latents at a timestep.
+
+    Attributes are the fields of ``config.json``; per-block fields are already expanded. Build it with ``from_config``.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    layers_per_block: tuple[int, ...] = (2, 2, 2, 2)
+    num_attention_heads: tuple[int, ...] = (8, 8, 8, 8)
+    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
+    cross_attention_dim: int = 768
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    sample_size: int | tuple[int, ...] = 64
+    dtype: jnp.dtype = jnp.float32
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dtype: jnp.dtype = jnp.float32) -> UNet2DConditionModel:
+        """Builds the module from a parsed diffusers ``unet/config.json``.
+
+        Raises:
+          UserError: a field or block type that is not implemented, or lists of unequal length.
+        """
+        name = "UNet2DConditionModel"
+        fields = check_fields(name, config, used=_USED, fixed=_FIXED, inert=_INERT)
+        num_blocks = len(fields.get("block_out_channels", cls.block_out_channels))
+        # diffusers' historical quirk: `attention_head_dim` holds the NUMBER of heads unless `num_attention_heads` is set.
+        heads = fields.pop("attention_head_dim", 8)
+        heads = fields.pop("num_attention_heads", None) or heads
+        fields["num_attention_heads"] = per_block(heads, num_blocks, name, "attention_head_dim")
+        for field, default in (("layers_per_block", 2), ("transformer_layers_per_block", 1)):
+            fields[field] = per_block(fields.get(field, default), num_blocks, name, field)
+        for field, allowed in (("down_block_types", _DOWN_TYPES), ("up_block_types", _UP_TYPES)):
+            types = fields.get(field, getattr(cls, field))
+            unknown = [t for t in types if t not in allowed]
+            if unknown or len(types) != num_blocks:
+                raise UserError(
+                    f"{name} config: {field} = {list(types)} is not supported; expected {num_blocks} entries out of "
+                    f"{', '.join(allowed)}."
+                )
+        return cls(dtype=dtype, **fields)
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: Float[Array, "b h w c"],
+        timesteps: Num[Array, " b"],
+        encoder_hidden_states: Float[Array, "b l d"],
+    ) -> Float[Array, "b h w o"]:
+        """Applies the network.
+
+        Args:
+          latents: [B, h, w, in_channels]; h and w divisible by 2 ** (number of blocks - 1).
+          timesteps: [B], any real dtype.
+          encoder_hidden_states: [B, L, cross_attention_dim] text embeddings.
+
+        Returns:
+          The prediction, [B, h, w, out_channels], in the module's dtype.
+        """
+        widths, dtype = self.block_out_channels, self.dtype
+        num_blocks = len(widths)
+        latents, context = latents.astype(dtype), encoder_hidden_states.astype(dtype)
+
+        time = timestep_embedding(
+            timesteps, widths[0], flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
+        )
+        time = TimestepEmbedding(4 * widths[0], dtype, name="time_embedding")(time.astype(dtype))
+
+        x = conv3x3(widths[0], dtype, "conv_in")(latents)
+        skips = [x]
+        for i, block_type in enumerate(self.down_block_types):
+            resample = "down" if i < num_blocks - 1 else None
+            attends = block_type == "CrossAttnDownBlock2D"
+            block = self._block(i, self.layers_per_block[i], attends, resample, f"down_blocks_{i}")
+            x, outputs = block(x, time, context)
+            skips += outputs
+
+        middle = self._block(num_blocks - 1, 1, True, None, "mid_block", extra_resnet=True)
+        x, _ = middle(x, time, context)
+
+        for i, block_type in enumerate(self.up_block_types):
+            mirrored = num_blocks - 1 - i
+            num_layers = self.layers_per_block[mirrored] + 1
+            resample = "up" if mirrored > 0 else None
+            attends = block_type == "CrossAttnUpBlock2D"
+            skips, used = skips[:-num_layers], skips[-num_layers:]
+            block = self._block(mirrored, num_layers, attends, resample, f"up_blocks_{i}")
+            x, _ = block(x, time, context, skips=used[::-1])
+
+        x = nn.silu(group_norm(self.norm_num_groups, self.norm_eps, dtype, "conv_norm_out")(x))
+        return conv3x3(self.out_channels, dtype, "conv_out")(x)
+
+    def _block(
+        self, level: int, num_layers: int, attends: bool, resample: str | None, name: str, extra_resnet: bool = False
+    ) -> _Block:
+        return _Block(
+            channels=self.block_out_channels[level],
+            num_layers=num_layers,
+            num_heads=self.num_attention_heads[level] if attends else 0,
+            transformer_layers=self.transformer_layers_per_block[level],
+            num_groups=self.norm_num_groups,
+            epsilon=self.norm_eps,
+            use_linear_projection=self.use_linear_projection,
+            resample=resample,
+            extra_resnet=extra_resnet,
+            dtype=self.dtype,
+            name=name,
+        )
+
+
+class _Block(nn.Module):
+    """One level of the UNet: ``num_layers`` resnets, each followed by attention if ``num_heads`` > 0; then resampling.
+
+    With ``skips`` (on the way up) one of them is concatenated before each resnet. ``extra_resnet`` closes the middle
+    block. Returns the result and every intermediate output that the way up will want as a skip.
+    """
+
+    channels: int
+    num_layers: int
+    num_heads: int
+    transformer_layers: int
+    num_groups: int
+    epsilon: float
+    use_linear_projection: bool
+    resample: str | None
+    extra_resnet: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, time, context, skips=None):
+        def resnet(i: int) -> ResnetBlock2D:
+            return ResnetBlock2D(self.channels, self.num_groups, self.epsilon, self.dtype, name=f"resnets_{i}")
+
+        outputs = []
+        for i in range(self.num_layers):
+            if skips is not None:
+                x = jnp.concatenate([x, skips[i]], axis=-1)
+            x = resnet(i)(x, time)
+            if self.num_heads:
+                x = Transformer2DModel(
+                    self.num_heads,
+                    self.transformer_layers,
+                    self.num_groups,
+                    self.use_linear_projection,
+                    self.dtype,
+                    name=f"attentions_{i}",
+                )(x, context)
+            outputs.append(x)
+        if self.extra_resnet:
+            x = resnet(self.num_layers)(x, time)
+        if self.resample == "down":
+            x = Downsample2D(self.channels, False, self.dtype, name="downsamplers_0")(x)
+            outputs.append(x)
+        if self.resample == "up":
+            x = Upsample2D(self.channels, self.dtype, name="upsamplers_0")(x)
+        return x, outputs

@@ -1,0 +1,184 @@
+"""The KL autoencoder between images and latents, from the fields of diffusers' ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from spo_jax.models.attention import multi_head_attention
+from spo_jax.models.config import check_fields
+from spo_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3, group_norm
+
+_USED = (
+    "in_channels out_channels latent_channels block_out_channels layers_per_block norm_num_groups scaling_factor "
+    "use_quant_conv use_post_quant_conv sample_size"
+).split()
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "mid_block_add_attention": (True,),
+    "shift_factor": (None,),
+}
+_INERT = ("force_upcast", "down_block_types", "up_block_types")  # the block types are checked in from_config
+
+
+class AutoencoderKL(nn.Module):
+    """Encodes images in [-1, 1] to the mean and log-variance of latents and decodes latents to images.
+
+    Latents here are NOT multiplied by ``scaling_factor``; the diffusion model works on ``latents * scaling_factor``.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    sample_size: int | tuple[int, ...] = 512
+    dtype: jnp.dtype = jnp.float32
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dtype: jnp.dtype = jnp.float32) -> AutoencoderKL:
+        """Builds the module from a parsed diffusers ``vae/config.json``; an unsupported field raises UserError."""
+        blocks = len(config.get("block_out_channels", cls.block_out_channels))
+        fixed = {
+            "down_block_types": (["DownEncoderBlock2D"] * blocks,),
+            "up_block_types": (["UpDecoderBlock2D"] * blocks,),
+        }
+        lists = {k: list(config[k]) for k in fixed if k in config}
+        check_fields("AutoencoderKL", lists, used=(), fixed=fixed)
+        return cls(dtype=dtype, **check_fields("AutoencoderKL", config, used=_USED, fixed=_FIXED, inert=_INERT))
+
+    @property
+    def downscale(self) -> int:
+        """Image pixels per latent pixel along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def setup(self) -> None:
+        self.encoder = Encoder(
+            2 * self.latent_channels, self.block_out_channels, self.layers_per_block, self.norm_num_groups, self.dtype
+        )
+        self.decoder = Decoder(
+            self.out_channels, self.block_out_channels, self.layers_per_block, self.norm_num_groups, self.dtype
+        )
+        if self.use_quant_conv:
+            self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
+        if self.use_post_quant_conv:
+            self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
+
+    def encode(
+        self, images: Float[Array, "b H W 3"]
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+        """Mean and log-variance (clipped to [-30, 20]) of the posterior, [B, h, w, latent_channels] each."""
+        moments = self.encoder(images.astype(self.dtype))
+        if self.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+        """Images, about in [-1, 1] (not clipped), from latents that are already divided by ``scaling_factor``."""
+        latents = latents.astype(self.dtype)
+        if self.use_post_quant_conv:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)
+
+    def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
+        """Reconstruction from the posterior mean."""
+        return self.decode(self.encode(images)[0])
+
+
+class Encoder(nn.Module):
+    """Images to moments."""
+
+    out_channels: int
+    widths: tuple[int, ...]
+    num_layers: int
+    num_groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w d"]:
+        x = conv3x3(self.widths[0], self.dtype, "conv_in")(x)
+        for i, width in enumerate(self.widths):
+            resample = "down" if i < len(self.widths) - 1 else None
+            x = _Level(width, self.num_layers, self.num_groups, resample, self.dtype, name=f"down_blocks_{i}")(x)
+        x = _MidBlock(self.num_groups, self.dtype, name="mid_block")(x)
+        x = nn.silu(group_norm(self.num_groups, 1e-6, self.dtype, "conv_norm_out")(x))
+        return conv3x3(self.out_channels, self.dtype, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """Latents to images."""
+
+    out_channels: int
+    widths: tuple[int, ...]
+    num_layers: int
+    num_groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W d"]:
+        widths = self.widths[::-1]
+        x = conv3x3(widths[0], self.dtype, "conv_in")(x)
+        x = _MidBlock(self.num_groups, self.dtype, name="mid_block")(x)
+        for i, width in enumerate(widths):
+            resample = "up" if i < len(widths) - 1 else None
+            x = _Level(width, self.num_layers + 1, self.num_groups, resample, self.dtype, name=f"up_blocks_{i}")(x)
+        x = nn.silu(group_norm(self.num_groups, 1e-6, self.dtype, "conv_norm_out")(x))
+        return conv3x3(self.out_channels, self.dtype, "conv_out")(x)
+
+
+class _Level(nn.Module):
+    """Resnets at one resolution, then resampling if it is not the last level."""
+
+    channels: int
+    num_layers: int
+    num_groups: int
+    resample: str | None
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.num_layers):
+            x = ResnetBlock2D(self.channels, self.num_groups, 1e-6, self.dtype, name=f"resnets_{i}")(x)
+        if self.resample == "down":
+            x = Downsample2D(self.channels, True, self.dtype, name="downsamplers_0")(x)
+        if self.resample == "up":
+            x = Upsample2D(self.channels, self.dtype, name="upsamplers_0")(x)
+        return x
+
+
+class _MidBlock(nn.Module):
+    """Resnet, single-head self-attention over all positions, resnet."""
+
+    num_groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        x = ResnetBlock2D(x.shape[-1], self.num_groups, 1e-6, self.dtype, name="resnets_0")(x)
+        x = _SpatialAttention(self.num_groups, self.dtype, name="attentions_0")(x)
+        return ResnetBlock2D(x.shape[-1], self.num_groups, 1e-6, self.dtype, name="resnets_1")(x)
+
+
+class _SpatialAttention(nn.Module):
+    """Single-head attention over positions behind a group norm, with a residual connection."""
+
+    num_groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        tokens = group_norm(self.num_groups, 1e-6, self.dtype, "group_norm")(x).reshape(x.shape[0], -1, x.shape[-1])
+        query, key, value = (nn.Dense(x.shape[-1], dtype=self.dtype, name=f"to_{n}")(tokens) for n in "qkv")
+        out = multi_head_attention(query, key, value, num_heads=1)
+        return x + nn.Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(out).reshape(x.shape)
