@@ -1,0 +1,1 @@
+"""Scores of pictures, and the pairs of better and worse candidates made from them."""
