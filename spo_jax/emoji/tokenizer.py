@@ -25,7 +25,11 @@ def byte_characters() -> list[str]:
 
     Printable bytes stand for themselves; the rest, in order, for the characters from U+0100 on (the scheme of GPT-2).
     """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     return [chr(byte) for byte in printable] + [chr(256 + extra) for extra in range(256 - len(printable))]
 
 
