@@ -1,0 +1,13 @@
+"""Named streams of random keys: resuming needs a seed and a step, never a saved key."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+
+
+def stream(root: jax.Array, name: str, step: int | jax.Array | None = None) -> jax.Array:
+    """The key of the stream ``name``, or of its element ``step``: ``fold_in(fold_in(root, crc32(name)), step)``."""
+    key = jax.random.fold_in(root, zlib.crc32(name.encode()))
+    return key if step is None else jax.random.fold_in(key, step)
