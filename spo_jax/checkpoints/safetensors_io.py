@@ -71,7 +71,7 @@ def read_params(path: Path, shapes: Any, *, prefix: str = "") -> Any:
             raise UserError(
                 f"Weight file {path}: {key!r} has shape {array.shape}, but its config.json asks for {expected}."
             )
-        params[tree_path] = np.ascontiguousarray(names.from_torch(tree_path, array).astype(leaf.dtype))
+        params[tree_path] = np.asarray(names.from_torch(tree_path, array), leaf.dtype, order="C")
     if tensors:
         listed = ", ".join(sorted(tensors)[:3])
         raise UserError(
@@ -86,7 +86,7 @@ def write_params(path: Path, params: Any, *, dtype: Any = np.float32, prefix: st
     tensors = {}
     for tree_path, value in flax.traverse_util.flatten_dict(jax.device_get(params)).items():
         array = names.to_torch(tree_path, np.asarray(value)).astype(dtype)
-        tensors[prefix + names.torch_key(tree_path)] = np.ascontiguousarray(array)
+        tensors[prefix + names.torch_key(tree_path)] = np.asarray(array, order="C")
     write_tensors(path, tensors)
 
 

@@ -31,8 +31,9 @@ from spo_jax.emoji.tokenizer import write_tokenizer
 from spo_jax.models import AutoencoderKL, CLIPModel, UNet2DConditionModel
 from spo_jax.preference.scorers import preprocess_images
 
-CLIP_BATCH_SIZE = 256
-BATCH_SIZE = 64
+CLIP_BATCH_SIZE = 128
+VAE_BATCH_SIZE = 32
+UNET_BATCH_SIZE = 64
 LATENT_BANK = 40_960  # pictures that are encoded once and then serve the whole training of the UNet
 CAPTION_DROPOUT = 0.1
 KL_WEIGHT = 1e-4
@@ -103,14 +104,14 @@ def _blemish(key: jax.Array, images: Float[Array, "b h w 3"]) -> Float[Array, "b
 
 
 # ------------------------------------------------------------------------------------------------------ autoencoder
-def train_vae(workdir: Path, *, seed: int, num_steps: int = 2500) -> None:
+def train_vae(workdir: Path, *, seed: int, num_steps: int = 2400) -> None:
     """Mean squared error, a little mean absolute error and a very small KL term; reports the PSNR on new backgrounds."""
     model = workdir / "model"
     vae = AutoencoderKL.from_config(VAE_CONFIG)
     params = _init(vae, seed, jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3)))
 
     def make_batch(step: int) -> Any:
-        return pictures.training_batch(_generator(seed, 2, step), BATCH_SIZE, world.TRAIN_PROMPTS, IMAGE_SIZE)[0]
+        return pictures.training_batch(_generator(seed, 2, step), VAE_BATCH_SIZE, world.TRAIN_PROMPTS, IMAGE_SIZE)[0]
 
     def loss_fn(params, images, key):
         mean, log_variance = vae.apply({"params": params}, images, method=vae.encode)
@@ -168,9 +169,9 @@ def train_unet(workdir: Path, *, seed: int, num_steps: int = 6000) -> None:
 
     def make_batch(step: int) -> tuple[Any, Any]:
         generator = _generator(seed, 5, step)
-        index = generator.integers(len(mean), size=BATCH_SIZE)
-        noise = generator.standard_normal((BATCH_SIZE, *mean.shape[1:]), dtype=np.float32)
-        dropped = generator.random(BATCH_SIZE) < CAPTION_DROPOUT
+        index = generator.integers(len(mean), size=UNET_BATCH_SIZE)
+        noise = generator.standard_normal((UNET_BATCH_SIZE, *mean.shape[1:]), dtype=np.float32)
+        dropped = generator.random(UNET_BATCH_SIZE) < CAPTION_DROPOUT
         rows = np.where(dropped, len(embeddings) - 1, captions[index])
         return (mean[index] + deviation[index] * noise) * vae.scaling_factor, embeddings[rows]
 

@@ -1,0 +1,118 @@
+"""The candidate pool: at each step several samples from one latent, scored, and one of them, at random, goes on.
+
+SPO, section 3.3 and figure 3; released code, ``num_inner_steps = 0``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from spo_jax import rng
+from spo_jax.diffusion.ddim import ddim_distribution, predict_x0_and_noise
+from spo_jax.diffusion.schedule import Schedule
+from spo_jax.types import Pool, PoolNoise
+
+CONTINUATIONS = ("random", "win")
+
+
+def draw_pool_noise(
+    key: jax.Array,
+    batch_size: int,
+    latent_shape: tuple[int, ...],
+    *,
+    num_steps: int,
+    num_plain_steps: int,
+    num_candidates: int,
+) -> PoolNoise:
+    """All random numbers of a pool, standard normal float32 and uniform choices; shapes as in ``PoolNoise``."""
+    num_pool_steps = num_steps - num_plain_steps
+    batch = (batch_size, *latent_shape)
+    return PoolNoise(
+        initial=jax.random.normal(rng.stream(key, "initial"), batch),
+        plain=jax.random.normal(rng.stream(key, "plain"), (num_plain_steps, *batch)),
+        candidates=jax.random.normal(
+            rng.stream(key, "candidates"), (num_pool_steps, batch_size, num_candidates, *latent_shape)
+        ),
+        choices=jax.random.randint(rng.stream(key, "choices"), (num_pool_steps - 1, batch_size), 0, num_candidates),
+    )
+
+
+def sample_pool(
+    predict: Callable[[jax.Array, jax.Array], jax.Array],
+    score: Callable[[jax.Array, jax.Array], jax.Array],
+    schedule: Schedule,
+    noise: PoolNoise,
+    *,
+    num_plain_steps: int,
+    eta: float = 1.0,
+    continuation: str = "random",
+) -> Pool:
+    """Samples the pools of B prompts.
+
+    Args:
+      predict: ``(latents [B, m, h, w, c], timestep scalar) -> model output`` of the same shape, m = 1 or k.
+      score: ``(x0 latents [B, k, h, w, c], timestep scalar) -> float32 scores [B, k]``.
+      schedule: N timesteps.
+      noise: see ``PoolNoise``.
+      num_plain_steps: d < N steps with a single sample come first.
+      eta: DDIM's, 1 in the paper.
+      continuation: which candidate starts the next step: "random" (the method), or "win" (an ablation of the paper
+        that collapses: training then sees the winners' trajectories only).
+
+    Returns:
+      The pool. The network runs once a step: candidates are scored by the x0 they predict at the next timestep, and that
+      prediction serves the next step too. The last candidates are scored as they are, at timestep 0.
+    """
+    if continuation not in CONTINUATIONS:
+        raise ValueError(f"continuation must be one of {CONTINUATIONS}, not {continuation!r}.")
+    first = num_plain_steps
+    timesteps, previous_timesteps = schedule.timesteps, schedule.previous_timesteps
+
+    def look_ahead(latents, timestep):
+        return predict_x0_and_noise(schedule, predict(latents, timestep), latents, timestep)
+
+    def plain_step(latents, inputs):
+        timestep, previous, step_noise = inputs
+        x0, eps = look_ahead(latents, timestep)
+        mean, sigma = ddim_distribution(schedule, x0, eps, timestep, previous, eta)
+        return mean + sigma * step_noise[:, None], None
+
+    latents = noise.initial.astype(jnp.float32)[:, None]
+    plain_inputs = (timesteps[:first], previous_timesteps[:first], noise.plain)
+    latents, _ = jax.lax.scan(plain_step, latents, plain_inputs)
+    x0, eps = look_ahead(latents, timesteps[first])
+
+    def draw(x0, eps, timestep, previous, step_noise):
+        mean, sigma = ddim_distribution(schedule, x0, eps, timestep, previous, eta)
+        return mean + sigma * step_noise
+
+    def pool_step(carry, inputs):
+        latents, x0, eps = carry  # [B, 1, h, w, c]
+        timestep, previous, following, step_noise, random_choice = inputs
+        candidates = draw(x0, eps, timestep, previous, step_noise)
+        x0, eps = look_ahead(candidates, following)
+        scores = score(x0, following)
+        choice = random_choice if continuation == "random" else jnp.argmax(scores, axis=1)
+        carry = tuple(_choose(a, choice) for a in (candidates, x0, eps))
+        return carry, (latents[:, 0], candidates, scores)
+
+    inputs = (timesteps[first:-1], previous_timesteps[first:-1], timesteps[first + 1 :], noise.candidates[:-1], noise.choices)
+    (latents, x0, eps), (starts, candidates, scores) = jax.lax.scan(pool_step, (latents, x0, eps), inputs)
+
+    final = draw(x0, eps, timesteps[-1], previous_timesteps[-1], noise.candidates[-1])
+    final_scores = score(final, jnp.zeros((), jnp.int32))
+    return Pool(
+        latents=jnp.concatenate([starts, latents[None, :, 0]]),
+        candidates=jnp.concatenate([candidates, final[None]]),
+        scores=jnp.concatenate([scores, final_scores[None]]),
+        timesteps=timesteps[first:],
+        previous_timesteps=previous_timesteps[first:],
+    )
+
+
+def _choose(values: jax.Array, choice: jax.Array) -> jax.Array:
+    """Row ``choice[b]`` of each ``values[b]``: [B, k, ...] to [B, 1, ...]."""
+    return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, 1))(values, choice)

@@ -1,0 +1,55 @@
+"""From scored candidates to win/lose pairs (SPO, section 3.3; the released code's threshold on the preference)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from spo_jax.types import Pool, PreferencePairs
+
+
+def compare(
+    scores: Float[Array, " k"], threshold: float
+) -> tuple[Int[Array, ""], Int[Array, ""], Bool[Array, ""]]:
+    """Best and worst of k candidates, and whether the preference ``softmax([best, worst])`` is clear enough.
+
+    Valid means ``p_best - p_worst > threshold``. A non-finite score makes the pair invalid.
+    """
+    win, lose = jnp.argmax(scores), jnp.argmin(scores)
+    margin = jnp.tanh((scores[win] - scores[lose]) / 2)  # = p_best - p_worst
+    return win.astype(jnp.int32), lose.astype(jnp.int32), margin > threshold
+
+
+def make_pairs(pool: Pool, threshold: float) -> PreferencePairs:
+    """Best against worst candidate of every step and prompt, flattened to P = S * B."""
+    num_steps, batch_size = pool.scores.shape[:2]
+    win, lose, valid = jax.vmap(jax.vmap(lambda scores: compare(scores, threshold)))(pool.scores)
+
+    def pick(index: jax.Array) -> jax.Array:
+        chosen = jnp.take_along_axis(pool.candidates, index[:, :, None, None, None, None], axis=2)
+        return _flatten(chosen[:, :, 0])
+
+    def spread(per_step: jax.Array) -> jax.Array:
+        return _flatten(jnp.broadcast_to(per_step[:, None], (num_steps, batch_size)))
+
+    return PreferencePairs(
+        latents=_flatten(pool.latents),
+        win=pick(win),
+        lose=pick(lose),
+        timesteps=spread(pool.timesteps),
+        previous_timesteps=spread(pool.previous_timesteps),
+        prompt_index=_flatten(jnp.broadcast_to(jnp.arange(batch_size, dtype=jnp.int32), (num_steps, batch_size))),
+        valid=_flatten(valid),
+    )
+
+
+def _flatten(values: jax.Array) -> jax.Array:
+    return values.reshape(-1, *values.shape[2:])
+
+
+def compact(key: jax.Array, valid: Bool[Array, " p"]) -> tuple[Int[Array, " p"], Int[Array, ""]]:
+    """A permutation that puts the valid pairs first, in uniformly random order, and their number."""
+    shuffled = jax.random.permutation(key, valid.shape[0])
+    order = shuffled[jnp.argsort(~valid[shuffled], stable=True)]
+    return order.astype(jnp.int32), valid.sum(dtype=jnp.int32)

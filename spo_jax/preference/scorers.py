@@ -1,0 +1,66 @@
+"""Preference models: ``score(params, images, text, timesteps) -> scores`` (SPO, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Scorer(NamedTuple):
+    """A preference model in two halves, so that a prompt's text is encoded once for all its candidates.
+
+    Attributes:
+      encode_text: ``(params, tokens int [n, L]) -> unit-length text embeddings float32 [n, E]``.
+      score: ``(params, images [n, H, W, 3] in [-1, 1], text [n, E], timesteps [n]) -> float32 [n]``.
+    """
+
+    encode_text: Callable[[Any, jax.Array], jax.Array]
+    score: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def preprocess_images(images: Float[Array, "n H W 3"], size: int) -> Float[Array, "n s s 3"]:
+    """Images in [-1, 1] to CLIP's pixels: shorter side to ``size``, centre crop, clip to [0, 1], normalise.
+
+    The resize is PyTorch's bicubic kernel (a = -0.75) without antialiasing, as the preference model was trained with;
+    JAX's defaults differ from it by several standard deviations on noise.
+    """
+    count, height, width, channels = images.shape
+    images = images.astype(jnp.float32)
+    scale = size / min(height, width)
+    new_height, new_width = int(height * scale + 0.5), int(width * scale + 0.5)
+    if (new_height, new_width) != (height, width):
+        shape = (count, new_height, new_width, channels)
+        images = jax.image.resize(images, shape, method="bicubic-pytorch", antialias=False)
+    top, left = (new_height - size) // 2, (new_width - size) // 2
+    images = images[:, top : top + size, left : left + size]
+    return (jnp.clip(images / 2 + 0.5, 0.0, 1.0) - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+
+
+def make_clip_scorer(clip: Any) -> Scorer:
+    """The scorer of a CLIP, step-aware or plain: ``exp(logit_scale) * cosine(image, text)``.
+
+    A plain CLIP is given the timesteps too, and does not look at them.
+    """
+
+    def encode_text(params: Any, tokens: jax.Array) -> jax.Array:
+        return _unit(clip.apply({"params": params}, tokens, method=clip.text_features))
+
+    def score(params: Any, images: jax.Array, text: jax.Array, timesteps: jax.Array) -> jax.Array:
+        pixels = preprocess_images(images, clip.image_size)
+        times = (timesteps,) if clip.step_aware else ()
+        image = _unit(clip.apply({"params": params}, pixels, *times, method=clip.image_features))
+        return jnp.exp(params["logit_scale"].astype(jnp.float32)) * (image * text).sum(axis=-1)
+
+    return Scorer(encode_text, score)
+
+
+def _unit(features: jax.Array) -> jax.Array:
+    features = features.astype(jnp.float32)
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)

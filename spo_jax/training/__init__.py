@@ -1,0 +1,1 @@
+"""The optimization of adapters on preference pairs, and everything that records it."""

@@ -1,0 +1,123 @@
+"""The update: a minibatch of preference pairs, one gradient, one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from spo_jax.diffusion.ddim import ddim_distribution, log_prob, predict_x0_and_noise
+from spo_jax.diffusion.guidance import GuidedPrediction
+from spo_jax.diffusion.schedule import Schedule
+from spo_jax.training.losses import PairLoss, spo_loss
+from spo_jax.types import PreferencePairs, PromptBatch, TrainState
+
+
+@flax.struct.dataclass
+class UpdateMetrics:
+    """Sums over the pairs of a minibatch, the number of pairs, and the gradient's norm before clipping."""
+
+    sums: PairLoss
+    num_pairs: jax.Array
+    grad_norm: jax.Array
+
+
+def transition_log_probs(
+    schedule: Schedule, model_output: jax.Array, pair: PreferencePairs, eta: float
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of win and lose under one model, for one pair.
+
+    Win and lose share x_t, the timestep and the prompt, hence one network output [h, w, c] serves both.
+    """
+    x0, eps = predict_x0_and_noise(schedule, model_output, pair.latents, pair.timesteps)
+    mean, sigma = ddim_distribution(schedule, x0, eps, pair.timesteps, pair.previous_timesteps, eta)
+    return log_prob(pair.win, mean, sigma), log_prob(pair.lose, mean, sigma)
+
+
+def pair_losses(
+    schedule: Schedule,
+    policy_output: jax.Array,
+    reference_output: jax.Array,
+    pairs: PreferencePairs,
+    *,
+    eta: float,
+    beta: float,
+    clip_range: float,
+) -> PairLoss:
+    """Loss and ratios of each pair, fields [P], from the guided outputs [P, h, w, c] of policy and reference."""
+
+    def one(policy: jax.Array, reference: jax.Array, pair: PreferencePairs) -> PairLoss:
+        win, lose = transition_log_probs(schedule, policy, pair, eta)
+        win_reference, lose_reference = transition_log_probs(schedule, reference, pair, eta)
+        return spo_loss(win - win_reference, lose - lose_reference, beta=beta, clip_range=clip_range)
+
+    return jax.vmap(one)(policy_output, reference_output, pairs)
+
+
+def make_loss(
+    predict: GuidedPrediction, schedule: Schedule, *, eta: float, beta: float, clip_range: float
+) -> Callable[..., tuple[jax.Array, PairLoss]]:
+    """``loss(lora, params, prompts, pairs, mask) -> (masked mean, masked sums)`` for use with ``jax.grad``.
+
+    The reference is the same network with the adapters left out.
+    """
+
+    def loss_fn(lora: Any, params: Any, prompts: PromptBatch, pairs: PreferencePairs, mask: jax.Array):
+        inputs = (
+            pairs.latents,
+            pairs.timesteps,
+            prompts.embeddings[pairs.prompt_index],
+            prompts.negative_embeddings,
+        )
+        policy = predict({"params": params, "lora": lora}, *inputs)
+        reference = jax.lax.stop_gradient(predict({"params": params}, *inputs))
+        losses = pair_losses(schedule, policy, reference, pairs, eta=eta, beta=beta, clip_range=clip_range)
+        sums = jax.tree.map(lambda values: jnp.where(mask, values, 0.0).sum(), losses)
+        return sums.loss / jnp.maximum(mask.sum(), 1), sums
+
+    return loss_fn
+
+
+def make_update(
+    loss_fn: Callable[..., tuple[jax.Array, PairLoss]],
+    optimizer: optax.GradientTransformation,
+    minibatch_size: int,
+    constrain_batch: Callable[[Any], Any] = lambda tree: tree,
+) -> Callable[..., tuple[TrainState, UpdateMetrics]]:
+    """The update on pairs ``order[start : start + minibatch_size]``; the last minibatch of a batch may be smaller.
+
+    Args:
+      loss_fn: from ``make_loss``.
+      optimizer: acts on the adapters.
+      minibatch_size: pairs a step, over all devices together.
+      constrain_batch: places the gathered pairs over the devices.
+
+    Returns:
+      ``update(state, params, prompts, pairs, order, count, start) -> (state, metrics)``, to be compiled once: ``order``
+      and ``count`` come from ``preference.pairs.compact``, ``start`` is a multiple of ``minibatch_size`` below ``count``.
+    """
+
+    def update(
+        state: TrainState,
+        params: Any,
+        prompts: PromptBatch,
+        pairs: PreferencePairs,
+        order: jax.Array,
+        count: jax.Array,
+        start: jax.Array,
+    ) -> tuple[TrainState, UpdateMetrics]:
+        position = start + jnp.arange(minibatch_size)
+        index = order[jnp.minimum(position, order.shape[0] - 1)]
+        mask = position < count
+        minibatch, mask = constrain_batch((jax.tree.map(lambda values: values[index], pairs), mask))
+        grads, sums = jax.grad(loss_fn, has_aux=True)(state.lora, params, prompts, minibatch, mask)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
+        lora = optax.apply_updates(state.lora, updates)
+        metrics = UpdateMetrics(sums, mask.sum(dtype=jnp.int32), optax.global_norm(grads))
+        return TrainState(state.step + 1, lora, opt_state), metrics
+
+    return update
