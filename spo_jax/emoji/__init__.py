@@ -1,1 +1,16 @@
-"""A small closed world of captioned pictures (emoji on coloured backgrounds) to train and tune a tiny pipeline on."""
+"""The emoji world: a closed world of captions and pictures, and the models trained on it that ship with the package.
+
+Configs name its files as ``emoji:model``, ``emoji:model/scorer`` or ``emoji:prompts/spo.txt``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PREFIX = "emoji:"
+FOLDER = Path(__file__).parent
+
+
+def resolve(path: str) -> Path:
+    """A path from a config: ``emoji:...`` is a file that ships with the package, everything else is left as it is."""
+    return FOLDER / path.removeprefix(PREFIX) if path.startswith(PREFIX) else Path(path)

@@ -1,0 +1,1 @@
+"""Prompts: reading them and the order in which they are used."""

@@ -1,0 +1,73 @@
+"""Prompt files, and the order in which training goes through them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spo_jax.errors import UserError
+
+MAX_BYTES = 64 * 2**20
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts from a JSON list (of strings or of ``{"caption": ...}``) or from the non-empty lines of a text file.
+
+    Raises:
+      UserError: the file is missing, larger than 64 MiB, not UTF-8, not valid JSON, or has no prompt in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"Prompt file {path} does not exist; give a text file with one prompt a line, or a JSON list.")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"Prompt file {path} is larger than {MAX_BYTES} bytes; split it.")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"Prompt file {path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); "
+            "save it with UTF-8 encoding."
+        ) from error
+    prompts = _from_json(path, text) if path.suffix == ".json" else [line.strip() for line in text.splitlines()]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise UserError(f"Prompt file {path} is empty; write one prompt a line, or a JSON list of them.")
+    return prompts
+
+
+def _from_json(path: Path, text: str) -> list[str]:
+    if not text.strip():
+        return []
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"Prompt file {path} is not valid JSON: {error}.") from error
+    if not isinstance(entries, list):
+        raise UserError(f"Prompt file {path} must hold a JSON list, not a {type(entries).__name__}.")
+    return [_caption(path, i, entry) for i, entry in enumerate(entries)]
+
+
+def _caption(path: Path, index: int, entry: Any) -> str:
+    caption = entry.get("caption") if isinstance(entry, dict) else entry
+    if not isinstance(caption, str):
+        raise UserError(f'Prompt file {path}: entry {index} is neither a string nor an object with a "caption" string.')
+    return caption.strip()
+
+
+def num_batches(num_prompts: int, batch_size: int) -> int:
+    """Batches in an epoch; the last one is filled up with prompts from the start of the epoch's order."""
+    return -(-num_prompts // batch_size)
+
+
+def batch_indices(num_prompts: int, batch_size: int, seed: int, batch: int) -> np.ndarray:
+    """Prompt indices [batch_size] of the ``batch``-th batch since the start of training.
+
+    A function of its arguments alone, so that a run that was killed goes on in the same order. Each epoch has its own
+    permutation; its last batch wraps around to keep shapes static.
+    """
+    epoch, position = divmod(batch, num_batches(num_prompts, batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(num_prompts)
+    return order[np.arange(position * batch_size, (position + 1) * batch_size) % num_prompts]

@@ -1,0 +1,56 @@
+"""The device mesh. Batches are split over all of its axes, everything else is replicated (LoRA training)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from spo_jax.errors import UserError
+
+AXES = ("data", "fsdp")
+
+
+def make_mesh(data: int, fsdp: int) -> Mesh:
+    """A mesh with axes "data" and "fsdp"; one of the sizes may be -1, for all devices that are left.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    count = jax.device_count()
+    sizes = [data, fsdp]
+    if sizes.count(-1) == 1:
+        known = math.prod(size for size in sizes if size != -1)
+        if known > 0 and count % known == 0:
+            sizes[sizes.index(-1)] = count // known
+    if min(sizes) < 1 or math.prod(sizes) != count:
+        raise UserError(
+            f"config.mesh = (data={data}, fsdp={fsdp}) does not fit the {count} devices here; "
+            "use data=-1, fsdp=1 for all of them."
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_divisible(name: str, size: int, mesh: Mesh) -> None:
+    """Raises UserError if a global batch of ``size`` cannot be split evenly over the mesh."""
+    if size % mesh.size:
+        raise UserError(
+            f"{name} = {size} cannot be split over {mesh.size} devices; make it a multiple of {mesh.size}."
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Array axis ``axis`` split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXES))
+
+
+def constrain_batch(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
+    """Inside ``jit``: asks for every array of ``tree`` to be split along ``axis`` over all devices."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh, axis)), tree)

@@ -1,0 +1,119 @@
+"""Evidence: base and tuned model on held-out prompts, from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spo_jax import rng
+from spo_jax.checkpoints.pipeline import Pipeline, tokenize
+from spo_jax.diffusion.schedule import Schedule
+from spo_jax.preference.colorfulness import colorfulness
+from spo_jax.preference.scorers import Scorer
+from spo_jax.training.rollout import make_generate
+from spo_jax.types import PromptBatch
+
+
+@flax.struct.dataclass
+class Measured:
+    """One model on n prompts: images [n, H, W, 3] in [-1, 1] and, for each, the three measures as float32/bool [n]."""
+
+    images: np.ndarray
+    preference_score: np.ndarray
+    colorfulness: np.ndarray
+    alignment_top1: np.ndarray
+
+
+def make_measure(
+    pipeline: Pipeline,
+    scorer: Scorer,
+    judge: Scorer,
+    schedule: Schedule,
+    *,
+    guidance_scale: float,
+    eta: float,
+    batch_size: int,
+) -> Callable[..., Measured]:
+    """``measure(params, lora or None, prompts, judge_text [n, E], key) -> Measured``.
+
+    Args:
+      pipeline: models and tokenizer.
+      scorer: the preference model, asked at timestep 0.
+      judge: a plain CLIP; alignment is whether a picture's own caption is the nearest of all n.
+      schedule: sampling steps.
+      guidance_scale: as in training.
+      eta: DDIM's; 0 for the deterministic sampler.
+      batch_size: pictures at a time.
+
+    Returns:
+      A function; the same key gives the same noise to each prompt, whatever the model and the batch size.
+    """
+    generate = make_generate(pipeline, schedule, guidance_scale=guidance_scale, eta=eta)
+    shape = pipeline.latent_shape
+
+    @jax.jit
+    def one_batch(params, variables, prompts: PromptBatch, judge_text, keys):
+        initial = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "initial"), shape))(keys)
+        noise = None
+        if eta > 0:
+            noise = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "steps"), (schedule.num_steps, *shape)))(keys)
+            noise = jnp.swapaxes(noise, 0, 1)
+        images = generate(params, variables, prompts.embeddings, prompts.negative_embeddings, initial, noise)
+        images = jnp.clip(images, -1.0, 1.0)
+        zeros = jnp.zeros((images.shape[0],), jnp.int32)
+        scores = scorer.score(params["scorer"], images, prompts.scorer_text, zeros)
+        similarity = jax.vmap(
+            lambda text: judge.score(params["judge"], images, jnp.broadcast_to(text, (len(keys), len(text))), zeros)
+        )(judge_text)
+        return images, scores, colorfulness(images), similarity.argmax(axis=0)
+
+    def measure(params: Any, lora: Any, prompts: PromptBatch, judge_text: jax.Array, key: jax.Array) -> Measured:
+        count = prompts.embeddings.shape[0]
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+        variables = {"params": params["unet"]} if lora is None else {"params": params["unet"], "lora": lora}
+        results = []
+        for start in range(0, count, batch_size):
+            # The last batch starts earlier instead of being smaller, so that one program serves all.
+            begin = max(0, min(start, count - batch_size))
+            rows = slice(begin, begin + batch_size)
+            batch = PromptBatch(prompts.embeddings[rows], prompts.negative_embeddings, prompts.scorer_text[rows])
+            outputs = jax.device_get(one_batch(params, variables, batch, judge_text, keys[rows]))
+            results.append([values[start - begin :] for values in outputs])
+        images, scores, colors, nearest = (np.concatenate(column) for column in zip(*results, strict=True))
+        return Measured(images, scores, colors, nearest == np.arange(count))
+
+    return measure
+
+
+def summarize(base: Measured, tuned: Measured) -> dict[str, Any]:
+    """Means of both models, the base model's spread over prompts, and the share of prompts on which the tuned one wins."""
+    names = ("preference_score", "colorfulness", "alignment_top1")
+
+    def means(measured: Measured) -> dict[str, float]:
+        return {name: float(np.mean(getattr(measured, name))) for name in names}
+
+    return {
+        "base": means(base),
+        "tuned": means(tuned),
+        "base_std": {name: float(np.std(getattr(base, name))) for name in names[:2]},
+        "win_rate": float(np.mean(tuned.colorfulness > base.colorfulness)),
+        "win_rate_preference_score": float(np.mean(tuned.preference_score > base.preference_score)),
+        "num_prompts": len(base.colorfulness),
+    }
+
+
+def encode_prompts(
+    encode: Callable[..., PromptBatch], params: Any, pipeline: Pipeline, scorer_tokenizer: Any, texts: list[str]
+) -> PromptBatch:
+    """Tokenizes and encodes a list of prompts; the negative prompt is the empty one."""
+    return encode(
+        params,
+        tokenize(pipeline.tokenizer, texts),
+        tokenize(pipeline.tokenizer, [""]),
+        tokenize(scorer_tokenizer, texts),
+    )

@@ -1,0 +1,145 @@
+"""The compiled programs of a sampling phase: text to embeddings, embeddings to pool to preference pairs, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from spo_jax import rng
+from spo_jax.checkpoints.pipeline import Pipeline
+from spo_jax.diffusion.generate import sample
+from spo_jax.diffusion.guidance import make_guided_prediction
+from spo_jax.diffusion.pool import draw_pool_noise, sample_pool
+from spo_jax.diffusion.schedule import Schedule
+from spo_jax.distributed.mesh import constrain_batch
+from spo_jax.preference.pairs import compact, make_pairs
+from spo_jax.preference.scorers import Scorer
+from spo_jax.types import PoolNoise, PreferencePairs, PromptBatch
+
+
+@flax.struct.dataclass
+class Rollout:
+    """Pairs of one batch of prompts, the valid ones first in ``order``; mean and deviation of all scores."""
+
+    pairs: PreferencePairs
+    order: jax.Array
+    num_valid: jax.Array
+    score_mean: jax.Array
+    score_std: jax.Array
+
+
+def make_encode(pipeline: Pipeline, scorer: Scorer) -> Callable[..., PromptBatch]:
+    """``encode(params, tokens [B, L], negative_tokens [1, L], scorer_tokens [B, L']) -> PromptBatch``."""
+
+    def encode(params: Any, tokens: jax.Array, negative_tokens: jax.Array, scorer_tokens: jax.Array) -> PromptBatch:
+        def embed(ids: jax.Array) -> jax.Array:
+            return pipeline.text_encoder.apply({"params": params["text_encoder"]}, ids).last_hidden_state
+
+        text = scorer.encode_text(params["scorer"], scorer_tokens)
+        return PromptBatch(embed(tokens), embed(negative_tokens), text)
+
+    return encode
+
+
+def make_decode(pipeline: Pipeline) -> Callable[[Any, jax.Array], jax.Array]:
+    """``decode(params, latents [n, h, w, c]) -> images [n, H, W, 3]``, about in [-1, 1], float32."""
+    vae = pipeline.vae
+
+    def decode(params: Any, latents: jax.Array) -> jax.Array:
+        images = vae.apply({"params": params["vae"]}, latents / vae.scaling_factor, method=vae.decode)
+        return images.astype(jnp.float32)
+
+    return decode
+
+
+def make_score_latents(pipeline: Pipeline, scorer: Scorer, *, step_aware: bool) -> Callable[..., jax.Array]:
+    """``score_latents(params, prompts, x0 [B, k, h, w, c], timestep scalar) -> float32 [B, k]``.
+
+    With ``step_aware`` False the preference model is told t = 0 whatever the timestep is, as in the paper's ablation.
+    """
+    decode = make_decode(pipeline)
+
+    def score_latents(params: Any, prompts: PromptBatch, x0: jax.Array, timestep: jax.Array) -> jax.Array:
+        batch, count = x0.shape[:2]
+        images = decode(params, x0.reshape(batch * count, *x0.shape[2:]))
+        text = jnp.repeat(prompts.scorer_text, count, axis=0)
+        timesteps = jnp.full((batch * count,), timestep if step_aware else 0)
+        return scorer.score(params["scorer"], images, text, timesteps).reshape(batch, count)
+
+    return score_latents
+
+
+def make_collect(
+    config: ConfigDict, pipeline: Pipeline, scorer: Scorer, schedule: Schedule, mesh: Mesh
+) -> Callable[..., Rollout]:
+    """``collect(params, lora, prompts, key) -> Rollout``: the whole sampling phase of a batch as one program."""
+    predict_guided = make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale)
+    score_latents = make_score_latents(pipeline, scorer, step_aware=config.scorer.step_aware)
+
+    def collect(params: Any, lora: Any, prompts: PromptBatch, key: jax.Array) -> Rollout:
+        batch_size = prompts.embeddings.shape[0]
+        noise = draw_pool_noise(
+            rng.stream(key, "pool"),
+            batch_size,
+            pipeline.latent_shape,
+            num_steps=config.sampling.num_steps,
+            num_plain_steps=config.sampling.num_plain_steps,
+            num_candidates=config.sampling.num_candidates,
+        )
+        noise = PoolNoise(
+            initial=constrain_batch(mesh, noise.initial),
+            plain=constrain_batch(mesh, noise.plain, axis=1),
+            candidates=constrain_batch(mesh, noise.candidates, axis=1),
+            choices=constrain_batch(mesh, noise.choices, axis=1),
+        )
+
+        def predict(latents: jax.Array, timestep: jax.Array) -> jax.Array:
+            count = latents.shape[1]
+            flat = latents.reshape(batch_size * count, *latents.shape[2:])
+            embeddings = jnp.repeat(prompts.embeddings, count, axis=0)
+            timesteps = jnp.full((batch_size * count,), timestep)
+            variables = {"params": params["unet"], "lora": lora}
+            output = predict_guided(variables, flat, timesteps, embeddings, prompts.negative_embeddings)
+            return output.reshape(latents.shape)
+
+        pool = sample_pool(
+            predict,
+            lambda x0, timestep: score_latents(params, prompts, x0, timestep),
+            schedule,
+            noise,
+            num_plain_steps=config.sampling.num_plain_steps,
+            eta=config.sampling.eta,
+            continuation=config.sampling.continuation,
+        )
+        pairs = make_pairs(pool, config.pairs.threshold)
+        order, num_valid = compact(rng.stream(key, "shuffle"), pairs.valid)
+        return Rollout(pairs, order, num_valid, pool.scores.mean(), pool.scores.std())
+
+    return collect
+
+
+def make_generate(
+    pipeline: Pipeline, schedule: Schedule, *, guidance_scale: float, eta: float
+) -> Callable[..., jax.Array]:
+    """``generate(params, variables, embeddings, negative_embeddings, initial, noise) -> images [B, H, W, 3]``.
+
+    ``variables`` are the UNet's: ``{"params": ...}``, with ``"lora"`` for a tuned model. ``noise`` [N, B, h, w, c] may
+    be None when ``eta`` is 0.
+    """
+    predict_guided = make_guided_prediction(pipeline.unet.apply, guidance_scale)
+    decode = make_decode(pipeline)
+
+    def generate(params, variables, embeddings, negative_embeddings, initial, noise=None):
+        def predict(latents, timestep):
+            timesteps = jnp.full((latents.shape[0],), timestep)
+            return predict_guided(variables, latents, timesteps, embeddings, negative_embeddings)
+
+        return decode(params, sample(predict, schedule, initial, noise, eta=eta))
+
+    return generate
