@@ -1,0 +1,93 @@
+"""Pictures from a pipeline folder, with or without adapters.
+
+    python -m spo_jax.generate --prompt="a fox on a teal background" --out=fox.png
+    python -m spo_jax.generate --model=DIR --lora=runs/tiny --prompts_file=prompts.txt --out=grid.png
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+
+from spo_jax import cli
+from spo_jax.errors import UserError
+
+MODEL = flags.DEFINE_string("model", "emoji:model", "Diffusers pipeline folder; the emoji model by default.")
+LORA = flags.DEFINE_string("lora", None, "LoRA file in diffusers' format, or a folder with one (a --workdir).")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; may be given several times.")
+PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "Text file or JSON list of prompts; the pictures form a grid.")
+NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "What guidance moves away from.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise; picture i of a grid uses the i-th noise of the seed.")
+STEPS = flags.DEFINE_integer("steps", 20, "DDIM steps.", lower_bound=1)
+GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 5.0, "Weight of classifier-free guidance.")
+ETA = flags.DEFINE_float("eta", 0.0, "DDIM's eta: 0 deterministic, 1 as noisy as DDPM.", lower_bound=0.0)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the networks.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures at a time.", lower_bound=1)
+ZOOM = flags.DEFINE_integer("zoom", 1, "Enlarges each pixel so many times.", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "PNG file to write.")
+
+
+def main() -> None:
+    """Checks the flags, reads the models, samples and writes the PNG."""
+    if OUT.value is None or Path(OUT.value).suffix.lower() != ".png":
+        raise UserError("--out must name a PNG file, for example --out=picture.png.")
+    if bool(PROMPT.value) == (PROMPTS_FILE.value is not None):
+        raise UserError("Give either --prompt (once or more) or --prompts_file.")
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from spo_jax.checkpoints.lora import read_lora
+    from spo_jax.checkpoints.pipeline import read_pipeline, tokenize
+    from spo_jax.data.prompts import read_prompts
+    from spo_jax.diffusion.schedule import make_schedule
+    from spo_jax.emoji import resolve
+    from spo_jax.images import grid, to_uint8, write_png
+    from spo_jax.training.rollout import make_generate
+
+    prompts = PROMPT.value or read_prompts(resolve(PROMPTS_FILE.value))
+    pipeline = read_pipeline(resolve(MODEL.value), jnp.dtype(DTYPE.value))
+    variables = {"params": pipeline.params["unet"]}
+    if LORA.value is not None:
+        variables["lora"] = read_lora(resolve(LORA.value), pipeline.params["unet"])
+    schedule = make_schedule(pipeline.scheduler_config, STEPS.value)
+    generate = jax.jit(make_generate(pipeline, schedule, guidance_scale=GUIDANCE_SCALE.value, eta=ETA.value))
+
+    def embed(texts: list[str]) -> jax.Array:
+        tokens = jnp.asarray(tokenize(pipeline.tokenizer, texts))
+        return pipeline.text_encoder.apply({"params": pipeline.params["text_encoder"]}, tokens).last_hidden_state
+
+    negative = embed([NEGATIVE_PROMPT.value])
+    pictures = []
+    for start in range(0, len(prompts), BATCH_SIZE.value):
+        texts = prompts[start : start + BATCH_SIZE.value]
+        initial, noise = draw_noise(SEED.value, start, len(texts), pipeline.latent_shape, STEPS.value)
+        images = generate(
+            pipeline.params, variables, embed(texts), negative, initial, noise if ETA.value > 0 else None
+        )
+        pictures.append(to_uint8(images))
+    images = np.concatenate(pictures)
+    write_png(OUT.value, images[0] if len(images) == 1 else grid(images), ZOOM.value)
+    print(f"Wrote {len(images)} picture{'s' if len(images) > 1 else ''} to {OUT.value}.")
+
+
+def draw_noise(seed: int, first: int, count: int, latent_shape: tuple[int, ...], num_steps: int):
+    """Initial latents [count, h, w, c] and step noise [num_steps, count, h, w, c] of pictures ``first`` and following.
+
+    Each picture has its own key, so that it does not depend on the batch it is made in.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from spo_jax import rng
+
+    keys = [rng.stream(jax.random.key(seed), "generate", first + i) for i in range(count)]
+    initial = jnp.stack([jax.random.normal(rng.stream(key, "initial"), latent_shape) for key in keys])
+    noise = jnp.stack([jax.random.normal(rng.stream(key, "steps"), (num_steps, *latent_shape)) for key in keys], 1)
+    return initial, noise
+
+
+if __name__ == "__main__":
+    cli.run(main)

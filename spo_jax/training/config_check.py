@@ -1,0 +1,34 @@
+"""Values of a config that no run can use are refused by name, before anything starts."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from spo_jax.errors import UserError
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses values that no run can use, by name; types and unknown keys are checked by ml_collections already."""
+    sampling = config.sampling
+    rules = [
+        ("prompts_per_batch", config.prompts_per_batch >= 1, "at least 1"),
+        ("num_batches", config.num_batches >= 1, "at least 1"),
+        ("dtype", config.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
+        ("sampling.num_steps", sampling.num_steps >= 2, "at least 2"),
+        ("sampling.num_plain_steps", 0 <= sampling.num_plain_steps < sampling.num_steps, "from 0 to num_steps - 1"),
+        ("sampling.num_candidates", sampling.num_candidates >= 2, "at least 2"),
+        ("sampling.eta", sampling.eta > 0, "positive, because candidates differ only by their noise"),
+        ("sampling.continuation", sampling.continuation in ("random", "win"), "random or win"),
+        ("pairs.threshold", 0 <= config.pairs.threshold < 1, "in [0, 1)"),
+        ("loss.beta", config.loss.beta > 0, "positive"),
+        ("loss.clip_range", 0 < config.loss.clip_range < 1, "in (0, 1)"),
+        ("lora.rank", config.lora.rank >= 1, "at least 1"),
+        ("train.minibatch_size", config.train.minibatch_size >= 1, "at least 1"),
+        ("train.learning_rate", config.train.learning_rate > 0, "positive"),
+        ("checkpoint.every", config.checkpoint.every >= 1, "at least 1"),
+        ("checkpoint.keep", config.checkpoint.keep >= 1, "at least 1"),
+        ("evaluation.num_prompts", config.evaluation.num_prompts >= 1, "at least 1"),
+    ]
+    for name, holds, requirement in rules:
+        if not holds:
+            raise UserError(f"config.{name} must be {requirement}; see the config file for what it means.")

@@ -1,0 +1,294 @@
+"""Step-aware preference optimization, from top to bottom: mesh, models, data, state, restore, loop, evidence."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from spo_jax import rng
+from spo_jax.checkpoints.lora import write_lora
+from spo_jax.checkpoints.pipeline import Pipeline, read_clip, read_pipeline, read_tokenizer, tokenize
+from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
+from spo_jax.diffusion.guidance import make_guided_prediction
+from spo_jax.diffusion.schedule import Schedule, make_schedule
+from spo_jax.distributed.mesh import batch_sharding, check_divisible, constrain_batch, make_mesh, replicated
+from spo_jax.emoji import resolve
+from spo_jax.errors import UserError
+from spo_jax.images import grid, to_uint8, write_png
+from spo_jax.models.lora import init_lora
+from spo_jax.preference.scorers import Scorer, make_clip_scorer
+from spo_jax.training import checkpoint
+from spo_jax.training.config_check import check_config
+from spo_jax.training.evaluation import encode_prompts, make_measure, summarize
+from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from spo_jax.training.optimizer import make_optimizer
+from spo_jax.training.report import write_report, write_summary
+from spo_jax.training.rollout import Rollout, make_collect, make_encode, make_score_latents
+from spo_jax.training.update import UpdateMetrics, make_loss, make_update
+from spo_jax.types import PromptBatch, TrainState
+
+NUM_REPORT_PICTURES = 24
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains adapters and measures them; going on where an interrupted run of the same command stopped.
+
+    Args:
+      config: see ``configs/tiny.py`` for every key.
+      workdir: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``validation/``,
+        ``pytorch_lora_weights.safetensors`` (diffusers' format), ``summary.json`` and ``report.html``.
+
+    Returns:
+      What ``summary.json`` holds.
+
+    Raises:
+      UserError: a mistake in config, files or workdir (before anything is written), or a loss that is not finite.
+    """
+    began = time.time()
+
+    # ---------------------------------------------------------------------------------------------------------- mesh
+    check_config(config)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    check_divisible("config.prompts_per_batch", config.prompts_per_batch, mesh)
+    check_divisible("config.train.minibatch_size", config.train.minibatch_size, mesh)
+    everywhere = replicated(mesh)
+
+    # ---------------------------------------------------------------------------------------------------------- data
+    prompts = read_prompts(resolve(config.prompts))
+    held_out = read_prompts(resolve(config.evaluation.prompts))[: config.evaluation.num_prompts]
+
+    # -------------------------------------------------------------------------------------------------------- models
+    dtype = jnp.dtype(config.dtype)
+    pipeline = read_pipeline(resolve(config.model), dtype)
+    clip, scorer_params = read_clip(resolve(config.scorer.path), step_aware=True, dtype=dtype)
+    judge_clip, judge_params = read_clip(resolve(config.evaluation.judge), step_aware=False, dtype=dtype)
+    scorer, judge = make_clip_scorer(clip), make_clip_scorer(judge_clip)
+    scorer_tokenizer = read_tokenizer(resolve(config.scorer.tokenizer))
+    params = jax.device_put({**pipeline.params, "scorer": scorer_params, "judge": judge_params}, everywhere)
+    schedule = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
+    encode = jax.jit(make_encode(pipeline, scorer))
+
+    # --------------------------------------------------------------------------------------------------------- state
+    root = jax.random.key(config.seed)
+    optimizer = make_optimizer(config.train)
+    lora = init_lora(rng.stream(root, "lora"), params["unet"], config.lora.rank)
+    state = TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
+    state = jax.device_put(state, everywhere)
+
+    # ------------------------------------------------------------------------------------------------------- restore
+    checkpoint.check_workdir(workdir, config.to_dict())
+    manager = checkpoint.make_manager(workdir / "checkpoints", config.checkpoint.keep)
+    restored = checkpoint.restore_latest(manager, state)
+    first_batch, seconds_before = 0, 0.0
+    if restored is not None:
+        state, extra = restored
+        first_batch, seconds_before = extra["batch"], extra["seconds"]
+
+    # ---------------------------------------------------------------------------------------------------------- loop
+    collect, update = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh)
+    measure = make_measure(
+        pipeline,
+        scorer,
+        judge,
+        schedule,
+        guidance_scale=config.sampling.guidance_scale,
+        eta=config.evaluation.eta,
+        batch_size=min(config.evaluation.batch_size, len(held_out)),
+    )
+    held_out_batch = encode_prompts(encode, params, pipeline, scorer_tokenizer, held_out)
+    judge_text = jax.jit(judge.encode_text)(params["judge"], tokenize(pipeline.tokenizer, held_out))
+    evaluation_key = rng.stream(root, "evaluation")
+    seconds_per_score = 0.0
+    trained = time.time()
+    with (
+        MetricsWriter(workdir, first_batch) as writer,
+        tqdm(total=config.num_batches, initial=first_batch, desc="SPO", unit="batch", dynamic_ncols=True) as progress,
+    ):
+        for batch in range(first_batch, config.num_batches):
+            indices = batch_indices(len(prompts), config.prompts_per_batch, config.seed, batch)
+            prompt_batch = encode_prompts(encode, params, pipeline, scorer_tokenizer, [prompts[i] for i in indices])
+            prompt_batch = shard_prompts(prompt_batch, mesh)
+            if batch == first_batch:
+                seconds_per_score = time_score(config, pipeline, scorer, params, prompt_batch)
+            start = time.time()
+            rollout = collect(params, state.lora, prompt_batch, rng.stream(root, "rollout", batch))
+            num_valid = int(rollout.num_valid)
+            sampled = time.time()
+            state, updates = run_updates(config, update, state, params, prompt_batch, rollout, num_valid)
+            num_scores = config.sampling.num_steps - config.sampling.num_plain_steps
+            row = {
+                "epoch": batch // num_batches(len(prompts), config.prompts_per_batch),
+                **rollout_metrics(rollout, num_valid),
+                **update_metrics(updates),
+                "seconds_sample": max(0.0, sampled - start - num_scores * seconds_per_score),
+                "seconds_score": min(sampled - start, num_scores * seconds_per_score),
+                "seconds_update": time.time() - sampled,
+            }
+            check_finite(row, batch, workdir)
+            writer.write(batch + 1, row)
+            progress.set_postfix(loss=f"{row['loss']:.4f}", score=f"{row['preference_score_mean']:.3f}")
+            progress.update()
+
+            done = batch + 1 == config.num_batches
+            if done or (batch + 1) % config.checkpoint.every == 0:
+                seconds = seconds_before + time.time() - trained
+                checkpoint.save(manager, batch + 1, state, {"batch": batch + 1, "seconds": seconds})
+                write_lora(workdir, state.lora)
+            if config.validation.every and (done or (batch + 1) % config.validation.every == 0):
+                rows = slice(0, config.validation.num_prompts)
+                some = held_out_batch.replace(
+                    embeddings=held_out_batch.embeddings[rows], scorer_text=held_out_batch.scorer_text[rows]
+                )
+                shown = measure(params, state.lora, some, judge_text[rows], evaluation_key)
+                sheet = grid(to_uint8(shown.images))
+                write_png(workdir / "validation" / f"batch_{batch + 1:06d}.png", sheet, zoom=3)
+                writer.write_image(batch + 1, "validation", sheet)
+    seconds_training = seconds_before + time.time() - trained
+    checkpoint.close(manager)
+    write_lora(workdir, state.lora)
+
+    # ------------------------------------------------------------------------------------------------------ evidence
+    base = measure(params, None, held_out_batch, judge_text, evaluation_key)
+    tuned = measure(params, state.lora, held_out_batch, judge_text, evaluation_key)
+    summary = {
+        **summarize(base, tuned),
+        "seconds": round(time.time() - began + seconds_before, 1),
+        "seconds_training": round(seconds_training, 1),
+        "seed": config.seed,
+        "config": config.to_dict(),
+    }
+    write_summary(workdir / "summary.json", summary)
+    pictures = zip(held_out, to_uint8(base.images), to_uint8(tuned.images), strict=True)
+    write_report(
+        workdir / "report.html",
+        summary=summary,
+        metrics=read_metrics(workdir / METRICS_FILE),
+        samples=list(pictures)[:NUM_REPORT_PICTURES],
+    )
+    print(
+        f"Tuned model wins on {summary['win_rate']:.1%} of {len(held_out)} held-out prompts by colourfulness, "
+        f"{summary['win_rate_preference_score']:.1%} by preference score.\n"
+        f"Report: {workdir / 'report.html'}\nNumbers: {workdir / 'summary.json'}\nAdapters: {workdir}"
+    )
+    return summary
+
+
+# ------------------------------------------------------------------------------------------------------------ pieces
+def compile_programs(
+    config: ConfigDict,
+    pipeline: Pipeline,
+    scorer: Scorer,
+    schedule: Schedule,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[Callable[..., Rollout], Callable[..., tuple[TrainState, UpdateMetrics]]]:
+    """The two programs of training, each compiled once in a run: the pool with its pairs, and the update."""
+    collect = make_collect(config, pipeline, scorer, schedule, mesh)
+    loss_fn = make_loss(
+        make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale),
+        schedule,
+        eta=config.sampling.eta,
+        beta=config.loss.beta,
+        clip_range=config.loss.clip_range,
+    )
+    update = make_update(
+        loss_fn, optimizer, config.train.minibatch_size, lambda tree: constrain_batch(mesh, tree)
+    )
+    everywhere = replicated(mesh)
+    return (
+        jax.jit(collect, out_shardings=everywhere),
+        jax.jit(update, donate_argnums=0, out_shardings=everywhere),
+    )
+
+
+def shard_prompts(prompts: PromptBatch, mesh: Mesh) -> PromptBatch:
+    """Splits a batch of prompts over the devices."""
+    return PromptBatch(
+        jax.device_put(prompts.embeddings, batch_sharding(mesh)),
+        jax.device_put(prompts.negative_embeddings, replicated(mesh)),
+        jax.device_put(prompts.scorer_text, batch_sharding(mesh)),
+    )
+
+
+def time_score(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, params: Any, prompts: PromptBatch) -> float:
+    """Seconds to decode and score one step's candidates, measured once by itself.
+
+    Inside the pool, which is one program, the share of the scorer cannot be timed.
+    """
+    score_latents = jax.jit(make_score_latents(pipeline, scorer, step_aware=config.scorer.step_aware))
+    x0 = jnp.zeros((config.prompts_per_batch, config.sampling.num_candidates, *pipeline.latent_shape))
+    score_latents(params, prompts, x0, jnp.int32(0)).block_until_ready()
+    start = time.time()
+    score_latents(params, prompts, x0, jnp.int32(0)).block_until_ready()
+    return time.time() - start
+
+
+def run_updates(
+    config: ConfigDict,
+    update: Callable[..., tuple[TrainState, UpdateMetrics]],
+    state: TrainState,
+    params: Any,
+    prompts: PromptBatch,
+    rollout: Rollout,
+    num_valid: int,
+) -> tuple[TrainState, list[UpdateMetrics]]:
+    """One optimizer step for each minibatch of valid pairs; none if no pair is valid."""
+    updates = []
+    for start in range(0, num_valid, config.train.minibatch_size):
+        state, metrics = update(
+            state, params, prompts, rollout.pairs, rollout.order, rollout.num_valid, jnp.int32(start)
+        )
+        updates.append(metrics)
+    return state, jax.device_get(updates)
+
+
+def rollout_metrics(rollout: Rollout, num_valid: int) -> dict[str, float]:
+    """What is logged of a sampling phase."""
+    return {
+        "preference_score_mean": float(rollout.score_mean),
+        "preference_score_std": float(rollout.score_std),
+        "num_pairs": num_valid,
+        "valid_fraction": num_valid / rollout.order.shape[0],
+    }
+
+
+def update_metrics(updates: list[UpdateMetrics]) -> dict[str, float]:
+    """What is logged of the updates of a batch: means over its pairs, and over its updates for the gradient norm.
+
+    A batch without a valid pair is skipped; it logs zeros and log 2, the loss of a pair that teaches nothing.
+    """
+    if not updates:
+        names = ("win_ratio", "lose_ratio", "win_clipped", "lose_clipped", "grad_norm")
+        return {"loss": math.log(2.0), **dict.fromkeys(names, 0.0), "num_updates": 0}
+    count = sum(int(m.num_pairs) for m in updates)
+    sums = jax.tree.map(lambda *values: float(np.sum(values)), *(m.sums for m in updates))
+    return {
+        "loss": sums.loss / count,
+        "win_ratio": sums.win_ratio / count,
+        "lose_ratio": sums.lose_ratio / count,
+        "win_clipped": sums.win_clipped / count,
+        "lose_clipped": sums.lose_clipped / count,
+        "grad_norm": float(np.mean([m.grad_norm for m in updates])),
+        "num_updates": len(updates),
+    }
+
+
+def check_finite(row: dict[str, float], batch: int, workdir: Path) -> None:
+    """Stops a run whose loss, scores or gradients are not finite; what was saved before stays."""
+    broken = [name for name, value in row.items() if not np.isfinite(value)]
+    if broken:
+        raise UserError(
+            f"{broken[0]} is not finite in batch {batch + 1}; training stops. The last checkpoint in "
+            f"{workdir / 'checkpoints'} is intact; lower config.train.learning_rate or check the weights."
+        )
