@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,9 @@ def train_clip(workdir: Path, *, seed: int, num_steps: int = 1500) -> None:
     """
     model = workdir / "model"
     write_tokenizer(model / "tokenizer")
+    (workdir / "prompts").mkdir(exist_ok=True)
+    for name, text in world.prompt_files().items():
+        (workdir / "prompts" / name).write_text(text, encoding="utf-8")
     tokenizer = pipelines.read_tokenizer(model / "tokenizer")
     prompts = np.asarray(world.ALL_PROMPTS)
     tokens = pipelines.tokenize(tokenizer, world.captions(world.ALL_PROMPTS))
@@ -86,7 +90,6 @@ def train_clip(workdir: Path, *, seed: int, num_steps: int = 1500) -> None:
     params = fit(
         "clip", params, loss_fn, make_batch, num_steps=num_steps, learning_rate=1e-3, workdir=workdir, seed=seed
     )
-    params = {**params, "logit_scale": jnp.asarray(params["logit_scale"])}
     write_json(model / "clip" / "config.json", CLIP_CONFIG)
     write_params(model / "clip" / "model.safetensors", params, dtype=np.float16)
     write_json(model / "text_encoder" / "config.json", TEXT_CONFIG)
@@ -105,7 +108,10 @@ def _blemish(key: jax.Array, images: Float[Array, "b h w 3"]) -> Float[Array, "b
 
 # ------------------------------------------------------------------------------------------------------ autoencoder
 def train_vae(workdir: Path, *, seed: int, num_steps: int = 2400) -> None:
-    """Mean squared error, a little mean absolute error and a very small KL term; reports the PSNR on new backgrounds."""
+    """Squared error, a little absolute error and a very small KL term; then again, warm, with the squared error alone.
+
+    Reports the PSNR on backgrounds that training did not show.
+    """
     model = workdir / "model"
     vae = AutoencoderKL.from_config(VAE_CONFIG)
     params = _init(vae, seed, jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3)))
@@ -113,16 +119,27 @@ def train_vae(workdir: Path, *, seed: int, num_steps: int = 2400) -> None:
     def make_batch(step: int) -> Any:
         return pictures.training_batch(_generator(seed, 2, step), VAE_BATCH_SIZE, world.TRAIN_PROMPTS, IMAGE_SIZE)[0]
 
-    def loss_fn(params, images, key):
+    def loss_fn(params, images, key, absolute_weight):
         mean, log_variance = vae.apply({"params": params}, images, method=vae.encode)
         latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
         error = vae.apply({"params": params}, latents, method=vae.decode) - images
         squared = jnp.square(error).mean()
         kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance).mean()
-        loss = squared + 0.1 * jnp.abs(error).mean() + KL_WEIGHT * kl
+        loss = squared + absolute_weight * jnp.abs(error).mean() + KL_WEIGHT * kl
         return loss, {"psnr": 10 * jnp.log10(4 / squared), "kl": kl}
 
-    params = fit("vae", params, loss_fn, make_batch, num_steps=num_steps, learning_rate=2e-3, workdir=workdir, seed=seed)
+    # The second cycle was added because the first reached 24.1 dB on unseen backgrounds.
+    for name, absolute_weight, first_step in (("vae", 0.1, 0), ("vae_restart", 0.0, num_steps)):
+        params = fit(
+            name,
+            params,
+            functools.partial(loss_fn, absolute_weight=absolute_weight),
+            lambda step, first_step=first_step: make_batch(first_step + step),
+            num_steps=num_steps,
+            learning_rate=2e-3,
+            workdir=workdir,
+            seed=seed,
+        )
     encode = jax.jit(lambda images: vae.apply({"params": params}, images, method=vae.encode))
     images = pictures.training_batch(_generator(seed, 3), 2048, world.TRAIN_PROMPTS, IMAGE_SIZE)[0]
     mean, log_variance = encode(images)
@@ -152,7 +169,7 @@ def measure_autoencoder(folder: Path, seed: int, num_images: int = 1024) -> dict
 
 
 # ------------------------------------------------------------------------------------------------------------- UNet
-def train_unet(workdir: Path, *, seed: int, num_steps: int = 6000) -> None:
+def train_unet(workdir: Path, *, seed: int, num_steps: int = 4000) -> None:
     """Noise prediction on the latents of training captions only, min-SNR weighted; completes the pipeline folder."""
     model = workdir / "model"
     vae, vae_params = pipelines.read_vae(model / "vae")

@@ -118,3 +118,13 @@ ALL_PROMPTS: tuple[Prompt, ...] = tuple(
 TRAIN_PROMPTS, HELD_OUT_PROMPTS = _split()
 # Preference optimization samples for the captions the base model knows, and is judged on both sets.
 SPO_PROMPTS = TRAIN_PROMPTS
+
+
+def prompt_files() -> dict[str, str]:
+    """The prompt files that ship in ``spo_jax/emoji/prompts``, by name: one caption a line, in an order fixed by hash."""
+
+    def text(prompts: tuple[Prompt, ...]) -> str:
+        ordered = sorted(captions(prompts), key=lambda line: hashlib.sha256(f"order {line}".encode()).digest())
+        return "".join(f"{line}\n" for line in ordered)
+
+    return {"spo.txt": text(SPO_PROMPTS), "held_out.txt": text(HELD_OUT_PROMPTS)}
