@@ -1,7 +1,7 @@
 """Pictures from a pipeline folder, with or without adapters.
 
-    python -m spo_jax.generate --prompt="a fox on a teal background" --out=fox.png
-    python -m spo_jax.generate --model=DIR --lora=runs/tiny --prompts_file=prompts.txt --out=grid.png
+python -m spo_jax.generate --prompt="a fox on a teal background" --out=fox.png
+python -m spo_jax.generate --model=DIR --lora=runs/tiny --prompts_file=prompts.txt --out=grid.png
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def main() -> None:
     for start in range(0, len(prompts), BATCH_SIZE.value):
         texts = prompts[start : start + BATCH_SIZE.value]
         initial, noise = draw_noise(SEED.value, start, len(texts), pipeline.latent_shape, STEPS.value)
-        images = generate(
-            pipeline.params, variables, embed(texts), negative, initial, noise if ETA.value > 0 else None
-        )
+        images = generate(pipeline.params, variables, embed(texts), negative, initial, noise if ETA.value > 0 else None)
         pictures.append(to_uint8(images))
     images = np.concatenate(pictures)
     write_png(OUT.value, images[0] if len(images) == 1 else grid(images), ZOOM.value)

@@ -62,7 +62,9 @@ def read_lora(path: str | Path, shapes: Any) -> Any:
         for name, suffixes in _SUFFIXES.items():
             found = [f"{module}.{s}" for s in suffixes if f"{module}.{s}" in tensors]
             if not found:
-                raise UserError(f"LoRA file {file}: {module!r} has only one of its two matrices; the file is incomplete.")
+                raise UserError(
+                    f"LoRA file {file}: {module!r} has only one of its two matrices; the file is incomplete."
+                )
             pair[name] = tensors.pop(found[0]).T.astype(np.float32)
         rank = pair["A"].shape[1]
         if pair["A"].shape[0] != leaf.shape[0] or pair["B"].shape != (rank, leaf.shape[1]):
@@ -76,6 +78,8 @@ def read_lora(path: str | Path, shapes: Any) -> Any:
         for name, value in pair.items():
             lora[(*tree_path[:-1], name)] = jnp.asarray(value)
     if tensors or not lora:
-        problem = f"has keys that fit nothing in this UNet ({', '.join(sorted(tensors)[:3])})" if tensors else "is empty"
+        problem = (
+            f"has keys that fit nothing in this UNet ({', '.join(sorted(tensors)[:3])})" if tensors else "is empty"
+        )
         raise UserError(f"LoRA file {file} {problem}; it was made for another model or holds other kinds of adapters.")
     return flax.traverse_util.unflatten_dict(lora)

@@ -32,9 +32,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         return {k: np.asarray(v) for k, v in safetensors.flax.load_file(str(path)).items()}
     except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise UserError(
-            f"Weight file {path} is damaged or truncated ({error}); download or copy it again."
-        ) from error
+        raise UserError(f"Weight file {path} is damaged or truncated ({error}); download or copy it again.") from error
 
 
 def read_params(path: Path, shapes: Any, *, prefix: str = "") -> Any:

@@ -99,7 +99,13 @@ def sample_pool(
         carry = tuple(_choose(a, choice) for a in (candidates, x0, eps))
         return carry, (latents[:, 0], candidates, scores)
 
-    inputs = (timesteps[first:-1], previous_timesteps[first:-1], timesteps[first + 1 :], noise.candidates[:-1], noise.choices)
+    inputs = (
+        timesteps[first:-1],
+        previous_timesteps[first:-1],
+        timesteps[first + 1 :],
+        noise.candidates[:-1],
+        noise.choices,
+    )
     (latents, x0, eps), (starts, candidates, scores) = jax.lax.scan(pool_step, (latents, x0, eps), inputs)
 
     final = draw(x0, eps, timesteps[-1], previous_timesteps[-1], noise.candidates[-1])

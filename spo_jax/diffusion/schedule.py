@@ -15,10 +15,7 @@ from spo_jax.errors import UserError
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _SPACINGS = ("leading", "trailing", "linspace")
 # Fields that other samplers read, or that only matter together with a field that is refused.
-_INERT = (
-    "set_alpha_to_one clip_sample_range sample_max_value dynamic_thresholding_ratio skip_prk_steps interpolation_type "
-    "use_karras_sigmas variance_type sigma_min sigma_max timestep_type final_sigmas_type"
-).split()
+_INERT = ["set_alpha_to_one", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "skip_prk_steps", "interpolation_type", "use_karras_sigmas", "variance_type", "sigma_min", "sigma_max", "timestep_type", "final_sigmas_type"]
 
 
 @flax.struct.dataclass
@@ -60,7 +57,9 @@ def make_schedule(config: Mapping[str, Any], num_steps: int) -> Schedule:
         fields.pop("beta_end", 0.02),
         num_train,
     )
-    timesteps = _timesteps(fields.pop("timestep_spacing", "leading"), fields.pop("steps_offset", 0), num_train, num_steps)
+    timesteps = _timesteps(
+        fields.pop("timestep_spacing", "leading"), fields.pop("steps_offset", 0), num_train, num_steps
+    )
     prediction_type = _one_of("prediction_type", fields.pop("prediction_type", "epsilon"), PREDICTION_TYPES)
     for name, allowed in (
         ("clip_sample", False),
@@ -101,7 +100,9 @@ def _timesteps(spacing: str, offset: int, num_train: int, num_steps: int) -> np.
     else:
         steps = np.round(np.arange(num_train, 0, -num_train / num_steps)) - 1
     if steps.max() >= num_train:
-        raise UserError(f"{num_steps} sampling steps with steps_offset {offset} leave the {num_train} training timesteps.")
+        raise UserError(
+            f"{num_steps} sampling steps with steps_offset {offset} leave the {num_train} training timesteps."
+        )
     return steps.astype(np.int32)
 
 

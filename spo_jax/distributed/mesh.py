@@ -36,9 +36,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
 def check_divisible(name: str, size: int, mesh: Mesh) -> None:
     """Raises UserError if a global batch of ``size`` cannot be split evenly over the mesh."""
     if size % mesh.size:
-        raise UserError(
-            f"{name} = {size} cannot be split over {mesh.size} devices; make it a multiple of {mesh.size}."
-        )
+        raise UserError(f"{name} = {size} cannot be split over {mesh.size} devices; make it a multiple of {mesh.size}.")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

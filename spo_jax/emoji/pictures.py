@@ -46,9 +46,7 @@ def render_emoji(char: str, font_path: str = FONT_PATH) -> Float[np.ndarray, "12
         UserError: the font is not installed.
     """
     if not os.path.isfile(font_path):
-        raise UserError(
-            f"The emoji font {font_path} is missing: install the Debian package fonts-noto-color-emoji."
-        )
+        raise UserError(f"The emoji font {font_path} is missing: install the Debian package fonts-noto-color-emoji.")
     picture = Image.new("RGBA", (GLYPH_SHAPE[1], GLYPH_SHAPE[0]), (0, 0, 0, 0))
     # The font places its bitmaps relative to a baseline; anchor them by their box instead.
     left, top, _, _ = _font(font_path).getbbox(char)
@@ -112,9 +110,7 @@ def _rgb(hsv: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
     return value - value * saturation * np.clip(np.minimum(wheel, 4 - wheel), 0, 1)
 
 
-def named_backgrounds(
-    rng: np.random.Generator, color_index: Int[np.ndarray, " n"]
-) -> Float[np.ndarray, "n 3"]:
+def named_backgrounds(rng: np.random.Generator, color_index: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n 3"]:
     """One random shade of each named colour, RGB in [0, 1], from the ranges in `spo_jax.emoji.world.COLORS`."""
     ranges = np.array([COLORS[name] for name in COLOR_NAMES])[color_index]  # [n, 3, 2]
     return _rgb(rng.uniform(ranges[..., 0], ranges[..., 1]))
@@ -138,9 +134,7 @@ def _paste(
     return np.clip(pictures * 2 - 1, -1, 1)
 
 
-def _shaded(
-    rng: np.random.Generator, colors: Float[np.ndarray, "n 3"], size: int
-) -> Float[np.ndarray, "n s 1 3"]:
+def _shaded(rng: np.random.Generator, colors: Float[np.ndarray, "n 3"], size: int) -> Float[np.ndarray, "n s 1 3"]:
     """Flat colours that darken a little upwards or downwards."""
     slope = rng.uniform(-MAX_GRADIENT, MAX_GRADIENT, size=(len(colors), 1))
     ramp = np.linspace(0, 1, size)
@@ -188,18 +182,14 @@ def unseen_backgrounds(
 
     def colors() -> Float[np.ndarray, "n 3"]:
         lows, highs = _UNSEEN_HUES[rng.integers(len(_UNSEEN_HUES), size=count)].T
-        return _rgb(
-            np.stack([rng.uniform(lows, highs), rng.uniform(0.4, 1, count), rng.uniform(0.5, 1, count)], 1)
-        )
+        return _rgb(np.stack([rng.uniform(lows, highs), rng.uniform(0.4, 1, count), rng.uniform(0.5, 1, count)], 1))
 
     left, right = colors(), colors()
     flat = rng.random(count) < 0.5
     right[flat] = left[flat]
     ramp = np.linspace(0, 1, size)[:, None]
     background = left[:, None] * (1 - ramp) + right[:, None] * ramp  # [n, w, 3]
-    return _paste(
-        rng, concept_index, np.broadcast_to(background[:, None], (count, size, size, 3)).astype(np.float32)
-    )
+    return _paste(rng, concept_index, np.broadcast_to(background[:, None], (count, size, size, 3)).astype(np.float32))
 
 
 def training_batch(
@@ -261,9 +251,7 @@ def _sheet(path: str, columns: int = 16, zoom: int = 3) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command in this module's docstring; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spo_jax.emoji.pictures", description="Check the emoji world."
-    )
+    parser = argparse.ArgumentParser(prog="python -m spo_jax.emoji.pictures", description="Check the emoji world.")
     parser.add_argument("--check", action="store_true", help="compare the names with CLDR, and look for ink")
     parser.add_argument("--sheet", metavar="PNG", help="write a contact sheet here")
     args = parser.parse_args(argv)

@@ -21,18 +21,16 @@ from spo_jax.models.layers import activation, timestep_embedding
 
 # Fields of transformers' configs that do not change what the towers compute (training, text generation, bookkeeping).
 _INERT = frozenset(
-    "add_cross_attention architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id "
-    "chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout "
-    "dtype early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task "
-    "forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_factor initializer_range "
-    "is_decoder is_encoder_decoder label2id length_penalty logit_scale_init_value max_length min_length model_type "
-    "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states "
-    "output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict "
-    "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss "
-    "tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version "
-    "typical_p use_bfloat16 use_cache".split()
+    ["add_cross_attention", "architectures", "attention_dropout", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dropout", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label", "initializer_factor", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "logit_scale_init_value", "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "pad_token_id", "prefix", "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache"]
 )
-_TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps")
+_TOWER = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+)
 _TEXT = (*_TOWER, "vocab_size", "max_position_embeddings", "eos_token_id", "projection_dim")
 _VISION = (*_TOWER, "image_size", "patch_size", "projection_dim")
 _ACTIVATIONS = ("quick_gelu", "gelu")
@@ -102,7 +100,9 @@ class CLIPVisionTransformer(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dtype: jnp.dtype = jnp.float32, **kwargs) -> CLIPVisionTransformer:
         """Builds the tower from a parsed transformers vision config; an unsupported field raises UserError."""
-        fields = check_fields("CLIP vision", config, used=_VISION, fixed={"num_channels": (3,)}, inert=_INERT | {"eos_token_id"})
+        fields = check_fields(
+            "CLIP vision", config, used=_VISION, fixed={"num_channels": (3,)}, inert=_INERT | {"eos_token_id"}
+        )
         _check_activation("CLIP vision", fields)
         return cls(dtype=dtype, **fields, **kwargs)
 
@@ -146,9 +146,7 @@ class CLIPModel(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], *, step_aware: bool, dtype: jnp.dtype = jnp.float32
-    ) -> CLIPModel:
+    def from_config(cls, config: Mapping[str, Any], *, step_aware: bool, dtype: jnp.dtype = jnp.float32) -> CLIPModel:
         """Builds the model from a parsed transformers ``CLIPConfig``; an unsupported field raises UserError."""
         used = ("text_config", "vision_config", "projection_dim")
         inert = _INERT | {"text_config_dict", "vision_config_dict", "eos_token_id"}
@@ -219,7 +217,12 @@ class _VisionEmbeddings(nn.Module):
     def __call__(self, pixels):
         size = (self.patch_size, self.patch_size)
         patches = nn.Conv(
-            self.hidden_size, size, strides=size, padding="VALID", use_bias=False, dtype=self.dtype,
+            self.hidden_size,
+            size,
+            strides=size,
+            padding="VALID",
+            use_bias=False,
+            dtype=self.dtype,
             name="patch_embedding",
         )(pixels)
         patches = patches.reshape(pixels.shape[0], -1, self.hidden_size)
@@ -246,7 +249,11 @@ class _Encoder(nn.Module):
         for i in range(self.num_layers):
             previous = x
             x = _EncoderLayer(
-                self.num_heads, self.intermediate_size, self.hidden_act, self.layer_norm_eps, self.dtype,
+                self.num_heads,
+                self.intermediate_size,
+                self.hidden_act,
+                self.layer_norm_eps,
+                self.dtype,
                 name=f"layers_{i}",
             )(x, mask, time)
         return x, previous

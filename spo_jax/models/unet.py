@@ -22,11 +22,7 @@ from spo_jax.models.layers import (
     timestep_embedding,
 )
 
-_USED = (
-    "in_channels out_channels block_out_channels down_block_types up_block_types layers_per_block attention_head_dim "
-    "num_attention_heads cross_attention_dim transformer_layers_per_block use_linear_projection norm_num_groups "
-    "norm_eps flip_sin_to_cos freq_shift sample_size"
-).split()
+_USED = ["in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim", "num_attention_heads", "cross_attention_dim", "transformer_layers_per_block", "use_linear_projection", "norm_num_groups", "norm_eps", "flip_sin_to_cos", "freq_shift", "sample_size"]
 _FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None,),

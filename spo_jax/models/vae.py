@@ -13,10 +13,7 @@ from spo_jax.models.attention import multi_head_attention
 from spo_jax.models.config import check_fields
 from spo_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3, group_norm
 
-_USED = (
-    "in_channels out_channels latent_channels block_out_channels layers_per_block norm_num_groups scaling_factor "
-    "use_quant_conv use_post_quant_conv sample_size"
-).split()
+_USED = ["in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups", "scaling_factor", "use_quant_conv", "use_post_quant_conv", "sample_size"]
 _FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "latents_mean": (None,),
@@ -74,9 +71,7 @@ class AutoencoderKL(nn.Module):
         if self.use_post_quant_conv:
             self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
 
-    def encode(
-        self, images: Float[Array, "b H W 3"]
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    def encode(self, images: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         """Mean and log-variance (clipped to [-30, 20]) of the posterior, [B, h, w, latent_channels] each."""
         moments = self.encoder(images.astype(self.dtype))
         if self.use_quant_conv:

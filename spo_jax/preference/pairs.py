@@ -9,9 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from spo_jax.types import Pool, PreferencePairs
 
 
-def compare(
-    scores: Float[Array, " k"], threshold: float
-) -> tuple[Int[Array, ""], Int[Array, ""], Bool[Array, ""]]:
+def compare(scores: Float[Array, " k"], threshold: float) -> tuple[Int[Array, ""], Int[Array, ""], Bool[Array, ""]]:
     """Best and worst of k candidates, and whether the preference ``softmax([best, worst])`` is clear enough.
 
     Valid means ``p_best - p_worst > threshold``. A non-finite score makes the pair invalid.

@@ -92,8 +92,14 @@ def _headline(summary: Mapping[str, Any]) -> str:
     base, tuned, spread = summary["base"], summary["tuned"], summary["base_std"]
     gain = (tuned["colorfulness"] - base["colorfulness"]) / max(spread["colorfulness"], 1e-9)
     cards = (
-        (f"{summary['win_rate']:.1%}", "of the prompts: the tuned picture is the more colourful one (the true preference)."),
-        (f"{summary['win_rate_preference_score']:.1%}", "of the prompts: the preference model scores the tuned picture higher."),
+        (
+            f"{summary['win_rate']:.1%}",
+            "of the prompts: the tuned picture is the more colourful one (the true preference).",
+        ),
+        (
+            f"{summary['win_rate_preference_score']:.1%}",
+            "of the prompts: the preference model scores the tuned picture higher.",
+        ),
         (
             f"{base['colorfulness']:.1f} → {tuned['colorfulness']:.1f}",
             f"mean colourfulness, base → tuned: {gain:+.2f} standard deviations of the base model's pictures.",
@@ -116,7 +122,9 @@ def _pair(prompt: str, base: np.ndarray, tuned: np.ndarray) -> str:
     return f'<figure><div class="pair">{images}</div><figcaption>{_text(prompt)}</figcaption></figure>'
 
 
-def _curve(name: str, title: str, metrics: Sequence[Mapping[str, float | None]], width: int = 320, height: int = 130) -> str:
+def _curve(
+    name: str, title: str, metrics: Sequence[Mapping[str, float | None]], width: int = 320, height: int = 130
+) -> str:
     points = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
     if not points:
         return ""

@@ -125,9 +125,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             rollout = collect(params, state.lora, prompt_batch, rng.stream(root, "rollout", batch))
             num_valid = int(rollout.num_valid)
             sampled = time.time()
-            state, updates = run_updates(
-                config, update, state, params["unet"], prompt_batch, rollout, num_valid
-            )
+            state, updates = run_updates(config, update, state, params["unet"], prompt_batch, rollout, num_valid)
             num_scores = config.sampling.num_steps - config.sampling.num_plain_steps
             row = {
                 "epoch": batch // num_batches(len(prompts), config.prompts_per_batch),
@@ -204,9 +202,7 @@ def compile_programs(
         beta=config.loss.beta,
         clip_range=config.loss.clip_range,
     )
-    update = make_update(
-        loss_fn, optimizer, config.train.minibatch_size, lambda tree: constrain_batch(mesh, tree)
-    )
+    update = make_update(loss_fn, optimizer, config.train.minibatch_size, lambda tree: constrain_batch(mesh, tree))
     everywhere = replicated(mesh)
     return (
         jax.jit(collect, out_shardings=everywhere),

@@ -29,9 +29,7 @@ def reference(image: np.ndarray) -> float:
 def test_agrees_with_formula(seed):
     images = random_images(seed, 2, 3, 5, 7)
     expected = [[reference(image) for image in row] for row in images]
-    chex.assert_trees_all_close(
-        colorfulness(jnp.asarray(images)), jnp.asarray(expected, jnp.float32), rtol=1e-4
-    )
+    chex.assert_trees_all_close(colorfulness(jnp.asarray(images)), jnp.asarray(expected, jnp.float32), rtol=1e-4)
 
 
 def test_known_picture():
@@ -56,9 +54,7 @@ def test_place_of_pixels_does_not_matter(seed):
     image = random_images(seed, 6, 4)
     shuffled = np.random.default_rng(seed).permutation(image.reshape(-1, 3)).reshape(image.shape)
     for other in (shuffled, image[::-1], image[:, ::-1]):
-        np.testing.assert_allclose(
-            colorfulness(jnp.asarray(other)), colorfulness(jnp.asarray(image)), rtol=1e-4
-        )
+        np.testing.assert_allclose(colorfulness(jnp.asarray(other)), colorfulness(jnp.asarray(image)), rtol=1e-4)
 
 
 @few

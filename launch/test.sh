@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs everything the tests need into .venv and runs them; further arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/setup_venv.sh
+source launch/setup_venv.sh
+setup_venv requirements-test.txt
+export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
+exec .venv/bin/python -m pytest -q -n 2 "$@"
