@@ -19,7 +19,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     def guarded(_argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
-        if jax.config.jax_compilation_cache_dir is None:
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
             jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "spo_jax"))
         try:

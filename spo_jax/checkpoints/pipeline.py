@@ -1,4 +1,4 @@
-"""A diffusers pipeline folder: ``model_index.json``, ``unet/``, ``vae/``, ``text_encoder/``, ``tokenizer/``, ``scheduler/``."""
+"""A diffusers pipeline folder: ``model_index.json``, unet, vae, text_encoder, tokenizer, scheduler."""
 
 from __future__ import annotations
 

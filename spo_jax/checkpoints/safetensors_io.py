@@ -63,7 +63,7 @@ def read_params(path: Path, shapes: Any, *, prefix: str = "") -> Any:
             )
         array = tensors.pop(key)
         expected = names.torch_shape(tree_path, leaf.shape)
-        if array.shape != expected and array.reshape(array.shape + (1, 1)).shape == expected:
+        if array.shape != expected and (*array.shape, 1, 1) == expected:
             array = array[:, :, None, None]
         if array.shape != expected:
             raise UserError(

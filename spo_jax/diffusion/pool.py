@@ -63,8 +63,8 @@ def sample_pool(
         that collapses: training then sees the winners' trajectories only).
 
     Returns:
-      The pool. The network runs once a step: candidates are scored by the x0 they predict at the next timestep, and that
-      prediction serves the next step too. The last candidates are scored as they are, at timestep 0.
+      The pool. The network runs once a step: candidates are scored by the x0 they predict at the next timestep, and
+      that prediction serves the next step too. The last candidates are scored as they are, at timestep 0.
     """
     if continuation not in CONTINUATIONS:
         raise ValueError(f"continuation must be one of {CONTINUATIONS}, not {continuation!r}.")

@@ -15,7 +15,20 @@ from spo_jax.errors import UserError
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _SPACINGS = ("leading", "trailing", "linspace")
 # Fields that other samplers read, or that only matter together with a field that is refused.
-_INERT = ["set_alpha_to_one", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "skip_prk_steps", "interpolation_type", "use_karras_sigmas", "variance_type", "sigma_min", "sigma_max", "timestep_type", "final_sigmas_type"]
+_INERT = [
+    "set_alpha_to_one",
+    "clip_sample_range",
+    "sample_max_value",
+    "dynamic_thresholding_ratio",
+    "skip_prk_steps",
+    "interpolation_type",
+    "use_karras_sigmas",
+    "variance_type",
+    "sigma_min",
+    "sigma_max",
+    "timestep_type",
+    "final_sigmas_type",
+]
 
 
 @flax.struct.dataclass
@@ -93,6 +106,7 @@ def _timesteps(spacing: str, offset: int, num_train: int, num_steps: int) -> np.
     _one_of("timestep_spacing", spacing, _SPACINGS)
     if not 1 <= num_steps <= num_train:
         raise UserError(f"The number of sampling steps must be between 1 and {num_train}, not {num_steps}.")
+    steps: np.ndarray
     if spacing == "linspace":
         steps = np.linspace(0, num_train - 1, num_steps).round()[::-1]
     elif spacing == "leading":

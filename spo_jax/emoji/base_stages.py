@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def train_clip(workdir: Path, *, seed: int, num_steps: int = 1500) -> None:
     def make_batch(step: int) -> tuple[Any, Any]:
         generator = _generator(seed, 1, step)
         index = generator.choice(len(prompts), CLIP_BATCH_SIZE, replace=False)
-        return pictures.compose(generator, *prompts[index].T, size=IMAGE_SIZE), tokens[index]
+        concept, color = prompts[index].T
+        return pictures.compose(generator, concept, color, IMAGE_SIZE), tokens[index]
 
     def loss_fn(params, batch, key):
         images, tokens = batch
@@ -134,7 +136,7 @@ def train_vae(workdir: Path, *, seed: int, num_steps: int = 2400) -> None:
             name,
             params,
             functools.partial(loss_fn, absolute_weight=absolute_weight),
-            lambda step, first_step=first_step: make_batch(first_step + step),
+            functools.partial(_shifted, make_batch, first_step),
             num_steps=num_steps,
             learning_rate=2e-3,
             workdir=workdir,
@@ -148,6 +150,10 @@ def train_vae(workdir: Path, *, seed: int, num_steps: int = 2400) -> None:
     write_params(model / "vae" / "diffusion_pytorch_model.safetensors", params, dtype=np.float16)
     write_json(workdir / "vae_psnr.json", measure_autoencoder(model / "vae", seed))
     print((workdir / "vae_psnr.json").read_text(encoding="utf-8"))
+
+
+def _shifted(make_batch: Callable[[int], Any], first_step: int, step: int) -> Any:
+    return make_batch(first_step + step)
 
 
 def measure_autoencoder(folder: Path, seed: int, num_images: int = 1024) -> dict[str, float]:

@@ -37,7 +37,8 @@ def learn_merges(known: Iterable[str]) -> list[Merge]:
     """Byte-pair merges that make one token of each known word.
 
     Plain BPE training, each word counted once, until nothing is left to merge. The encoder applies merges in the
-    order of the list, as the training did, so a known word is sure to end as one token. (A chain of prefix merges per word
+    order of the list, as the training did, so a known word is sure to end as one token. (A chain of prefix merges
+    per word
     would not do that: "an" of one word would break the chain of "banana".)
 
     Args:

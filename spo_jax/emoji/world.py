@@ -121,7 +121,7 @@ SPO_PROMPTS = TRAIN_PROMPTS
 
 
 def prompt_files() -> dict[str, str]:
-    """The prompt files that ship in ``spo_jax/emoji/prompts``, by name: one caption a line, in an order fixed by hash."""
+    """The prompt files that ship in ``spo_jax/emoji/prompts``, by name: a caption a line, order fixed by hash."""
 
     def text(prompts: tuple[Prompt, ...]) -> str:
         ordered = sorted(captions(prompts), key=lambda line: hashlib.sha256(f"order {line}".encode()).digest())

@@ -22,7 +22,24 @@ from spo_jax.models.layers import (
     timestep_embedding,
 )
 
-_USED = ["in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim", "num_attention_heads", "cross_attention_dim", "transformer_layers_per_block", "use_linear_projection", "norm_num_groups", "norm_eps", "flip_sin_to_cos", "freq_shift", "sample_size"]
+_USED = [
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "down_block_types",
+    "up_block_types",
+    "layers_per_block",
+    "attention_head_dim",
+    "num_attention_heads",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
+    "use_linear_projection",
+    "norm_num_groups",
+    "norm_eps",
+    "flip_sin_to_cos",
+    "freq_shift",
+    "sample_size",
+]
 _FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None,),
@@ -95,7 +112,7 @@ class UNet2DConditionModel(nn.Module):
         name = "UNet2DConditionModel"
         fields = check_fields(name, config, used=_USED, fixed=_FIXED, inert=_INERT)
         num_blocks = len(fields.get("block_out_channels", cls.block_out_channels))
-        # diffusers' historical quirk: `attention_head_dim` holds the NUMBER of heads unless `num_attention_heads` is set.
+        # diffusers' historical quirk: `attention_head_dim` is the NUMBER of heads unless `num_attention_heads` is set.
         heads = fields.pop("attention_head_dim", 8)
         heads = fields.pop("num_attention_heads", None) or heads
         fields["num_attention_heads"] = per_block(heads, num_blocks, name, "attention_head_dim")

@@ -13,7 +13,18 @@ from spo_jax.models.attention import multi_head_attention
 from spo_jax.models.config import check_fields
 from spo_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3, group_norm
 
-_USED = ["in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups", "scaling_factor", "use_quant_conv", "use_post_quant_conv", "sample_size"]
+_USED = [
+    "in_channels",
+    "out_channels",
+    "latent_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "norm_num_groups",
+    "scaling_factor",
+    "use_quant_conv",
+    "use_post_quant_conv",
+    "sample_size",
+]
 _FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "latents_mean": (None,),

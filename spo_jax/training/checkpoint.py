@@ -46,8 +46,8 @@ def restore_latest(manager: ocp.CheckpointManager, template: Any) -> tuple[Any, 
         restored = manager.restore(step, args=args)
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise UserError(
-            f"Checkpoint {manager.directory / str(step)} cannot be restored ({str(error).splitlines()[0]}); delete it to "
-            "go on from the one before, or choose another --workdir."
+            f"Checkpoint {manager.directory / str(step)} cannot be restored ({str(error).splitlines()[0]}); delete it "
+            "to go on from the one before, or choose another --workdir."
         ) from error
     return restored.state, restored.extra or {}
 

@@ -91,7 +91,7 @@ def make_measure(
 
 
 def summarize(base: Measured, tuned: Measured) -> dict[str, Any]:
-    """Means of both models, the base model's spread over prompts, and the share of prompts on which the tuned one wins."""
+    """Means of both models, the base model's spread over prompts, and how often the tuned one wins."""
     names = ("preference_score", "colorfulness", "alignment_top1")
 
     def means(measured: Measured) -> dict[str, float]:

@@ -39,7 +39,8 @@ h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(-
 .card b { display: block; font-size: 1.9rem; color: var(--accent); }
 figure { margin: 0; } figcaption { font-size: .85rem; opacity: .8; }
 .pair { display: flex; gap: .5rem; } .pair div { font-size: .75rem; opacity: .9; }
-img { width: 128px; height: 128px; object-fit: contain; image-rendering: pixelated; border-radius: .3rem; display: block; }
+img { width: 128px; height: 128px; object-fit: contain; image-rendering: pixelated; border-radius: .3rem;
+  display: block; }
 svg { width: 100%; height: auto; } polyline { fill: none; stroke: var(--accent); stroke-width: 1.5; }
 svg text { font-size: 10px; fill: currentColor; opacity: .7; }
 table { border-collapse: collapse; } td, th { padding: .15rem .9rem .15rem 0; text-align: left; }
@@ -134,7 +135,8 @@ def _curve(
     down = height - 20 - (y - low) / max(high - low, 1e-12) * (height - 40)
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across, down, strict=True))
     return (
-        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(title)}"><polyline points="{line}"/>'
+        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(title)}">'
+        f'<polyline points="{line}"/>'
         f'<text x="5" y="12">{high:.4g}</text><text x="5" y="{height - 6}">{low:.4g}</text>'
         f'<text x="{width - 5}" y="{height - 6}" text-anchor="end">batch {int(x[-1])}</text></svg>'
         f"<figcaption>{_text(title)}: {y[0]:.4g} → {y[-1]:.4g}</figcaption></figure>"

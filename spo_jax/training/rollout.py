@@ -1,4 +1,4 @@
-"""The compiled programs of a sampling phase: text to embeddings, embeddings to pool to preference pairs, and pictures."""
+"""The compiled programs of a sampling phase: text to embeddings, embeddings to pool to pairs, and pictures."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -147,8 +148,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 write_lora(workdir, state.lora)
             if config.validation.every and (done or (batch + 1) % config.validation.every == 0):
                 rows = slice(0, config.validation.num_prompts)
-                some = held_out_batch.replace(
-                    embeddings=held_out_batch.embeddings[rows], scorer_text=held_out_batch.scorer_text[rows]
+                some = dataclasses.replace(
+                    held_out_batch,
+                    embeddings=held_out_batch.embeddings[rows],
+                    scorer_text=held_out_batch.scorer_text[rows],
                 )
                 shown = measure(params, state.lora, some, judge_text[rows], evaluation_key)
                 sheet = grid(to_uint8(shown.images))

@@ -97,8 +97,8 @@ def make_update(
       constrain_batch: places the gathered pairs over the devices.
 
     Returns:
-      ``update(state, params, prompts, pairs, order, count, start) -> (state, metrics)``, to be compiled once: ``order``
-      and ``count`` come from ``preference.pairs.compact``, ``start`` is a multiple of ``minibatch_size`` below ``count``.
+      ``update(state, params, prompts, pairs, order, count, start) -> (state, metrics)``, compiled once. ``order`` and
+      ``count`` come from ``preference.pairs.compact``; ``start`` is a multiple of ``minibatch_size`` below ``count``.
     """
 
     def update(
