@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup_venv.sh
 setup_venv requirements-test.txt
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
-exec .venv/bin/python -m pytest -q -n 2 "$@"
+exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"

@@ -1,0 +1,43 @@
+"""Runs the project's commands as a user would, on the shipped emoji model, as small as they can be."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "config.num_batches": 6,
+    "config.prompts_per_batch": 8,
+    "config.sampling.num_steps": 6,
+    "config.sampling.num_plain_steps": 2,
+    "config.sampling.num_candidates": 3,
+    "config.pairs.threshold": 0.05,
+    "config.train.minibatch_size": 16,
+    "config.checkpoint.every": 1,
+    "config.validation.every": 0,
+    "config.evaluation.num_prompts": 8,
+    "config.evaluation.batch_size": 8,
+}
+
+
+def environment(cache: Path, num_devices: int = 1) -> dict[str, str]:
+    """The environment of a command with so many simulated devices; programs are compiled once for all tests."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+    }
+
+
+def command(workdir: Path, **overrides) -> list[str]:
+    """The training command; ``sampling__num_steps=8`` stands for ``--config.sampling.num_steps=8``."""
+    options = SMALL | {"config." + key.replace("__", "."): value for key, value in overrides.items()}
+    flags = [f"--{key}={value}" for key, value in options.items()]
+    return [sys.executable, "-m", "spo_jax.main", "--config=configs/tiny.py", f"--workdir={workdir}", *flags]
+
+
+def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
+    """Runs to the end and returns exit code and output."""
+    return subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
