@@ -1,5 +1,9 @@
 """The authors' numbers (float32, computed by their released PyTorch code) and the tiny models that gave them."""
 
+import atexit
+import shutil
+import tarfile
+import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -7,12 +11,17 @@ import numpy as np
 
 from spo_jax.types import PoolNoise
 
-FOLDER = Path(__file__).parent / "golden"
+_STORED = Path(__file__).parent / "golden"
+# The models are packed, because 3 MB is what the tests may weigh.
+FOLDER = Path(tempfile.mkdtemp(prefix="spo_jax_golden_"))
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+with tarfile.open(_STORED / "models.tar.xz") as _archive:
+    _archive.extractall(FOLDER, filter="data")
 
 
 def load() -> dict[str, np.ndarray]:
     """All recorded arrays by name; images and latents are NCHW."""
-    with np.load(FOLDER / "golden.npz", allow_pickle=False) as stored:
+    with np.load(_STORED / "golden.npz", allow_pickle=False) as stored:
         return dict(stored)
 
 

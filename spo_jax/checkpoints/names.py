@@ -24,13 +24,17 @@ def torch_key(path: tuple[str, ...]) -> str:
     return ".".join([*parts, _LEAVES.get(leaf, leaf)])
 
 
-def legacy_vae_key(key: str) -> str:
-    """The key under which an old autoencoder checkpoint holds the mid-block attention's ``key``."""
-    if ".attentions.0." not in key:
-        return key
-    for new, old in _LEGACY_VAE.items():
-        key = key.replace(new, old)
-    return key
+def other_keys(key: str) -> list[str]:
+    """Other names under which published checkpoints hold ``key``: old autoencoders, and text encoders of transformers 5."""
+    others = []
+    if ".attentions.0." in key:
+        legacy = key
+        for new, old in _LEGACY_VAE.items():
+            legacy = legacy.replace(new, old)
+        others.append(legacy)
+    if key.startswith("text_model."):
+        others.append(key.removeprefix("text_model."))
+    return others
 
 
 def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -54,8 +54,7 @@ def read_params(path: Path, shapes: Any, *, prefix: str = "") -> Any:
     params = {}
     for tree_path, leaf in flax.traverse_util.flatten_dict(shapes).items():
         key = prefix + names.torch_key(tree_path)
-        if key not in tensors:
-            key = names.legacy_vae_key(key)
+        key = next((k for k in (key, *names.other_keys(key)) if k in tensors), key)
         if key not in tensors:
             raise UserError(
                 f"Weight file {path} has no key {key!r}, which its config.json asks for; "
