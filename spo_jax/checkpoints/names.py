@@ -25,7 +25,7 @@ def torch_key(path: tuple[str, ...]) -> str:
 
 
 def other_keys(key: str) -> list[str]:
-    """Other names under which published checkpoints hold ``key``: old autoencoders, and text encoders of transformers 5."""
+    """Other names under which checkpoints hold ``key``: old autoencoders, and text encoders of transformers 5."""
     others = []
     if ".attentions.0." in key:
         legacy = key

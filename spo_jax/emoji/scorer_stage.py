@@ -42,7 +42,7 @@ NUM_VALIDATION_PROMPTS = 160  # of the training captions; their pairs only measu
 VALIDATION_TIMESTEPS = (1, 251, 501, 701, 951)
 
 
-def train_scorer(workdir: Path, *, seed: int, num_steps: int = 700) -> None:
+def train_scorer(workdir: Path, *, seed: int, num_steps: int = 500) -> None:
     """Writes ``model/scorer`` and its accuracy on the validation prompts, ``scorer_accuracy.json``."""
     pipeline = read_pipeline(workdir / "model")
     plain_params = read_clip(workdir / "model" / "clip", step_aware=False)[1]
