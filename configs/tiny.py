@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     c.sampling.num_steps = 20  # N, DDIM steps of a trajectory
     c.sampling.num_plain_steps = 4  # d, first steps without candidates
     c.sampling.num_candidates = 4  # k, candidates at each later step
-    c.sampling.guidance_scale = 5.0  # w of classifier-free guidance, in sampling and in training
+    c.sampling.guidance_scale = 3.0  # w of classifier-free guidance, in sampling and training; SD1.5: 5
     c.sampling.eta = 1.0  # of DDIM; 0 would make all candidates equal
     c.sampling.continuation = "random"  # which candidate starts the next step; "win" is the paper's ablation
 

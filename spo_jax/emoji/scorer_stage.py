@@ -36,7 +36,7 @@ from spo_jax.training.rollout import make_decode
 TEMPERATURE = 10.0  # of the Bradley-Terry noise, in units of colourfulness
 PICTURES_PER_PROMPT = 4
 SAMPLING_STEPS = 10
-GUIDANCE_SCALE = 5.0
+GUIDANCE_SCALE = 3.0
 BATCH_SIZE = 32  # pairs
 NUM_VALIDATION_PROMPTS = 160  # of the training captions; their pairs only measure the accuracy
 VALIDATION_TIMESTEPS = (1, 251, 501, 701, 951)

@@ -165,7 +165,7 @@ def test_adapters_are_read_under_both_names_and_with_alpha(tmp_path, names, alph
     assert set(tensors) == {"unet.mid.to_out.0.lora_A.weight", "unet.mid.to_out.0.lora_B.weight"}
     renamed = {k.replace("lora_A", names[0]).replace("lora_B", names[1]): v for k, v in tensors.items()}
     if alpha is not None:
-        renamed["unet.mid.to_out.0.alpha"] = np.float32(alpha)
+        renamed["unet.mid.to_out.0.alpha"] = np.array(alpha, np.float32)
         lora["mid"]["to_out_0"]["B"] = lora["mid"]["to_out_0"]["B"] * np.float32(alpha / 2)
     write_tensors(tmp_path / FILE_NAME, renamed)
     chex.assert_trees_all_equal(read_lora(tmp_path, base), jax.tree.map(jnp.asarray, lora))
