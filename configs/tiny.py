@@ -16,13 +16,13 @@ def get_config() -> ConfigDict:
     c.seed = 0  # root of every random number of the run
     c.model = "emoji:model"  # diffusers pipeline folder; "emoji:" means the files that ship with the package
     c.prompts = "emoji:prompts/spo.txt"  # text lines, or a JSON list of {"caption": ...}
-    c.num_batches = 60  # batches of prompts to train on
+    c.num_batches = 40  # batches of prompts to train on
     c.prompts_per_batch = 16  # over all devices together
     c.dtype = "float32"  # of the frozen networks; "bfloat16" on accelerators
 
     c.sampling = ConfigDict()
-    c.sampling.num_steps = 20  # N, DDIM steps of a trajectory
-    c.sampling.num_plain_steps = 4  # d, first steps without candidates
+    c.sampling.num_steps = 10  # N, DDIM steps of a trajectory; SD1.5: 20
+    c.sampling.num_plain_steps = 2  # d, first steps without candidates; SD1.5: 4
     c.sampling.num_candidates = 4  # k, candidates at each later step
     c.sampling.guidance_scale = 3.0  # w of classifier-free guidance, in sampling and training; SD1.5: 5
     c.sampling.eta = 1.0  # of DDIM; 0 would make all candidates equal

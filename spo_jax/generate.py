@@ -20,7 +20,9 @@ PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "Text file or JSON list
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "What guidance moves away from.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise; picture i of a grid uses the i-th noise of the seed.")
 STEPS = flags.DEFINE_integer("steps", 20, "DDIM steps.", lower_bound=1)
-GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 3.0, "Weight of classifier-free guidance (Stable Diffusion: 5 to 7.5).")
+GUIDANCE_SCALE = flags.DEFINE_float(
+    "guidance_scale", 3.0, "Weight of classifier-free guidance (Stable Diffusion: 5 to 7.5)."
+)
 ETA = flags.DEFINE_float("eta", 0.0, "DDIM's eta: 0 deterministic, 1 as noisy as DDPM.", lower_bound=0.0)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the networks.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures at a time.", lower_bound=1)

@@ -1,0 +1,81 @@
+"""The figures of ``docs/emoji.md``: three seeds of the tiny recipe, and two ablations of the paper.
+
+    python -m spo_jax.emoji.study --config=configs/tiny.py --workdir=runs/study
+
+Each run is resumable and lives in a folder of its own; ``table.md`` is written anew after each of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from spo_jax import cli
+from spo_jax.checkpoints.pipeline import read_json
+from spo_jax.errors import UserError
+from spo_jax.training import spo
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py", "The recipe.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs and table.md.")
+ONLY = flags.DEFINE_list("only", [], "Names of the runs to make; all by default.")
+
+RUNS: dict[str, dict[str, Any]] = {
+    "seed 0": {"seed": 0},
+    "seed 1": {"seed": 1},
+    "seed 2": {"seed": 2},
+    "continue from the winner": {"sampling.continuation": "win"},
+    "told t = 0 always": {"scorer.step_aware": False},
+}
+SEEDS = [name for name in RUNS if name.startswith("seed")]
+COLUMNS = {
+    "win rate": lambda s: s["win_rate"],
+    "win rate by score": lambda s: s["win_rate_preference_score"],
+    "colourfulness, base": lambda s: s["base"]["colorfulness"],
+    "tuned": lambda s: s["tuned"]["colorfulness"],
+    "gain in base std": lambda s: (
+        (s["tuned"]["colorfulness"] - s["base"]["colorfulness"]) / s["base_std"]["colorfulness"]
+    ),
+    "alignment, base": lambda s: s["base"]["alignment_top1"],
+    "tuned ": lambda s: s["tuned"]["alignment_top1"],
+    "seconds": lambda s: s["seconds"],
+}
+
+
+def main() -> None:
+    """Makes the runs that are missing and writes the table."""
+    if WORKDIR.value is None:
+        raise UserError("--workdir is missing; for example --workdir=runs/study.")
+    workdir = Path(WORKDIR.value)
+    for name in ONLY.value or RUNS:
+        if name not in RUNS:
+            raise UserError(f"--only: there is no run {name!r}; the runs are {', '.join(RUNS)}.")
+        folder = workdir / name.replace(" ", "_").replace("=", "")
+        if not (folder / "summary.json").is_file():
+            config = copy.deepcopy(CONFIG.value)
+            config.update_from_flattened_dict(RUNS[name])
+            spo.train(config, folder)
+        write_table(workdir)
+
+
+def write_table(workdir: Path) -> None:
+    """Writes ``table.md`` from the summaries that are there."""
+    found = {name: workdir / name.replace(" ", "_").replace("=", "") / "summary.json" for name in RUNS}
+    rows = {
+        name: [value(read_json(path)) for value in COLUMNS.values()] for name, path in found.items() if path.is_file()
+    }
+    lines = ["| run | " + " | ".join(c.strip() for c in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{v:.3g}" for v in values) + " |" for name, values in rows.items()]
+    seeds = np.array([rows[name] for name in SEEDS if name in rows])
+    if len(seeds) == len(SEEDS):
+        spread = zip(seeds.mean(axis=0), seeds.std(axis=0, ddof=1), strict=True)
+        lines.insert(2 + len(SEEDS), "| mean ± std | " + " | ".join(f"{m:.3g} ± {s:.2g}" for m, s in spread) + " |")
+    (workdir / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)
