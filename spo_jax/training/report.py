@@ -36,7 +36,7 @@ h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(-
 .pictures { grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
 .curves { grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); }
 .card { background: var(--soft); border-radius: .6rem; padding: .8rem 1rem; }
-.card b { display: block; font-size: 1.9rem; color: var(--accent); }
+.card b { display: block; font-size: 1.6rem; color: var(--accent); }
 figure { margin: 0; } figcaption { font-size: .85rem; opacity: .8; }
 .pair { display: flex; gap: .5rem; } .pair div { font-size: .75rem; opacity: .9; }
 img { width: 128px; height: 128px; object-fit: contain; image-rendering: pixelated; border-radius: .3rem;
