@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,38 +53,55 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"File {path} is larger than {_MAX_JSON_BYTES} bytes, which no config is; refusing to read it.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"File {path} is not valid JSON ({error}); download or copy it again.") from error
     if not isinstance(value, dict):
         raise UserError(f"File {path} must hold a JSON object, not a {type(value).__name__}.")
     return value
 
 
+@contextlib.contextmanager
+def _read_config(folder: Path) -> Iterator[dict[str, Any]]:
+    """The folder's config.json; what is wrong with it inside the ``with`` becomes a UserError that names it."""
+    file = folder / "config.json"
+    config = read_json(file)
+    try:
+        yield config
+    except UserError as error:
+        raise UserError(f"File {file}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"File {file}: its values make no model ({reason}); download or copy it again.") from error
+
+
 def read_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
     """The UNet in ``folder`` and its parameters, both in ``dtype``."""
-    unet = UNet2DConditionModel.from_config(read_json(folder / "config.json"), dtype)
-    size = 2 ** (len(unet.block_out_channels) - 1)
-    shapes = param_shapes(
-        unet,
-        jnp.zeros((1, size, size, unet.in_channels)),
-        jnp.zeros(1),
-        jnp.zeros((1, 1, unet.cross_attention_dim)),
-        dtype=dtype,
-    )
+    with _read_config(folder) as config:
+        unet = UNet2DConditionModel.from_config(config, dtype)
+        size = 2 ** (len(unet.block_out_channels) - 1)
+        shapes = param_shapes(
+            unet,
+            jnp.zeros((1, size, size, unet.in_channels)),
+            jnp.zeros(1),
+            jnp.zeros((1, 1, unet.cross_attention_dim)),
+            dtype=dtype,
+        )
     return unet, read_params(folder / _DIFFUSION_WEIGHTS, shapes)
 
 
 def read_vae(folder: Path, dtype: Any = jnp.float32) -> tuple[AutoencoderKL, Any]:
     """The autoencoder in ``folder`` and its parameters, both in ``dtype``."""
-    vae = AutoencoderKL.from_config(read_json(folder / "config.json"), dtype)
-    shapes = param_shapes(vae, jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)), dtype=dtype)
+    with _read_config(folder) as config:
+        vae = AutoencoderKL.from_config(config, dtype)
+        shapes = param_shapes(vae, jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)), dtype=dtype)
     return vae, read_params(folder / _DIFFUSION_WEIGHTS, shapes)
 
 
 def read_text_encoder(folder: Path, dtype: Any = jnp.float32) -> tuple[CLIPTextModel, Any]:
     """The text encoder in ``folder`` and its parameters, both in ``dtype``."""
-    text_encoder = CLIPTextModel.from_config(read_json(folder / "config.json"), dtype)
-    shapes = param_shapes(text_encoder, jnp.zeros((1, 1), jnp.int32), dtype=dtype)
+    with _read_config(folder) as config:
+        text_encoder = CLIPTextModel.from_config(config, dtype)
+        shapes = param_shapes(text_encoder, jnp.zeros((1, 1), jnp.int32), dtype=dtype)
     return text_encoder, read_params(folder / _TRANSFORMERS_WEIGHTS, shapes)
 
 
@@ -95,9 +114,11 @@ def clip_shapes(clip: CLIPModel, dtype: Any = jnp.float32) -> Any:
 
 def read_clip(folder: Path, *, step_aware: bool, dtype: Any = jnp.float32) -> tuple[CLIPModel, Any]:
     """A CLIP in ``folder`` (``config.json``, ``model.safetensors``) and its parameters, both in ``dtype``."""
-    clip = CLIPModel.from_config(read_json(folder / "config.json"), step_aware=step_aware, dtype=dtype)
+    with _read_config(folder) as config:
+        clip = CLIPModel.from_config(config, step_aware=step_aware, dtype=dtype)
+        shapes = clip_shapes(clip, dtype)
     prefix = "model." if step_aware else ""
-    return clip, read_params(folder / _TRANSFORMERS_WEIGHTS, clip_shapes(clip, dtype), prefix=prefix)
+    return clip, read_params(folder / _TRANSFORMERS_WEIGHTS, shapes, prefix=prefix)
 
 
 def read_tokenizer(folder: Path) -> Any:

@@ -112,11 +112,12 @@ class CLIPTextOutput:
 class CLIPTextTransformer(nn.Module):
     """Causal text tower. Shapes: tokens int [B, L], L <= max_position_embeddings."""
 
+    # Defaults are transformers': it leaves fields that have them out of the config of a tower inside a CLIP.
     vocab_size: int = 49408
-    hidden_size: int = 768
-    intermediate_size: int = 3072
+    hidden_size: int = 512
+    intermediate_size: int = 2048
     num_hidden_layers: int = 12
-    num_attention_heads: int = 12
+    num_attention_heads: int = 8
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
@@ -223,7 +224,7 @@ class CLIPModel(nn.Module):
     @property
     def image_size(self) -> int:
         """Side of the square input image in pixels."""
-        return self.vision_config["image_size"]
+        return CLIPVisionTransformer.from_config(self.vision_config, parent=None).image_size
 
     def setup(self) -> None:
         self.text_model = CLIPTextTransformer.from_config(self.text_config, self.dtype)
@@ -232,7 +233,7 @@ class CLIPModel(nn.Module):
         self.visual_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), (), jnp.float32)
         if self.step_aware:
-            self.t_embedder = _TimeEmbedder(self.vision_config["hidden_size"], self.dtype)
+            self.t_embedder = _TimeEmbedder(self.vision_model.hidden_size, self.dtype)
 
     def image_features(
         self, pixels: Float[Array, "b H W 3"], timesteps: Num[Array, " b"] | None = None
