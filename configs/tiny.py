@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     c.scorer.step_aware = True  # False tells it t = 0 at every step (ablation)
 
     c.pairs = ConfigDict()
-    c.pairs.threshold = 0.3  # least p(win) - p(lose) for a pair to be used
+    c.pairs.threshold = 0.1  # least p(win) - p(lose) for a pair to be used; SD1.5: 0.3
 
     c.loss = ConfigDict()
     c.loss.beta = 10.0  # strength of the preference
@@ -44,8 +44,8 @@ def get_config() -> ConfigDict:
     c.lora.rank = 8  # inner dimension of the adapters; SD1.5: 4
 
     c.train = ConfigDict()
-    c.train.minibatch_size = 32  # pairs an update, over all devices together
-    c.train.learning_rate = 5e-4  # constant; SD1.5: 6e-5
+    c.train.minibatch_size = 16  # pairs an update, over all devices together
+    c.train.learning_rate = 1e-3  # constant; SD1.5: 6e-5
     c.train.adam_b1 = 0.9
     c.train.adam_b2 = 0.999
     c.train.adam_eps = 1e-8

@@ -17,7 +17,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """Prompts from a JSON list (of strings or of ``{"caption": ...}``) or from the non-empty lines of a text file.
 
     Raises:
-      UserError: the file is missing, larger than 64 MiB, not UTF-8, not valid JSON, or has no prompt in it.
+      UserError: the file is missing, unreadable, larger than 64 MiB, not UTF-8, not valid JSON, or has no prompt in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -26,12 +26,16 @@ def read_prompts(path: str | Path) -> list[str]:
         raise UserError(f"Prompt file {path} is larger than {MAX_BYTES} bytes; split it.")
     try:
         text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"Prompt file {path} cannot be read ({error.strerror}); check its permissions.") from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"Prompt file {path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); "
             "save it with UTF-8 encoding."
         ) from error
-    prompts = _from_json(path, text) if path.suffix == ".json" else [line.strip() for line in text.splitlines()]
+    # Not splitlines(): it also ends a line at characters such as U+2028, which may stand inside a caption.
+    is_json = path.suffix.lower() == ".json"
+    prompts = _from_json(path, text) if is_json else [line.strip() for line in text.replace("\r", "\n").split("\n")]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise UserError(f"Prompt file {path} is empty; write one prompt a line, or a JSON list of them.")
@@ -43,8 +47,10 @@ def _from_json(path: Path, text: str) -> list[str]:
         return []
     try:
         entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"Prompt file {path} is not valid JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:  # beyond JSONDecodeError: a number of 5,000 digits, endless brackets
+        raise UserError(
+            f"Prompt file {path} is not valid JSON ({error}); mend it, or give a text file with one prompt a line."
+        ) from error
     if not isinstance(entries, list):
         raise UserError(f"Prompt file {path} must hold a JSON list, not a {type(entries).__name__}.")
     return [_caption(path, i, entry) for i, entry in enumerate(entries)]
@@ -54,6 +60,8 @@ def _caption(path: Path, index: int, entry: Any) -> str:
     caption = entry.get("caption") if isinstance(entry, dict) else entry
     if not isinstance(caption, str):
         raise UserError(f'Prompt file {path}: entry {index} is neither a string nor an object with a "caption" string.')
+    if any("\ud800" <= character <= "\udfff" for character in caption):
+        raise UserError(f"Prompt file {path}: entry {index} is not valid Unicode (half a surrogate pair); mend it.")
     return caption.strip()
 
 

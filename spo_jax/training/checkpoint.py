@@ -62,7 +62,7 @@ def check_workdir(workdir: str | Path, config: dict[str, Any]) -> None:
     """Makes the folder and records ``config`` in it, or makes sure that the recorded one is the same.
 
     Raises:
-      UserError: the folder belongs to a run with another config; names the first key that differs.
+      UserError: the folder belongs to a run with another config (names the first key that differs), or cannot be made.
     """
     path = Path(workdir) / CONFIG_FILE
     if path.is_file():
@@ -77,10 +77,15 @@ def check_workdir(workdir: str | Path, config: dict[str, Any]) -> None:
                 "choose another --workdir, or start with the config of that run."
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be made or written ({error.strerror}); choose another --workdir."
+        ) from error
 
 
 def _first_difference(old: Any, new: Any, name: str) -> str | None:

@@ -54,14 +54,17 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
-    """The rows of a ``metrics.jsonl``; a last line that was cut off by a kill is left out."""
+    """The rows of a ``metrics.jsonl``; they end where a line is damaged, as a kill or a full disk leaves it."""
     rows = []
     if Path(path).is_file():
         for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
     return rows
 
 

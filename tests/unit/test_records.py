@@ -31,7 +31,9 @@ from spo_jax.types import TrainState
         ("p.txt", "a fox\n\n  an owl \n"),
         ("p.json", '[{"caption": "a fox", "id": 1}, {"caption": "an owl"}]'),
         ("p.json", '["a fox", "an owl"]'),
+        ("P.JSON", '["a fox", "an owl"]'),
         ("p.txt", "\ufeffa fox\nan owl"),
+        ("p.txt", "a fox\r\nan owl\r\n"),
     ],
 )
 def test_prompt_files(tmp_path, name, text):
@@ -48,12 +50,20 @@ def test_prompt_files(tmp_path, name, text):
         ("p.json", b"{}", "JSON list"),
         ("p.json", b'[{"text": "a"}]', "entry 0"),
         ("p.json", b"", "is empty"),
+        ("p.json", b"[" * 200_000, "not valid JSON"),
+        ("p.json", b"[" + b"1" * 5000 + b"]", "not valid JSON"),
+        ("p.json", b'["a fox", "a \\ud800 fox"]', "entry 1 is not valid Unicode"),
     ],
 )
 def test_bad_prompt_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_prompts(tmp_path / name)
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path):
+    (tmp_path / "p.txt").write_text("a fox\u2028on teal\x0b\nan owl", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == ["a fox\u2028on teal", "an owl"]
 
 
 @given(count=st.integers(1, 40), size=st.integers(1, 12), seed=st.integers(0, 99), epoch=st.integers(0, 3))
@@ -78,6 +88,18 @@ def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["loss"] is None
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"step": 3, "lo', "[3]\n", "3\n", '{"loss": 0.3}\n', '{"step": null}\n', "\0\0\0\n"]
+)
+def test_metrics_are_read_up_to_the_first_damaged_row(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n' + damage, encoding="utf-8")
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+    with MetricsWriter(tmp_path, resume_step=2) as writer:
+        writer.write(3, {"loss": 0.5})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -110,6 +132,14 @@ def test_workdir_of_another_config_is_refused_by_key(tmp_path):
     with pytest.raises(UserError, match=r"config\.train\.learning_rate was 0\.1 there and is 0\.2 now"):
         checkpoint.check_workdir(tmp_path / "w", {"seed": 0, "train": {"learning_rate": 0.2}})
     assert json.loads((tmp_path / "w" / "config.json").read_text(encoding="utf-8")) == config
+
+
+def test_workdir_that_cannot_be_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="cannot be made"):
+            checkpoint.check_workdir(workdir, {"seed": 0})
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
 # ---------------------------------------------------------------------------------------------------- safetensors
