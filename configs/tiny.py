@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.minibatch_size = 16  # pairs an update, over all devices together
-    c.train.learning_rate = 1e-3  # constant; SD1.5: 6e-5
+    c.train.learning_rate = 1e-4  # constant; SD1.5: 6e-5
     c.train.adam_b1 = 0.9
     c.train.adam_b2 = 0.999
     c.train.adam_eps = 1e-8
