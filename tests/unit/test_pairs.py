@@ -1,0 +1,87 @@
+"""Choosing and shuffling pairs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spo_jax.preference.pairs import compact, compare, make_pairs
+from spo_jax.types import Pool
+
+SCORES = st.lists(st.floats(-4, 4, width=16), min_size=2, max_size=6).map(lambda x: np.array(x, np.float32))
+
+
+@given(scores=SCORES, shift=st.floats(-8, 8, width=16), seed=st.integers(0, 1000))
+def test_comparison_sees_differences_only_and_no_order(scores, shift, seed):
+    win, lose, valid = compare(jnp.asarray(scores), 0.3)
+    shifted = compare(jnp.asarray(scores + np.float32(shift)), 0.3)  # 16-bit values: the sums are exact
+    assert (win, lose, valid) == tuple(shifted)
+    order = np.random.default_rng(seed).permutation(len(scores))
+    other_win, other_lose, other_valid = compare(jnp.asarray(scores[order]), 0.3)
+    assert scores[order][other_win] == scores[win] and scores[order][other_lose] == scores[lose]
+    assert other_valid == valid
+
+
+@given(scores=SCORES)
+def test_mirrored_scores_exchange_win_and_lose(scores):
+    win, lose, valid = compare(jnp.asarray(scores), 0.3)
+    mirrored_win, mirrored_lose, mirrored_valid = compare(jnp.asarray(-scores), 0.3)
+    assert (win, lose, valid) == (mirrored_lose, mirrored_win, mirrored_valid)
+
+
+@given(scores=SCORES, low=st.floats(0, 1), high=st.floats(0, 1))
+def test_a_higher_threshold_keeps_fewer(scores, low, high):
+    low, high = sorted((low, high))
+    assert compare(jnp.asarray(scores), high)[2] <= compare(jnp.asarray(scores), low)[2]
+    assert not compare(jnp.asarray(scores), 1.0)[2], "no preference is surer than certain"
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_equal_scores_and_not_a_number_make_no_pair(position):
+    assert not compare(jnp.full(3, 0.7), 0.0)[2]
+    assert not compare(jnp.array([0.0, 1.0, 2.0]).at[position].set(jnp.nan), 0.0)[2]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_order_belongs_to_the_key(seed):
+    valid = jnp.array([True, False, True, True, False, True])
+    a, b = (compact(jax.random.key(seed), valid)[0] for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_different_keys_give_different_orders():
+    valid = jnp.ones(20, bool).at[::3].set(False)
+    orders = jax.vmap(lambda key: compact(key, valid)[0])(jax.random.split(jax.random.key(1), 50))
+    assert len(np.unique(np.asarray(orders)[:, :13], axis=0)) == 50
+    # Pairs of early and of late steps meet in a minibatch: no place in the order belongs to one of them.
+    first = np.asarray(orders)[:, 0]
+    assert len(np.unique(first)) > 8 and (valid[first]).all()
+
+
+@pytest.mark.parametrize("valid", [False, True])
+def test_all_or_nothing(valid):
+    order, count = compact(jax.random.key(0), jnp.full(6, valid))
+    assert sorted(order.tolist()) == list(range(6)) and int(count) == 6 * valid
+    assert order.dtype == count.dtype == jnp.int32
+
+
+def test_pairs_of_one_step_and_prompt_come_from_its_candidates():
+    generator = np.random.default_rng(0)
+    steps, batch, k = 3, 2, 4
+    pool = Pool(
+        latents=jnp.arange(steps * batch, dtype=jnp.float32).reshape(steps, batch, 1, 1, 1),
+        candidates=jnp.arange(steps * batch * k, dtype=jnp.float32).reshape(steps, batch, k, 1, 1, 1),
+        scores=jnp.asarray(generator.standard_normal((steps, batch, k)), jnp.float32).at[1, 0].set(0.5),
+        timesteps=jnp.array([30, 20, 10]),
+        previous_timesteps=jnp.array([20, 10, 0]),
+    )
+    pairs = make_pairs(pool, 0.1)
+    assert pairs.valid.tolist() == [True, True, False, True, True, True]
+    np.testing.assert_array_equal(pairs.latents.ravel(), np.arange(6))
+    np.testing.assert_array_equal(pairs.win.ravel(), 4 * np.arange(6) + np.asarray(pool.scores).argmax(-1).ravel())
+    np.testing.assert_array_equal(pairs.lose.ravel(), 4 * np.arange(6) + np.asarray(pool.scores).argmin(-1).ravel())
+    np.testing.assert_array_equal(pairs.timesteps, [30, 30, 20, 20, 10, 10])
+    np.testing.assert_array_equal(pairs.previous_timesteps, [20, 20, 10, 10, 0, 0])
+    np.testing.assert_array_equal(pairs.prompt_index, [0, 1] * 3)

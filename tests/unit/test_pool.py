@@ -1,0 +1,129 @@
+"""The candidate pool: what is called how often, its edges, and what its random numbers are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from spo_jax.diffusion.pool import draw_pool_noise, sample_pool
+from spo_jax.diffusion.schedule import make_schedule
+
+CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+SHAPE = (2, 3, 1)
+
+
+def noise_of(seed, num_steps, plain, batch=2, candidates=3):
+    sizes = dict(num_steps=num_steps, num_plain_steps=plain, num_candidates=candidates)
+    return draw_pool_noise(jax.random.key(seed), batch, SHAPE, **sizes)
+
+
+def predict(latents, t):
+    return 0.3 * jnp.sin(latents) + t / 2000
+
+
+def score(x0, t):
+    return x0.sum((-1, -2, -3)) + t / 100
+
+
+def reference(schedule, noise, plain, continuation):
+    """ALGORITHM section 2, SD1.5, as a loop over steps in float64: starts, candidates, scores."""
+    alphas = np.asarray(schedule.alphas_cumprod, np.float64)
+    times, previous = np.asarray(schedule.timesteps), np.asarray(schedule.previous_timesteps)
+    noise = jax.tree.map(lambda x: np.asarray(x, np.float64), noise)
+
+    def x0_of(x, i):
+        a = alphas[times[i]]
+        return (x - np.sqrt(1 - a) * np.asarray(0.3 * np.sin(x) + times[i] / 2000)) / np.sqrt(a)
+
+    def step(x, i, z):
+        a, p = alphas[times[i]], alphas[previous[i]]
+        variance = (1 - p) / (1 - a) * (1 - a / p)
+        eps = 0.3 * np.sin(x) + times[i] / 2000
+        return np.sqrt(p) * x0_of(x, i) + np.sqrt(1 - p - variance) * eps + np.sqrt(variance) * z
+
+    x, starts, all_candidates, all_scores = noise.initial, [], [], []
+    for i in range(plain):
+        x = step(x, i, noise.plain[i])
+    for s, i in enumerate(range(plain, len(times))):
+        candidates = step(x[:, None], i, noise.candidates[s])
+        last = i == len(times) - 1
+        seen, t = (candidates, 0) if last else (x0_of(candidates, i + 1), times[i + 1])
+        scores = seen.sum((-1, -2, -3)) + t / 100
+        starts, all_candidates, all_scores = [*starts, x], [*all_candidates, candidates], [*all_scores, scores]
+        if not last:
+            choice = scores.argmax(1) if continuation == "win" else noise.choices[s].astype(int)
+            x = candidates[np.arange(len(x)), choice]
+    return np.stack(starts), np.stack(all_candidates), np.stack(all_scores)
+
+
+@pytest.mark.parametrize("continuation", ["random", "win"])
+@pytest.mark.parametrize("num_steps, plain", [(5, 0), (5, 4), (1, 0), (6, 2)])
+def test_every_split_into_plain_and_pool_steps(num_steps, plain, continuation):
+    """From no plain step to a single pool step: the loop in float64 gives the same pool."""
+    schedule, noise = make_schedule(CONFIG, num_steps), noise_of(num_steps, num_steps, plain)
+    pool = sample_pool(predict, score, schedule, noise, num_plain_steps=plain, continuation=continuation)
+    starts, candidates, scores = reference(schedule, noise, plain, continuation)
+    np.testing.assert_allclose(pool.latents, starts, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(pool.candidates, candidates, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(pool.scores, scores, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(pool.timesteps, schedule.timesteps[plain:])
+    np.testing.assert_array_equal(pool.previous_timesteps, schedule.previous_timesteps[plain:])
+
+
+def test_network_and_scorer_are_called_once_a_step_at_the_right_timesteps():
+    schedule, noise, plain, k = make_schedule(CONFIG, 7), noise_of(0, 7, 2), 2, 3
+    networks, scorers = [], []
+
+    def counted_predict(latents, t):
+        jax.debug.callback(lambda t, m=latents.shape[1]: networks.append((int(t), m)), t, ordered=True)
+        return predict(latents, t)
+
+    def counted_score(x0, t):
+        jax.debug.callback(lambda t, m=x0.shape[1]: scorers.append((int(t), m)), t, ordered=True)
+        return score(x0, t)
+
+    sample_pool(counted_predict, counted_score, schedule, noise, num_plain_steps=plain)
+    jax.effects_barrier()
+    times = schedule.timesteps.tolist()
+    assert networks == [(t, 1) for t in times[: plain + 1]] + [(t, k) for t in times[plain + 1 :]]
+    assert scorers == [(t, k) for t in times[plain + 1 :]] + [(0, k)]
+
+
+def test_random_continuation_does_not_look_at_the_scores():
+    schedule, noise = make_schedule(CONFIG, 5), noise_of(3, 5, 1)
+    pools = [sample_pool(predict, f, schedule, noise, num_plain_steps=1) for f in (score, lambda x, t: -score(x, t))]
+    np.testing.assert_array_equal(pools[0].candidates, pools[1].candidates)
+    np.testing.assert_array_equal(pools[0].scores, -pools[1].scores)
+
+
+def test_prompts_do_not_touch_each_other():
+    """The trajectory of a prompt depends on its own noise only."""
+    schedule, noise = make_schedule(CONFIG, 5), noise_of(4, 5, 1)
+    other = jax.tree.map(lambda x, y: x.at[:, 0].set(y[:, 0]), noise, noise_of(5, 5, 1))
+    other = other.replace(initial=noise.initial.at[0].add(1.0))
+    pools = [sample_pool(predict, score, schedule, n, num_plain_steps=1) for n in (noise, other)]
+    np.testing.assert_array_equal(pools[0].candidates[:, 1], pools[1].candidates[:, 1])
+    assert (pools[0].candidates[:, 0] != pools[1].candidates[:, 0]).all()
+
+
+def test_unknown_continuation_is_refused():
+    with pytest.raises(ValueError, match="lose"):
+        sample_pool(predict, score, make_schedule(CONFIG, 5), noise_of(0, 5, 1), num_plain_steps=1, continuation="lose")
+
+
+def test_random_numbers_are_standard_normal_and_choices_uniform():
+    noise = noise_of(0, 60, 20, batch=20, candidates=4)
+    values = [np.ravel(x) for x in (noise.initial, noise.plain, noise.candidates)]
+    for value in values:
+        assert scipy.stats.kstest(value, "norm").pvalue > 0.01
+    assert len(np.unique(np.concatenate(values))) > 0.99 * sum(map(len, values)), "no draw is used twice"
+    counts = np.bincount(np.ravel(noise.choices), minlength=4)
+    assert noise.choices.shape == (39, 20) and len(counts) == 4
+    assert scipy.stats.chisquare(counts).pvalue > 0.01
+
+
+def test_noise_is_that_of_its_key():
+    for a, b, c in zip(*(jax.tree.leaves(noise_of(seed, 5, 1)) for seed in (1, 1, 2)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert (a != c).any()

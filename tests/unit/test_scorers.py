@@ -1,0 +1,87 @@
+"""What the preference model is shown, and the score it gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spo_jax.preference.scorers import CLIP_MEAN, CLIP_STD, make_clip_scorer, preprocess_images
+
+
+@settings(max_examples=8)
+@given(
+    height=st.integers(8, 48), width=st.integers(8, 48), size=st.sampled_from([8, 14, 24]), seed=st.integers(0, 1000)
+)
+def test_any_picture_is_resized_cropped_and_normalised_as_by_pytorch(height, width, size, seed):
+    # Beyond [-1, 1] too: a decoder overshoots, and what bicubic makes of it is clipped only after the resize.
+    images = np.random.default_rng(seed).uniform(-1.5, 1.5, (1, height, width, 3)).astype(np.float32)
+    scale = size / min(height, width)
+    new = (int(height * scale + 0.5), int(width * scale + 0.5))
+    resized = torch.nn.functional.interpolate(
+        torch.from_numpy(images.transpose(0, 3, 1, 2)), size=new, mode="bicubic", align_corners=False, antialias=False
+    )
+    top, left = (new[0] - size) // 2, (new[1] - size) // 2
+    cropped = resized[:, :, top : top + size, left : left + size].permute(0, 2, 3, 1).numpy()
+    expected = (np.clip(cropped / 2 + 0.5, 0, 1) - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
+    ours = preprocess_images(jnp.asarray(images), size)
+    assert ours.shape == (1, size, size, 3)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("value, expected", [(-1.0, 0.0), (-7.0, 0.0), (0.0, 0.5), (1.0, 1.0), (3.0, 1.0)])
+def test_flat_pictures_stay_flat_and_are_clipped(value, expected):
+    pixels = preprocess_images(jnp.full((1, 10, 15, 3), value), 8)
+    normal = (expected - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
+    np.testing.assert_allclose(pixels, np.broadcast_to(normal, (1, 8, 8, 3)), rtol=0, atol=1e-5)
+
+
+def test_picture_of_the_right_size_is_not_touched_and_low_precision_is_left():
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)), jnp.bfloat16)
+    pixels = preprocess_images(images, 8)
+    assert pixels.dtype == jnp.float32
+    back = (pixels * jnp.array(CLIP_STD) + jnp.array(CLIP_MEAN) - 0.5) * 2
+    np.testing.assert_allclose(back, images.astype(jnp.float32), rtol=0, atol=1e-5)
+
+
+class FakeClip:
+    """Towers of one line each, so that the scorer's own arithmetic shows."""
+
+    image_size = 8
+
+    def __init__(self, step_aware):
+        self.step_aware = step_aware
+
+    def text_features(self, tokens):
+        return tokens.astype(jnp.bfloat16)
+
+    def image_features(self, pixels, timesteps=None):
+        assert (timesteps is not None) == self.step_aware
+        shift = 0 if timesteps is None else timesteps[:, None] / 100
+        return pixels.mean((1, 2)) + shift
+
+    def apply(self, variables, *inputs, method):
+        assert set(variables) == {"params"}
+        return method(*inputs)
+
+
+@pytest.mark.parametrize("step_aware", [False, True])
+def test_score_is_the_scaled_cosine(step_aware):
+    scorer, generator = make_clip_scorer(FakeClip(step_aware)), np.random.default_rng(0)
+    params = {"logit_scale": jnp.float32(1.5)}
+    images = jnp.asarray(generator.uniform(-1, 1, (4, 8, 8, 3)), jnp.float32)
+    tokens, times = jnp.asarray(generator.integers(1, 9, (4, 3))), jnp.array([0, 100, 500, 951])
+    text = scorer.encode_text(params, tokens)
+    np.testing.assert_allclose(jnp.linalg.norm(text, axis=1), 1, rtol=1e-6)
+    scores = scorer.score(params, images, text, times)
+    features = np.asarray(preprocess_images(images, 8)).mean((1, 2)) + (np.asarray(times)[:, None] / 100) * step_aware
+    for i in range(4):
+        a, b = features[i].astype(np.float64), np.asarray(tokens[i], np.float64)
+        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        np.testing.assert_allclose(scores[i], np.exp(1.5) * cosine, rtol=1e-4, atol=1e-5)
+    assert scores.dtype == text.dtype == jnp.float32
+    other = scorer.score(params, images, text, times + 100)
+    assert (np.asarray(other == scores)).all() == (not step_aware)
+    assert jax.jit(scorer.score)(params, images, text, times).shape == (4,)
