@@ -1,16 +1,20 @@
 """Random tiny models built by diffusers and transformers, saved, read by our reader, compared layer by layer."""
 
-import re
-
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
+from spo_jax.checkpoints.lora import read_lora
 from spo_jax.checkpoints.names import torch_key
 from spo_jax.checkpoints.pipeline import clip_shapes, read_clip, read_text_encoder, read_unet, read_vae
 from spo_jax.models import CLIPModel as OurCLIPModel
@@ -24,6 +28,7 @@ UNETS = {
         attention_head_dim=(2, 4, 6),
         cross_attention_dim=40,
         use_linear_projection=True,
+        layers_per_block=1,
     ),
     "deep": dict(
         block_out_channels=(24, 48),
@@ -32,7 +37,9 @@ UNETS = {
         attention_head_dim=(3, 6),
         cross_attention_dim=16,
         transformer_layers_per_block=(1, 2),
-        layers_per_block=1,
+        layers_per_block=(2, 1),
+        norm_num_groups=4,
+        norm_eps=1e-4,
         flip_sin_to_cos=False,
         freq_shift=1,
     ),
@@ -63,13 +70,16 @@ def randomize(module, seed):
 
 
 def torch_layers(module, *args, **kwargs):
-    """Output of the module and of each of its parts, by name, as NumPy arrays."""
-    outputs, handles = {}, []
+    """The module's result; and by name the channels-last output of each of its parts, with those that have weights."""
+    outputs, handles, weighted = {}, [], set()
 
     def hook(name):
-        def record(_module, _inputs, output):
+        def record(part, _inputs, output):
             if isinstance(output, torch.Tensor):
-                outputs[name] = output.numpy()
+                channels_first = output.ndim == 4 or isinstance(part, torch.nn.GroupNorm)
+                outputs[name] = np.moveaxis(output.numpy(), 1, -1) if channels_first else output.numpy()
+                if next(part.parameters(recurse=False), None) is not None:
+                    weighted.add(name)
 
         return record
 
@@ -79,32 +89,39 @@ def torch_layers(module, *args, **kwargs):
         result = module(*args, **kwargs)
     for handle in handles:
         handle.remove()
-    return result, outputs
+    return result, (outputs, weighted)
 
 
-def compare_layers(ours, theirs, least):
-    """Each captured layer of ours with the layer of the same name; at least ``least`` of them must be found."""
-    compared = 0
+def inside(layers, prefix):
+    """``layers`` of transformers 5, whose text encoder has dropped the ``prefix`` that all its checkpoints have."""
+    outputs, weighted = layers
+    return {prefix + name: value for name, value in outputs.items()}, {prefix + name for name in weighted}
+
+
+def compare_layers(ours, layers):
+    """Each captured layer of ours with the layer of the same name; every layer that has weights must be among them."""
+    theirs, weighted = layers
+    compared = set()
     for path, (value, *_) in flax.traverse_util.flatten_dict(ours).items():
         name = torch_key((*path[:-1], "")).removesuffix(".")
         if name not in theirs or not isinstance(value, jax.Array):
             continue
-        expected = theirs[name]
-        if expected.ndim == 4:
-            expected = expected.transpose(0, 2, 3, 1)
-        if expected.shape != value.shape:
-            continue
+        # Positions are flattened earlier or later, and position embeddings have no batch axis.
+        expected = theirs[name].reshape(value.shape)
         scale = max(1.0, np.abs(expected).max())
         np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * scale, err_msg=name)
-        compared += 1
-    assert compared >= least, f"only {compared} layers were compared"
+        compared.add(name)
+    assert len(weighted) > 10 and not weighted - compared, f"not compared: {sorted(weighted - compared)}"
 
 
 def first_weight_agrees(params, state_dict):
-    """One weight, before any forward pass."""
-    path, value = next(iter(flax.traverse_util.flatten_dict(params).items()))
-    key = torch_key(path)
-    np.testing.assert_array_equal(np.sort(np.ravel(value)), np.sort(state_dict[key].numpy().ravel()))
+    """One kernel, before any forward pass."""
+    flat = flax.traverse_util.flatten_dict(params)
+    path = next(p for p in flat if p[-1] == "kernel")
+    key = next(k for k in state_dict if torch_key(path).endswith(k))
+    theirs = state_dict[key].numpy()
+    theirs = theirs.transpose(2, 3, 1, 0) if theirs.ndim == 4 else theirs.T
+    np.testing.assert_array_equal(flat[path], theirs)
 
 
 def random(seed, *shape):
@@ -117,8 +134,8 @@ def nhwc(array):
 
 @pytest.mark.parametrize("name", UNETS)
 def test_unet(name, tmp_path):
-    config = SD15_BLOCKS | UNETS[name]
-    theirs = randomize(UNet2DConditionModel(sample_size=8, norm_num_groups=8, **config), seed=1)
+    config = SD15_BLOCKS | {"norm_num_groups": 8} | UNETS[name]
+    theirs = randomize(UNet2DConditionModel(sample_size=8, **config), seed=1)
     theirs.save_pretrained(tmp_path)
     unet, params = read_unet(tmp_path)
     first_weight_agrees(params, theirs.state_dict())
@@ -129,9 +146,33 @@ def test_unet(name, tmp_path):
     ours, captured = unet.apply(
         {"params": params}, nhwc(x), jnp.asarray(t), jnp.asarray(context), capture_intermediates=True
     )
-    compare_layers(captured["intermediates"], layers, least=80)
+    compare_layers(captured["intermediates"], layers)
     scale = max(1.0, np.abs(result.sample).max())
     np.testing.assert_allclose(ours, nhwc(result.sample.numpy()), rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_adapters_that_diffusers_saves_have_its_strength(tmp_path, with_config):
+    """peft's alpha need not be the rank; diffusers keeps it in the file's header."""
+    config = SD15_BLOCKS | {"norm_num_groups": 8, "layers_per_block": 1} | UNETS["sd15"]
+    theirs = UNet2DConditionModel(sample_size=8, **config)
+    theirs.save_pretrained(tmp_path)
+    _, params = read_unet(tmp_path)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    theirs.add_adapter(LoraConfig(r=2, lora_alpha=6 if with_config else 2, target_modules=targets))
+    randomize(theirs, seed=5)
+    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(theirs))
+    metadata = {"unet_lora_adapter_metadata": theirs.peft_config["default"].to_dict()} if with_config else {}
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=weights, **metadata)
+    ours = flax.traverse_util.flatten_dict(read_lora(tmp_path, params))
+    modules = {name: part for name, part in theirs.named_modules() if hasattr(part, "lora_A")}
+    assert len(ours) == 2 * len(modules) > 0
+    for path, value in ours.items():
+        part = modules[torch_key((*path[:-1], "")).removesuffix(".")]
+        assert part.scaling["default"] == (3 if with_config else 1)
+        expected = getattr(part, f"lora_{path[-1]}")["default"].weight.detach().numpy().T
+        expected = expected * np.float32(part.scaling["default"] if path[-1] == "B" else 1)
+        np.testing.assert_array_equal(value, expected, err_msg=str(path))
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -145,7 +186,7 @@ def test_autoencoder(name, tmp_path):
     images = random(2, 2, 3, 16, 8)
     result, layers = torch_layers(theirs, torch.from_numpy(images))
     ours, captured = vae.apply({"params": params}, nhwc(images), capture_intermediates=True)
-    compare_layers(captured["intermediates"], layers, least=20)
+    compare_layers(captured["intermediates"], layers)
     scale = max(1.0, np.abs(result.sample).max())
     np.testing.assert_allclose(ours, nhwc(result.sample.numpy()), rtol=0, atol=1e-4 * scale)
     with torch.no_grad():
@@ -161,12 +202,14 @@ def test_text_encoder(name, tmp_path):
     theirs = randomize(CLIPTextModel(CLIPTextConfig(**config)), seed=1)
     theirs.save_pretrained(tmp_path)
     model, params = read_text_encoder(tmp_path)
+    first_weight_agrees(params, theirs.state_dict())
     tokens = np.random.default_rng(4).integers(3, 58, (3, 7))
     tokens[:, 5] = 59
     result, layers = torch_layers(theirs, torch.from_numpy(tokens), output_hidden_states=True)
-    layers = {re.sub(r"^(?!text_model\.)", "text_model.", k): v for k, v in layers.items()}
     ours, captured = model.apply({"params": params}, jnp.asarray(tokens), capture_intermediates=True)
-    compare_layers(captured["intermediates"], layers, least=30)
+    if not hasattr(theirs, "text_model"):
+        layers = inside(layers, "text_model.")
+    compare_layers(captured["intermediates"], layers)
     np.testing.assert_allclose(ours.last_hidden_state, result.last_hidden_state.numpy(), rtol=0, atol=1e-4)
     np.testing.assert_allclose(ours.penultimate_hidden_state, result.hidden_states[-2].numpy(), rtol=0, atol=1e-4)
     np.testing.assert_allclose(ours.pooled, result.pooler_output.numpy(), rtol=0, atol=1e-4)
@@ -187,6 +230,7 @@ def plain_clip(tmp_path):
 def test_clip(plain_clip):
     theirs, folder = plain_clip
     clip, params = read_clip(folder, step_aware=False)
+    first_weight_agrees(params, theirs.state_dict())
     pixels, tokens = random(5, 3, 3, 20, 20), np.random.default_rng(6).integers(3, 58, (3, 7))
     tokens[:, 6] = 59
     inputs = dict(pixel_values=torch.from_numpy(pixels), input_ids=torch.from_numpy(tokens))
@@ -194,26 +238,36 @@ def test_clip(plain_clip):
     (image, text, scale), captured = clip.apply(
         {"params": params}, nhwc(pixels), jnp.asarray(tokens), capture_intermediates=True
     )
-    compare_layers(captured["intermediates"], layers, least=40)
+    compare_layers(captured["intermediates"], layers)
     np.testing.assert_allclose(image, result.image_embeds.numpy(), rtol=0, atol=1e-4)
     np.testing.assert_allclose(text, result.text_embeds.numpy(), rtol=0, atol=1e-4)
     np.testing.assert_allclose(scale * image @ text.T, result.logits_per_image.numpy(), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("timestep", [0, 1, 500, 999])
-def test_fresh_time_layers_are_the_identity(plain_clip, timestep):
-    """A step-aware CLIP that starts from a plain one gives its features at every timestep."""
+def test_fresh_time_layers_are_the_identity_at_every_timestep(plain_clip):
+    """A step-aware CLIP that starts from a plain one gives its features, whatever the timestep."""
     _, folder = plain_clip
     clip, params = read_clip(folder, step_aware=False)
     step_aware = OurCLIPModel(
         **{f: getattr(clip, f) for f in ("text_config", "vision_config", "projection_dim")}, step_aware=True
     )
-    pixels = nhwc(random(7, 2, 3, 20, 20))
-    times = jnp.full(2, timestep)
-    fresh = step_aware.init(jax.random.key(0), pixels, jnp.zeros((2, 7), jnp.int32), times)["params"]
+    pixels, first = nhwc(random(7, 2, 3, 20, 20)), jnp.zeros(2)
+    fresh = step_aware.init(jax.random.key(0), pixels, first, method=step_aware.image_features)["params"]
     flat = flax.traverse_util.flatten_dict(fresh) | flax.traverse_util.flatten_dict(params)
     merged = flax.traverse_util.unflatten_dict(flat)
     assert jax.tree.structure(merged) == jax.tree.structure(clip_shapes(step_aware))
-    ours = step_aware.apply({"params": merged}, pixels, times, method=step_aware.image_features)
     plain = clip.apply({"params": params}, pixels, method=clip.image_features)
-    np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5)
+    features = jax.jit(lambda times: step_aware.apply({"params": merged}, pixels, times, method="image_features"))
+
+    @given(times=st.lists(st.integers(0, 999), min_size=2, max_size=2))
+    def everywhere(times):
+        np.testing.assert_allclose(features(jnp.asarray(times)), plain, rtol=0, atol=1e-5)
+
+    everywhere()
+    # And the timestep is not merely ignored: moved time layers change the features, differently at different times.
+    merged["t_embedder"] = jax.tree.map(lambda x: x + 0.1, merged["t_embedder"])
+    layer = merged["vision_model"]["encoder"]["layers_0"]["adaLN_modulation_1"]
+    layer["kernel"] = layer["kernel"] + 0.1 * random(8, *layer["kernel"].shape)
+    moved = step_aware.apply({"params": merged}, pixels, jnp.array([0, 999]), method="image_features")
+    other = step_aware.apply({"params": merged}, pixels, jnp.array([999, 0]), method="image_features")
+    assert np.abs(moved - plain).max() > 1e-3 and np.abs(moved - other).max() > 1e-3
