@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,43 +15,63 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_CURVES = {
-    "preference_score_mean": "Preference score of the candidates, mean",
-    "loss": "Loss (starts at log 2 = 0.693)",
-    "valid_fraction": "Fraction of pairs with a clear preference",
-    "win_ratio": "Probability ratio of the better sample",
-    "lose_ratio": "Probability ratio of the worse sample",
-    "win_clipped": "Fraction of better samples clipped",
-    "lose_clipped": "Fraction of worse samples clipped",
-    "grad_norm": "Gradient norm",
-}
+# Title, what a good run looks like, and the series in it: (key of metrics.jsonl, name in the legend).
+_CURVES = (
+    (
+        "Preference score of the candidates, mean",
+        "Noisy, because each batch has other prompts.",
+        ("preference_score_mean",),
+    ),
+    (
+        "Preference score of the candidates, spread",
+        "Without spread there is nothing to choose from.",
+        ("preference_score_std",),
+    ),
+    ("Loss", "It starts at log 2 = 0.693, where better and worse are equally likely.", ("loss",)),
+    ("Fraction of pairs with a clear preference", "Only these are learned from.", ("valid_fraction",)),
+    (
+        "Probability ratio to the base model",
+        "The better sample should rise above the worse.",
+        ("win_ratio", "lose_ratio"),
+    ),
+    ("Fraction of ratios clipped", "Clipped samples no longer push.", ("win_clipped", "lose_clipped")),
+    ("Gradient norm", "It should stay of one size.", ("grad_norm",)),
+)
+_LEGEND = {"win": "better sample", "lose": "worse sample (dashed)"}
 _TIMES = {"seconds_sample": "sampling", "seconds_score": "scoring", "seconds_update": "updating"}
 _STYLE = """
-:root { color-scheme: light dark; --line: #8885; --soft: #8882; --accent: #0a7d6c; }
-@media (prefers-color-scheme: dark) { :root { --accent: #4fd1bd; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+:root { color-scheme: light dark; --line: #8885; --soft: #8881; --win: #0a7d6c; --lose: #b4501e; }
+@media (prefers-color-scheme: dark) { :root { --win: #4fd1bd; --lose: #f0a070; } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1110px; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-.lead { opacity: .75; margin-top: .2rem; }
-.cards, .pictures, .curves { display: grid; gap: 1rem; }
-.cards { grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); }
-.pictures { grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }
-.curves { grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); }
-.card { background: var(--soft); border-radius: .6rem; padding: .8rem 1rem; }
-.card b { display: block; font-size: 1.6rem; color: var(--accent); }
-figure { margin: 0; } figcaption { font-size: .85rem; opacity: .8; }
+.lead { opacity: .8; margin-top: .2rem; max-width: 46rem; }
+.cards, .pictures, .curves, .settings { display: grid; gap: 1rem; }
+.cards { grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); }
+.pictures { grid-template-columns: repeat(auto-fill, minmax(264px, 1fr)); row-gap: 1.4rem; }
+.curves { grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); }
+.settings { grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); align-items: start; }
+.card, .curves figure, .settings table { background: var(--soft); border-radius: .6rem; padding: .8rem 1rem; }
+.card { font-size: .9rem; }
+.card b { display: block; font-size: 1.25rem; color: var(--win); white-space: nowrap; }
+figure { margin: 0; } figcaption { font-size: .9rem; }
+.hint { display: block; font-size: .8rem; opacity: .8; }
 .pair { display: flex; gap: .5rem; } .pair div { font-size: .75rem; opacity: .9; }
 img { width: 128px; height: 128px; object-fit: contain; image-rendering: pixelated; border-radius: .3rem;
   display: block; }
-svg { width: 100%; height: auto; } polyline { fill: none; stroke: var(--accent); stroke-width: 1.5; }
-svg text { font-size: 10px; fill: currentColor; opacity: .7; }
-table { border-collapse: collapse; } td, th { padding: .15rem .9rem .15rem 0; text-align: left; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; } code { font-size: .9em; }
+svg { width: 100%; height: auto; display: block; margin-top: .4rem; }
+svg line { stroke: var(--line); }
+polyline { fill: none; stroke: var(--win); stroke-width: 1.6; stroke-linejoin: round; }
+polyline.lose { stroke: var(--lose); stroke-dasharray: 5 3; } .win { color: var(--win); } .lose { color: var(--lose); }
+svg text { font-size: 11px; fill: currentColor; opacity: .8; }
+table { border-collapse: collapse; } td, th { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; padding-right: 0; }
+code { font-size: .82rem; overflow-wrap: anywhere; }
 """
 
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
-    """Writes the summary as JSON; the file appears complete or not at all."""
-    _write(Path(path), json.dumps(summary, indent=2, sort_keys=True) + "\n")
+    """Writes the summary as JSON, complete or not at all; a number that is not finite becomes null."""
+    _write(Path(path), json.dumps(_finite(summary), indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_report(
@@ -68,18 +89,25 @@ def write_report(
       metrics: the rows of ``metrics.jsonl``.
       samples: prompt, and uint8 pictures [H, W, 3] of base and tuned model from the same noise.
     """
+    pictures = "".join(_pair(*sample) for sample in samples)
+    curves = "".join(_curve(title, hint, names, metrics) for title, hint, names in _CURVES)
     sections = [
         "<h1>Step-aware preference optimization</h1>",
-        f'<p class="lead">Seed {_text(summary["seed"])}, {_text(summary["num_prompts"])} held-out prompts, '
-        f"{_duration(summary['seconds'])} in all.</p>",
+        f'<p class="lead">A text-to-image model before (base) and after (tuned) learning from a preference model, '
+        f"compared on {_text(summary['num_prompts'])} prompts that it was not trained on. "
+        f"Seed {_text(summary['seed'])}, {_duration(summary['seconds'])} in all.</p>",
         _headline(summary),
         "<h2>Base and tuned model, same prompts, same noise</h2>",
-        f'<div class="pictures">{"".join(_pair(*sample) for sample in samples)}</div>',
+        f'<p class="lead">The first {len(samples)} prompts of the file, not a selection.</p>',
+        f'<div class="pictures">{pictures}</div>',
         "<h2>Training</h2>",
-        f'<div class="curves">{"".join(_curve(name, title, metrics) for name, title in _CURVES.items())}</div>',
-        _times(metrics),
+        f'<p class="lead">One point a batch of prompts, {len(metrics)} in all.</p>',
+        f'<div class="curves">{curves}</div>',
+        "<h2>Time</h2>",
+        _times(summary, metrics),
         "<h2>Settings</h2>",
-        f"<table>{''.join(_settings(summary['config']))}</table>",
+        '<p class="lead">Each can be set on the command line, as <code>--config.KEY=VALUE</code>.</p>',
+        f'<div class="settings">{_settings(summary["config"])}</div>',
     ]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -91,24 +119,32 @@ def write_report(
 
 def _headline(summary: Mapping[str, Any]) -> str:
     base, tuned, spread = summary["base"], summary["tuned"], summary["base_std"]
-    gain = (tuned["colorfulness"] - base["colorfulness"]) / max(spread["colorfulness"], 1e-9)
+
+    def change(name: str, form: str) -> str:
+        return f"{_number(base[name], form)} → {_number(tuned[name], form)}"
+
+    def gain(name: str) -> str:
+        before, after, deviation = base[name], tuned[name], spread.get(name)
+        if not (deviation and _is_finite(before) and _is_finite(after)):
+            return ""
+        return f" That is {(after - before) / deviation:+.2f} standard deviations of the base model's pictures."
+
     cards = (
         (
-            f"{summary['win_rate']:.1%}",
-            "of the prompts: the tuned picture is the more colourful one (the true preference).",
+            _number(summary["win_rate"], ".1%"),
+            "Win rate: on so many prompts the tuned picture is the more colourful one. Colourfulness is the "
+            "true preference, which training knows only through the preference model.",
         ),
         (
-            f"{summary['win_rate_preference_score']:.1%}",
-            "of the prompts: the preference model scores the tuned picture higher.",
+            _number(summary["win_rate_preference_score"], ".1%"),
+            "Win rate by score: on so many prompts the preference model scores the tuned picture higher.",
         ),
+        (change("colorfulness", ".1f"), f"Colourfulness, mean, base → tuned.{gain('colorfulness')}"),
+        (change("preference_score", ".2f"), f"Preference score, mean, base → tuned.{gain('preference_score')}"),
         (
-            f"{base['colorfulness']:.1f} → {tuned['colorfulness']:.1f}",
-            f"mean colourfulness, base → tuned: {gain:+.2f} standard deviations of the base model's pictures.",
-        ),
-        (f"{base['preference_score']:.2f} → {tuned['preference_score']:.2f}", "mean score by the preference model."),
-        (
-            f"{base['alignment_top1']:.1%} → {tuned['alignment_top1']:.1%}",
-            "text alignment: a CLIP finds the picture's own caption among all held-out ones.",
+            change("alignment_top1", ".1%"),
+            "Text alignment, base → tuned: how often a CLIP finds a picture's own prompt among all of these. "
+            "It should hardly drop.",
         ),
     )
     body = "".join(f'<div class="card"><b>{_text(value)}</b>{_text(meaning)}</div>' for value, meaning in cards)
@@ -124,38 +160,60 @@ def _pair(prompt: str, base: np.ndarray, tuned: np.ndarray) -> str:
 
 
 def _curve(
-    name: str, title: str, metrics: Sequence[Mapping[str, float | None]], width: int = 320, height: int = 130
+    title: str,
+    hint: str,
+    names: Sequence[str],
+    metrics: Sequence[Mapping[str, float | None]],
+    width: int = 320,
+    height: int = 150,
 ) -> str:
-    points = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
-    if not points:
+    """One picture with a line for each of ``names``; a row without a number leaves no point."""
+    series = {name: [(row["step"], row[name]) for row in metrics if _is_finite(row.get(name))] for name in names}
+    series = {name: np.array(points, float).T for name, points in series.items() if points}
+    if not series:
         return ""
-    x, y = np.array(points, float).T
-    low, high = float(y.min()), float(y.max())
-    across = (x - x.min()) / max(np.ptp(x), 1e-12) * (width - 10) + 5
-    down = height - 20 - (y - low) / max(high - low, 1e-12) * (height - 40)
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across, down, strict=True))
+    steps, values = np.concatenate(list(series.values()), axis=1)
+    first, last, low, high = steps.min(), steps.max(), values.min(), values.max()
+    top, bottom = 20, height - 20
+    lines, ends = [], []
+    for name, (x, y) in series.items():
+        kind = name.split("_")[0] if len(names) > 1 else "win"
+        across = 4 + (x - first) / max(last - first, 1e-12) * (width - 8)
+        down = bottom - 4 - (y - low) / max(high - low, 1e-12) * (bottom - top - 8)
+        points = [f"{a:.1f},{b:.1f}" for a, b in zip(across, down, strict=True)]
+        points = points if len(points) > 1 else [points[0], f"{across[0] + 3:.1f},{down[0]:.1f}"]
+        lines.append(f'<polyline class="{kind}" points="{" ".join(points)}"/>')
+        legend = f'<span class="{kind}">{_LEGEND[kind]}</span> ' if len(names) > 1 else ""
+        ends.append(f"{legend}{y[0]:.4g} → {y[-1]:.4g}")
     return (
-        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(title)}">'
-        f'<polyline points="{line}"/>'
-        f'<text x="5" y="12">{high:.4g}</text><text x="5" y="{height - 6}">{low:.4g}</text>'
-        f'<text x="{width - 5}" y="{height - 6}" text-anchor="end">batch {int(x[-1])}</text></svg>'
-        f"<figcaption>{_text(title)}: {y[0]:.4g} → {y[-1]:.4g}</figcaption></figure>"
+        f"<figure><figcaption><b>{_text(title)}</b>"
+        f'<span class="hint">{"; ".join(ends)}. {_text(hint)}</span></figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(title)}">'
+        f'<line x1="0" y1="{top}" x2="{width}" y2="{top}"/><line x1="0" y1="{bottom}" x2="{width}" y2="{bottom}"/>'
+        f'{"".join(lines)}<text x="0" y="{top - 5}">{high:.4g}</text><text x="0" y="{height - 6}">{low:.4g}</text>'
+        f'<text x="{width}" y="{height - 6}" text-anchor="end">batch {int(first)} to {int(last)}</text></svg></figure>'
     )
 
 
-def _times(metrics: Sequence[Mapping[str, float | None]]) -> str:
-    totals = {label: sum(row.get(key) or 0.0 for row in metrics) for key, label in _TIMES.items()}
-    return "<p>Time: " + ", ".join(f"{label} {_duration(seconds)}" for label, seconds in totals.items()) + ".</p>"
+def _times(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, float | None]]) -> str:
+    times = {"The whole run, with loading, compiling and measuring": summary["seconds"]}
+    if "seconds_training" in summary:
+        times["Training, with checkpoints and validation pictures"] = summary["seconds_training"]
+    for key, label in _TIMES.items():
+        times[f"of it {label}"] = sum(row.get(key) or 0.0 for row in metrics)
+    rows = (f'<tr><td>{_text(label)}</td><td class="n">{_duration(value)}</td></tr>' for label, value in times.items())
+    return f"<table>{''.join(rows)}</table>"
 
 
-def _settings(config: Mapping[str, Any], prefix: str = "") -> list[str]:
-    rows = []
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            rows += _settings(value, f"{prefix}{key}.")
-        else:
-            rows.append(f"<tr><td><code>{_text(prefix + key)}</code></td><td><code>{_text(value)}</code></td></tr>")
-    return rows
+def _settings(config: Mapping[str, Any], prefix: str = "") -> str:
+    """A table of this level's keys with their full names, then those of the levels below."""
+    rows = [
+        f"<tr><td><code>{_text(prefix + key)}</code></td><td><code>{_text(value)}</code></td></tr>"
+        for key, value in config.items()
+        if not isinstance(value, Mapping)
+    ]
+    below = [_settings(value, f"{prefix}{key}.") for key, value in config.items() if isinstance(value, Mapping)]
+    return (f"<table>{''.join(rows)}</table>" if rows else "") + "".join(below)
 
 
 def _data_uri(image: np.ndarray) -> str:
@@ -165,7 +223,24 @@ def _data_uri(image: np.ndarray) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{int(seconds // 60)} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if _is_finite(value) else "not finite"
 
 
 def _text(value: Any) -> str:
