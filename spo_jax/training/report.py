@@ -18,13 +18,13 @@ from PIL import Image
 # Title, what a good run looks like, and the series in it: (key of metrics.jsonl, name in the legend).
 _CURVES = (
     (
-        "Preference score of the candidates, mean",
-        "Noisy, because each batch has other prompts.",
+        "Preference score, mean",
+        "Of the candidates; noisy, because each batch has other prompts.",
         ("preference_score_mean",),
     ),
     (
-        "Preference score of the candidates, spread",
-        "Without spread there is nothing to choose from.",
+        "Preference score, spread",
+        "Its standard deviation; without it there is nothing to choose from.",
         ("preference_score_std",),
     ),
     ("Loss", "It starts at log 2 = 0.693, where better and worse are equally likely.", ("loss",)),
@@ -45,11 +45,13 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1110px; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 .lead { opacity: .8; margin-top: .2rem; max-width: 46rem; }
-.cards, .pictures, .curves, .settings { display: grid; gap: 1rem; }
+.cards, .pictures, .curves { display: grid; gap: 1rem; }
 .cards { grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); }
 .pictures { grid-template-columns: repeat(auto-fill, minmax(264px, 1fr)); row-gap: 1.4rem; }
 .curves { grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); }
-.settings { grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); align-items: start; }
+.settings { columns: 330px; column-gap: 1rem; }
+.settings table { width: 100%; border-collapse: separate; border-spacing: 0; break-inside: avoid; margin-bottom: 1rem; }
+.settings td:first-child { white-space: nowrap; } .settings td:last-child { width: 99%; }
 .card, .curves figure, .settings table { background: var(--soft); border-radius: .6rem; padding: .8rem 1rem; }
 .card { font-size: .9rem; }
 .card b { display: block; font-size: 1.25rem; color: var(--win); white-space: nowrap; }
@@ -65,7 +67,7 @@ polyline.lose { stroke: var(--lose); stroke-dasharray: 5 3; } .win { color: var(
 svg text { font-size: 11px; fill: currentColor; opacity: .8; }
 table { border-collapse: collapse; } td, th { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; padding-right: 0; }
-code { font-size: .82rem; overflow-wrap: anywhere; }
+code { font-size: .8rem; overflow-wrap: anywhere; }
 """
 
 
@@ -168,8 +170,8 @@ def _curve(
     height: int = 150,
 ) -> str:
     """One picture with a line for each of ``names``; a row without a number leaves no point."""
-    series = {name: [(row["step"], row[name]) for row in metrics if _is_finite(row.get(name))] for name in names}
-    series = {name: np.array(points, float).T for name, points in series.items() if points}
+    found = {name: [(row["step"], row[name]) for row in metrics if _is_finite(row.get(name))] for name in names}
+    series = {name: np.array(points, float).T for name, points in found.items() if points}
     if not series:
         return ""
     steps, values = np.concatenate(list(series.values()), axis=1)
