@@ -80,22 +80,6 @@ def _sprites_of_width(size: int, width: int, margin: int) -> Float[np.ndarray, "
     return sprites
 
 
-def make_sprites(size: int = 32, scale: float = 0.87) -> Float[np.ndarray, "n s s 4"]:
-    """Every concept's emoji in the middle of a transparent square of ``size`` pixels.
-
-    Args:
-        size: side in pixels.
-        scale: width of the emoji as a part of ``size``.
-
-    Returns:
-        float32 [len(CONCEPTS), size, size, 4] in [0, 1], the colours multiplied by alpha.
-
-    Raises:
-        UserError: the font is not installed.
-    """
-    return _sprites_of_width(size, round(scale * size), 0)
-
-
 @functools.cache
 def _sprite_bank(size: int) -> tuple[Float[np.ndarray, "k n p p 4"], int]:
     """The sprites at every scale with a margin of the greatest jitter (2 pixels of 32), and that margin."""
