@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from spo_jax.errors import UserError
 
@@ -30,16 +32,49 @@ def run(main: Callable[[], None]) -> NoReturn:
     app.run(guarded, flags_parser=_parse)
 
 
+def config_of(flag: flags.FlagHolder) -> ConfigDict:
+    """The config behind a ``--config`` flag.
+
+    Raises:
+      UserError: the flag is missing, or the file cannot be read or makes no ConfigDict.
+    """
+    if flag.value is None:
+        raise UserError(f"--{flag.name} is missing; for example --{flag.name}=configs/tiny.py.")
+    # ml_collections puts a placeholder of its own in the place of a file that cannot be read.
+    if not isinstance(flag.value, ConfigDict):
+        raise UserError(
+            f"--{flag.name} must name a Python file whose get_config() returns a ConfigDict; "
+            f"for example --{flag.name}=configs/tiny.py."
+        )
+    return flag.value
+
+
+def workdir_of(flag: flags.FlagHolder) -> Path:
+    """The folder behind a ``--workdir`` flag; UserError if it is missing or empty."""
+    if not flag.value:
+        raise UserError(f"--{flag.name} is missing; for example --{flag.name}=runs/a.")
+    return Path(flag.value)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv, known_only=False)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # ml_collections reports an unknown key or a value of the wrong type with Python's own exceptions.
-        message = " ".join(str(error).split()).strip("'\"")
-        _fail(f"{message or type(error).__name__} (see --help for the flags, and the config file for its keys)")
+        _fail(f"{_one_line(error)} (see --help for the flags, and the config file for its keys)")
+    except Exception as error:  # parsing runs the user's config file, in which anything may fail
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, SyntaxError) else f" ({Path(place.filename).name}, line {place.lineno})"
+        _fail(f"The config file does not run: {_one_line(error)}{where}; mend it and try again.")
     if len(rest) > 1:
         _fail(f"Unexpected argument {rest[1]!r}; every option is written --name=value.")
     return rest
+
+
+def _one_line(error: Exception) -> str:
+    # str() of a KeyError is the repr of its message.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _fail(message: str) -> NoReturn:

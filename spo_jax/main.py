@@ -7,13 +7,10 @@ Run the same command again to go on after an interruption.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 from ml_collections import config_flags
 
 from spo_jax import cli
-from spo_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/tiny.py.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, adapters and the report.")
@@ -21,13 +18,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics,
 
 def main() -> None:
     """Checks the two flags and hands over."""
-    if CONFIG.value is None:
-        raise UserError("--config is missing; for example --config=configs/tiny.py.")
-    if WORKDIR.value is None:
-        raise UserError("--workdir is missing; for example --workdir=runs/tiny.")
+    config, workdir = cli.config_of(CONFIG), cli.workdir_of(WORKDIR)
     from spo_jax.training import spo  # imports JAX models; a wrong flag should not wait for that
 
-    spo.train(CONFIG.value, Path(WORKDIR.value))
+    spo.train(config, workdir)
 
 
 if __name__ == "__main__":

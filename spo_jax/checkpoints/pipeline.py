@@ -159,7 +159,7 @@ def read_pipeline(folder: str | Path, dtype: Any = jnp.float32) -> Pipeline:
     unet, unet_params = read_unet(folder / "unet", dtype)
     vae, vae_params = read_vae(folder / "vae", dtype)
     text_encoder, text_params = read_text_encoder(folder / "text_encoder", dtype)
-    width = text_encoder.config["hidden_size"]
+    width = text_encoder.hidden_size
     if width != unet.cross_attention_dim:
         raise UserError(
             f"Pipeline {folder}: the text encoder gives {width} channels, but the UNet's cross_attention_dim is "

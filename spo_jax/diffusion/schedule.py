@@ -92,6 +92,17 @@ def make_schedule(config: Mapping[str, Any], num_steps: int) -> Schedule:
     )
 
 
+def check_trainable(schedule: Schedule) -> None:
+    """Raises UserError if a step has no noise, because its log-probability, which SPO learns from, is not finite."""
+    stuck = np.asarray(schedule.timesteps) == np.asarray(schedule.previous_timesteps)
+    if stuck.any():
+        raise UserError(
+            f"Scheduler config: {schedule.num_steps} sampling steps end at timestep {int(schedule.timesteps[-1])}, where "
+            "no noise is left to take away and nothing can be learned; set steps_offset to 1 in scheduler_config.json "
+            "(timestep_spacing leading), or use timestep_spacing trailing."
+        )
+
+
 def _betas(kind: str, start: float, end: float, count: int) -> np.ndarray:
     _one_of("beta_schedule", kind, ("linear", "scaled_linear", "squaredcos_cap_v2"))
     if kind == "linear":
@@ -112,7 +123,8 @@ def _timesteps(spacing: str, offset: int, num_train: int, num_steps: int) -> np.
     elif spacing == "leading":
         steps = (np.arange(num_steps) * (num_train // num_steps))[::-1] + offset
     else:
-        steps = np.round(np.arange(num_train, 0, -num_train / num_steps)) - 1
+        # Counting down in fractions ends, for some N (61 for example), one step too late, at timestep -1.
+        steps = (np.round(np.arange(num_train, 0, -num_train / num_steps)) - 1)[:num_steps]
     if steps.max() >= num_train:
         raise UserError(
             f"{num_steps} sampling steps with steps_offset {offset} leave the {num_train} training timesteps."

@@ -48,15 +48,13 @@ COLUMNS = {
 
 def main() -> None:
     """Makes the runs that are missing and writes the table."""
-    if WORKDIR.value is None:
-        raise UserError("--workdir is missing; for example --workdir=runs/study.")
-    workdir = Path(WORKDIR.value)
+    recipe, workdir = cli.config_of(CONFIG), cli.workdir_of(WORKDIR)
     for name in ONLY.value or RUNS:
         if name not in RUNS:
             raise UserError(f"--only: there is no run {name!r}; the runs are {', '.join(RUNS)}.")
         folder = workdir / name.replace(" ", "_").replace("=", "")
         if not (folder / "summary.json").is_file():
-            config = copy.deepcopy(CONFIG.value)
+            config = copy.deepcopy(recipe)
             config.update_from_flattened_dict(RUNS[name])
             spo.train(config, folder)
         write_table(workdir)

@@ -193,6 +193,11 @@ class CLIPTextModel(nn.Module):
         CLIPTextTransformer.from_config(config)
         return cls(config=flax.core.freeze(dict(config)), dtype=dtype)
 
+    @property
+    def hidden_size(self) -> int:
+        """D of the embeddings it gives."""
+        return CLIPTextTransformer.from_config(self.config, parent=None).hidden_size
+
     def setup(self) -> None:
         self.text_model = CLIPTextTransformer.from_config(self.config, self.dtype)
 

@@ -12,11 +12,12 @@ from spo_jax.types import Pool, PreferencePairs
 def compare(scores: Float[Array, " k"], threshold: float) -> tuple[Int[Array, ""], Int[Array, ""], Bool[Array, ""]]:
     """Best and worst of k candidates, and whether the preference ``softmax([best, worst])`` is clear enough.
 
-    Valid means ``p_best - p_worst > threshold``. A non-finite score makes the pair invalid.
+    Valid means ``p_best - p_worst > threshold``. One score that is not finite makes the pair invalid.
     """
     win, lose = jnp.argmax(scores), jnp.argmin(scores)
     margin = jnp.tanh((scores[win] - scores[lose]) / 2)  # = p_best - p_worst
-    return win.astype(jnp.int32), lose.astype(jnp.int32), margin > threshold
+    valid = (margin > threshold) & jnp.isfinite(scores).all()
+    return win.astype(jnp.int32), lose.astype(jnp.int32), valid
 
 
 def make_pairs(pool: Pool, threshold: float) -> PreferencePairs:

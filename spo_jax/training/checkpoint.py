@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,15 @@ def restore_latest(manager: ocp.CheckpointManager, template: Any) -> tuple[Any, 
         restored = manager.restore(step, args=args)
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise UserError(
-            f"Checkpoint {manager.directory / str(step)} cannot be restored ({str(error).splitlines()[0]}); delete it "
+            f"Checkpoint {manager.directory / str(step)} cannot be restored ({_first_words(error)}); delete it "
             "to go on from the one before, or choose another --workdir."
         ) from error
     return restored.state, restored.extra or {}
+
+
+def _first_words(error: Exception) -> str:
+    # TensorStore's messages hold whole specifications, thousands of characters long.
+    return textwrap.shorten(str(error).splitlines()[0] if str(error) else type(error).__name__, 200, placeholder=" ...")
 
 
 def close(manager: ocp.CheckpointManager) -> None:

@@ -22,7 +22,7 @@ from spo_jax.checkpoints.lora import write_lora
 from spo_jax.checkpoints.pipeline import Pipeline, read_clip, read_pipeline, read_tokenizer, tokenize
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
 from spo_jax.diffusion.guidance import make_guided_prediction
-from spo_jax.diffusion.schedule import Schedule, make_schedule
+from spo_jax.diffusion.schedule import Schedule, check_trainable, make_schedule
 from spo_jax.distributed.mesh import batch_sharding, check_divisible, constrain_batch, make_mesh, replicated
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
@@ -78,6 +78,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     scorer_tokenizer = read_tokenizer(resolve(config.scorer.tokenizer))
     params = jax.device_put({**pipeline.params, "scorer": scorer_params, "judge": judge_params}, everywhere)
     schedule = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
+    check_trainable(schedule)
     encode = jax.jit(make_encode(pipeline, scorer))
 
     # --------------------------------------------------------------------------------------------------------- state

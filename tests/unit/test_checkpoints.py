@@ -21,7 +21,7 @@ from spo_jax.checkpoints.lora import FILE_NAME, read_lora, write_lora
 from spo_jax.checkpoints.pipeline import read_clip, read_json, read_text_encoder, read_unet, read_vae
 from spo_jax.checkpoints.safetensors_io import param_shapes, read_params, read_tensors, write_params, write_tensors
 from spo_jax.errors import UserError
-from spo_jax.models import CLIPModel, UNet2DConditionModel
+from spo_jax.models import CLIPModel, CLIPTextModel, UNet2DConditionModel
 from spo_jax.models.clip import CLIPTextTransformer, CLIPVisionTransformer
 from spo_jax.models.lora import TARGETS, init_lora
 from tests.golden_data import FOLDER
@@ -166,6 +166,10 @@ def test_config_that_is_not_supported_is_refused_by_file_and_field(tmp_path, nam
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "config.json"))) as caught:
         READERS[name](tmp_path)
     assert field in str(caught.value)
+
+
+def test_width_of_a_text_encoder_whose_config_leaves_it_out():
+    assert CLIPTextModel.from_config({}).hidden_size == CLIPTextConfig().hidden_size
 
 
 @pytest.mark.parametrize(

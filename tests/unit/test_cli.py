@@ -40,6 +40,7 @@ def sentence(result):
     [
         ((), "--config is missing"),
         ((TINY,), "--workdir is missing"),
+        ((TINY, "--workdir="), "--workdir is missing"),
         ((TINY, "--workdir={}", "more"), "Unexpected argument 'more'"),
         ((TINY, "--workdri={}"), "Did you mean: workdir"),
         ((TINY, "--workdir={}", "--config.train.learning_rat=1"), "learning_rate"),
@@ -51,6 +52,35 @@ def test_mistakes_in_flags(tmp_path, arguments, words):
     workdir = tmp_path / "w"
     assert words in sentence(run("spo_jax.main", *(argument.format(workdir) for argument in arguments)))
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("def get_config(:", "invalid syntax (mine.py, line 1)"),
+        ("import nowhere_to_be_found", "No module named 'nowhere_to_be_found' (mine.py, line 1)"),
+        ("def get_config():\n    return 1 / 0", "division by zero (mine.py, line 2)"),
+        ("def get_config():\n    return {'seed': 0}", "returns a ConfigDict"),
+        ("seed = 0", "get_config"),
+    ],
+)
+def test_a_config_file_that_makes_no_config(tmp_path, content, words):
+    (tmp_path / "mine.py").write_text(content + "\n", encoding="utf-8")
+    workdir = tmp_path / "w"
+    assert words in sentence(run("spo_jax.main", f"--config={tmp_path / 'mine.py'}", f"--workdir={workdir}"))
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("config", ["", ".", "configs/none.py"])
+def test_a_config_that_is_no_file(tmp_path, config):
+    assert "--config must name a Python file" in sentence(
+        run("spo_jax.main", f"--config={config}", f"--workdir={tmp_path / 'w'}")
+    )
+
+
+def test_an_unknown_key_is_quoted_once(tmp_path):
+    words = sentence(run("spo_jax.main", TINY, f"--workdir={tmp_path / 'w'}", "--config.trin.x=1"))
+    assert "\\" not in words and 'Did you mean "train"' in words
 
 
 def test_generate_has_the_same_manners(tmp_path):

@@ -39,9 +39,10 @@ def test_a_higher_threshold_keeps_fewer(scores, low, high):
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_equal_scores_and_not_a_number_make_no_pair(position):
+def test_equal_scores_and_scores_that_are_not_finite_make_no_pair(position):
     assert not compare(jnp.full(3, 0.7), 0.0)[2]
-    assert not compare(jnp.array([0.0, 1.0, 2.0]).at[position].set(jnp.nan), 0.0)[2]
+    for value in (jnp.nan, jnp.inf, -jnp.inf):
+        assert not compare(jnp.array([0.0, 1.0, 2.0]).at[position].set(value), 0.0)[2]
 
 
 @pytest.mark.parametrize("seed", [0, 7])

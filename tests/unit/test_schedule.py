@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_jax.diffusion.schedule import make_schedule
+from spo_jax.diffusion.schedule import check_trainable, make_schedule
 from spo_jax.errors import UserError
 
 CONFIGS = st.fixed_dictionaries(
@@ -41,6 +41,37 @@ def test_trailing_starts_at_the_last_training_timestep(num_steps):
     ours = make_schedule({"timestep_spacing": "trailing"}, num_steps)
     np.testing.assert_array_equal(ours.timesteps, theirs.timesteps.numpy())
     assert ours.timesteps[0] == 999
+
+
+@given(num_train=st.sampled_from([100, 1000]), data=st.data())
+def test_trailing_has_as_many_timesteps_as_asked_for(num_train, data):
+    """Where diffusers, counting down in fractions, now and then adds a timestep -1."""
+    num_steps = data.draw(st.integers(1, num_train))
+    config = {"timestep_spacing": "trailing", "num_train_timesteps": num_train}
+    timesteps = np.asarray(make_schedule(config, num_steps).timesteps)
+    assert len(timesteps) == num_steps and timesteps[0] == num_train - 1 and timesteps[-1] >= 0
+    assert (np.diff(timesteps) < 0).all()
+    theirs = DDIMScheduler(**config)
+    theirs.set_timesteps(num_steps)
+    np.testing.assert_array_equal(timesteps, theirs.timesteps.numpy()[:num_steps])
+
+
+@pytest.mark.parametrize(
+    "config, num_steps, trainable",
+    [
+        ({"steps_offset": 1}, 20, True),
+        ({"steps_offset": 0}, 20, False),
+        ({"timestep_spacing": "trailing"}, 61, True),
+        ({"timestep_spacing": "linspace"}, 20, False),
+    ],
+)
+def test_a_schedule_that_ends_without_noise_is_refused_for_training(config, num_steps, trainable):
+    schedule = make_schedule(config, num_steps)
+    if trainable:
+        check_trainable(schedule)
+    else:
+        with pytest.raises(UserError, match="20 sampling steps end at timestep 0"):
+            check_trainable(schedule)
 
 
 @given(config=CONFIGS, num_steps=st.integers(1, 60))
