@@ -97,7 +97,7 @@ def check_trainable(schedule: Schedule) -> None:
     stuck = np.asarray(schedule.timesteps) == np.asarray(schedule.previous_timesteps)
     if stuck.any():
         raise UserError(
-            f"Scheduler config: {schedule.num_steps} sampling steps end at timestep {int(schedule.timesteps[-1])}, where "
+            f"Scheduler config: {schedule.num_steps} sampling steps end at {int(schedule.timesteps[-1])}, where "
             "no noise is left to take away and nothing can be learned; set steps_offset to 1 in scheduler_config.json "
             "(timestep_spacing leading), or use timestep_spacing trailing."
         )

@@ -36,7 +36,7 @@ from spo_jax.preference.scorers import preprocess_images
 CLIP_BATCH_SIZE = 128
 VAE_BATCH_SIZE = 32
 UNET_BATCH_SIZE = 64
-LATENT_BANK = 40_960  # pictures that are encoded once and then serve the whole training of the UNet
+LATENT_BANK = 65_536  # pictures that are encoded once and then serve the whole training of the UNet
 CAPTION_DROPOUT = 0.1
 KL_WEIGHT = 1e-4
 MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
@@ -175,7 +175,7 @@ def measure_autoencoder(folder: Path, seed: int, num_images: int = 1024) -> dict
 
 
 # ------------------------------------------------------------------------------------------------------------- UNet
-def train_unet(workdir: Path, *, seed: int, num_steps: int = 4000) -> None:
+def train_unet(workdir: Path, *, seed: int, num_steps: int = 7500) -> None:
     """Noise prediction on the latents of training captions only, min-SNR weighted; completes the pipeline folder."""
     model = workdir / "model"
     vae, vae_params = pipelines.read_vae(model / "vae")

@@ -55,8 +55,8 @@ VAE_CONFIG = {
 UNET_CONFIG = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
-    "attention_head_dim": 4,
-    "block_out_channels": [48, 96],
+    "attention_head_dim": 2,
+    "block_out_channels": [64, 128],
     "center_input_sample": False,
     "cross_attention_dim": _TOWER["hidden_size"],
     "down_block_types": ["CrossAttnDownBlock2D"] * 2,

@@ -36,13 +36,14 @@ from spo_jax.training.rollout import make_decode
 TEMPERATURE = 10.0  # of the Bradley-Terry noise, in units of colourfulness
 PICTURES_PER_PROMPT = 4
 SAMPLING_STEPS = 10
-GUIDANCE_SCALE = 3.0
-BATCH_SIZE = 32  # pairs
+GUIDANCE_SCALE = 2.0
+PROMPTS_PER_BATCH = 16  # each gives the six pairs of its four pictures
 NUM_VALIDATION_PROMPTS = 160  # of the training captions; their pairs only measure the accuracy
 VALIDATION_TIMESTEPS = (1, 251, 501, 701, 951)
+FIRST, SECOND = np.triu_indices(PICTURES_PER_PROMPT, 1)
 
 
-def train_scorer(workdir: Path, *, seed: int, num_steps: int = 500) -> None:
+def train_scorer(workdir: Path, *, seed: int, num_steps: int = 1500) -> None:
     """Writes ``model/scorer`` and its accuracy on the validation prompts, ``scorer_accuracy.json``."""
     pipeline = read_pipeline(workdir / "model")
     plain_params = read_clip(workdir / "model" / "clip", step_aware=False)[1]
@@ -60,55 +61,57 @@ def train_scorer(workdir: Path, *, seed: int, num_steps: int = 500) -> None:
     validation, training = prompt_order[:NUM_VALIDATION_PROMPTS], prompt_order[NUM_VALIDATION_PROMPTS:]
     predict_clean = _make_predict_clean(pipeline, negative)
 
-    def draw_pairs(generator: np.random.Generator, prompts: np.ndarray, count: int):
-        prompt = generator.choice(prompts, count)
-        first = generator.integers(PICTURES_PER_PROMPT, size=count)
-        second = (first + generator.integers(1, PICTURES_PER_PROMPT, size=count)) % PICTURES_PER_PROMPT
-        both = np.stack([first, second], axis=1)
-        color = colors[prompt[:, None], both]
-        probability = 1 / (1 + np.exp(-(color[:, 0] - color[:, 1]) / TEMPERATURE))
-        second_preferred = (generator.random(count) >= probability).astype(np.int32)
-        return latents[prompt[:, None], both], embeddings[prompt], tokens[prompt], second_preferred
+    def draw_batch(generator: np.random.Generator, prompt: np.ndarray):
+        difference = colors[prompt][:, FIRST] - colors[prompt][:, SECOND]
+        first_preferred = generator.random(difference.shape) < 1 / (1 + np.exp(-difference / TEMPERATURE))
+        return latents[prompt], embeddings[prompt], tokens[prompt], first_preferred.astype(np.float32)
 
-    def pair_scores(params, batch, timesteps, key):
-        pair, context, ids, _ = batch
-        images = predict_clean(pipeline.params, pair, context, timesteps, key)
+    def preference_logits(params, batch, timesteps, told_timesteps, key):
+        pictures, context, ids, _ = batch
+        images = predict_clean(pipeline.params, pictures, context, timesteps, key)
         text = scorer.encode_text(params, ids)
-        scores = scorer.score(params, images, jnp.repeat(text, 2, axis=0), jnp.repeat(timesteps, 2))
-        return scores.reshape(-1, 2)
+        repeats = PICTURES_PER_PROMPT
+        scores = scorer.score(
+            params, images, jnp.repeat(text, repeats, axis=0), jnp.repeat(told_timesteps, repeats)
+        ).reshape(-1, repeats)
+        return scores[:, FIRST] - scores[:, SECOND]
 
     def loss_fn(params, batch, key):
         time_key, noise_key = jax.random.split(key)
         timesteps = jax.random.randint(time_key, (batch[0].shape[0],), 0, 1000)
-        scores = pair_scores(params, batch, timesteps, noise_key)
-        labels = batch[3]
-        loss = optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
-        return loss, {"accuracy": (scores.argmax(-1) == labels).mean()}
+        logits = preference_logits(params, batch, timesteps, timesteps, noise_key)
+        loss = optax.sigmoid_binary_cross_entropy(logits, batch[3]).mean()
+        return loss, {"accuracy": ((logits > 0) == batch[3]).mean()}
+
+    def make_batch(step: int):
+        generator = np.random.default_rng([seed, 8, step])
+        return draw_batch(generator, generator.choice(training, PROMPTS_PER_BATCH, replace=False))
 
     params = fit(
         "scorer",
         params,
         loss_fn,
-        lambda step: draw_pairs(np.random.default_rng([seed, 8, step]), training, BATCH_SIZE),
+        make_batch,
         num_steps=num_steps,
         learning_rate=3e-4,
         workdir=workdir,
         seed=seed,
-        average_decay=0.99,
+        average_decay=0.995,
     )
     folder = workdir / "model" / "scorer"
     write_json(folder / "config.json", CLIP_CONFIG)
     write_params(folder / "model.safetensors", params, dtype=np.float16, prefix="model.")
 
-    batch = draw_pairs(np.random.default_rng([seed, 9]), validation, 640)
-    score = jax.jit(pair_scores)
+    batch = draw_batch(np.random.default_rng([seed, 9]), validation)
+    logits = jax.jit(preference_logits)
     labels, result = batch[3], {}
     for timestep in VALIDATION_TIMESTEPS:
-        timesteps = jnp.full((len(labels),), timestep)
-        predicted = np.asarray(score(params, batch, timesteps, jax.random.key(timestep))).argmax(-1)
-        result[f"accuracy_t{timestep}"] = round(float((predicted == labels).mean()), 4)
-    clean = colorfulness(make_decode(pipeline)(pipeline.params, jnp.asarray(batch[0].reshape(-1, *latents.shape[2:]))))
-    best = np.asarray(clean).reshape(-1, 2).argmax(-1)
+        for name, told in ((f"accuracy_t{timestep}", timestep), (f"accuracy_t{timestep}_told_0", 0)):
+            times, told_times = jnp.full((len(labels),), timestep), jnp.full((len(labels),), told)
+            predicted = np.asarray(logits(params, batch, times, told_times, jax.random.key(timestep))) > 0
+            result[name] = round(float((predicted == labels).mean()), 4)
+    color = colors[validation]
+    best = color[:, FIRST] > color[:, SECOND]
     result["accuracy_of_true_colourfulness"] = round(float((best == labels).mean()), 4)
     write_json(workdir / "scorer_accuracy.json", result)
     print(result)
@@ -165,20 +168,20 @@ def _sample_pictures(
 
 
 def _make_predict_clean(pipeline: Pipeline, negative: np.ndarray):
-    """``(params, pairs [n, 2, h, w, c], context [n, L, D], timesteps [n], key) -> images [2n, H, W, 3]``.
+    """``(params, latents [n, m, h, w, c], context [n, L, D], timesteps [n], key) -> images [n m, H, W, 3]``.
 
-    Noises both of a pair alike and predicts the clean pictures in one guided step; no gradient flows through it.
+    Noises the m pictures of a prompt alike and predicts the clean ones in one guided step; no gradient flows through.
     """
     schedule = make_schedule(pipeline.scheduler_config, SAMPLING_STEPS)
     predict_guided = make_guided_prediction(pipeline.unet.apply, GUIDANCE_SCALE)
     decode = make_decode(pipeline)
 
-    def predict_clean(params, pairs, context, timesteps, key):
-        noise = jax.random.normal(key, (pairs.shape[0], 1, *pairs.shape[2:]))
+    def predict_clean(params, latents, context, timesteps, key):
+        noise = jax.random.normal(key, (latents.shape[0], 1, *latents.shape[2:]))
         alpha = schedule.alphas_cumprod[timesteps][:, None, None, None, None]
-        noisy = (jnp.sqrt(alpha) * pairs + jnp.sqrt(1 - alpha) * noise).reshape(-1, *pairs.shape[2:])
-        times = jnp.repeat(timesteps, 2)
-        output = predict_guided({"params": params["unet"]}, noisy, times, jnp.repeat(context, 2, axis=0), negative)
+        noisy = (jnp.sqrt(alpha) * latents + jnp.sqrt(1 - alpha) * noise).reshape(-1, *latents.shape[2:])
+        times, context = (jnp.repeat(x, latents.shape[1], axis=0) for x in (timesteps, context))
+        output = predict_guided({"params": params["unet"]}, noisy, times, context, negative)
         x0, _ = jax.vmap(lambda o, x, t: predict_x0_and_noise(schedule, o, x, t))(output, noisy, times)
         return jax.lax.stop_gradient(decode(params, x0))
 

@@ -70,7 +70,7 @@ def test_a_schedule_that_ends_without_noise_is_refused_for_training(config, num_
     if trainable:
         check_trainable(schedule)
     else:
-        with pytest.raises(UserError, match="20 sampling steps end at timestep 0"):
+        with pytest.raises(UserError, match="20 sampling steps end at 0"):
             check_trainable(schedule)
 
 
