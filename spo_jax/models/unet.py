@@ -228,7 +228,7 @@ class UNet2DConditionModel(nn.Module):
 
 
 def _addition_sizes(name: str, fields: Mapping[str, Any]) -> dict[str, int]:
-    """Sizes of SDXL's additional conditions, 0 where there are none. Refuses other kinds, and a kind without its sizes."""
+    """Sizes of SDXL's additional conditions, 0 where there are none; refuses other kinds and missing sizes."""
     kind = fields.get("addition_embed_type")
     if kind not in (None, "text_time"):
         raise UserError(
