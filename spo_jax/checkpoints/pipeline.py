@@ -73,7 +73,8 @@ def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -
     Raises:
       UserError: the autoencoder and the UNet cannot halve the size often enough.
     """
-    height, width = (size or own for size, own in zip((height, width), pipeline.image_size, strict=True))
+    height = pipeline.image_size[0] if height is None else height
+    width = pipeline.image_size[1] if width is None else width
     downscale = pipeline.vae.downscale
     multiple = downscale * 2 ** (len(pipeline.unet.block_out_channels) - 1)
     if min(height, width) < multiple or height % multiple or width % multiple:
@@ -180,7 +181,9 @@ def read_tokenizer(folder: Path) -> Any:
     """The CLIP tokenizer in ``folder``."""
     from transformers import CLIPTokenizer  # takes seconds to import; nothing else here needs it
 
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+    # transformers 5 saves one tokenizer.json, published pipelines have the two files that it is made of.
+    vocabulary = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
+    for name in (*vocabulary, "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise UserError(f"File {folder / name} does not exist; is {folder} a CLIP tokenizer folder?")
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
