@@ -85,44 +85,56 @@ def sample_pool(
         x0, eps = look_ahead(latents, timestep)
         return draw(x0, eps, timestep, previous, step_noise[:, None]), None
 
-    start = noise.initial.astype(jnp.float32)[:, None]
-    start, _ = jax.lax.scan(plain_step, start, (timesteps[:first], previous_timesteps[:first], noise.plain))
-    x0, eps = look_ahead(start, timesteps[first])
-    candidates = draw(x0, eps, timesteps[first], previous_timesteps[first], noise.candidates[0])
+    latents = noise.initial.astype(jnp.float32)[:, None]
+    plain_inputs = (timesteps[:first], previous_timesteps[:first], noise.plain)
+    latents, _ = jax.lax.scan(plain_step, latents, plain_inputs)
+    states = (latents, *look_ahead(latents, timesteps[first]))
+
+    # Where candidates start a step: one [B, 1, h, w, c] for all, or with inner steps each its own, [B, k, h, w, c].
+    batch_size, num_candidates = noise.candidates.shape[1:3]
+    num_starts = num_candidates if num_inner_steps else 1
+
+    def spread(states):
+        return tuple(jnp.broadcast_to(x, (batch_size, num_starts, *x.shape[2:])) for x in states)
 
     def close_segment(states, timestep, random_choice):
-        """Scores the candidates; all go on from one of them. ``states``: latents, x0 and eps, [B, k, h, w, c] each."""
+        """Scores the candidates by their x0; one of them goes on."""
         scores = score(states[1], timestep)
         choice = random_choice if continuation == "random" else jnp.argmax(scores, axis=1)
-        return tuple(_choose(state, choice) for state in states), scores
+        return spread(_choose(x, choice) for x in states), scores
 
     def stay_inside(states, _timestep, _random_choice):
-        return states, jnp.zeros(states[0].shape[:2], jnp.float32)
+        return states, jnp.zeros((batch_size, num_candidates), jnp.float32)
 
-    def pool_step(candidates, inputs):
-        timestep, previous, step_noise, random_choice, closes = inputs
-        states = (candidates, *look_ahead(candidates, timestep))
+    def pool_step(states, inputs):
+        latents, x0, eps = states
+        timestep, previous, following, step_noise, random_choice, closes = inputs
+        candidates = draw(x0, eps, timestep, previous, step_noise)
+        states = (candidates, *look_ahead(candidates, following))
         if num_inner_steps == 0:
-            (start, x0, eps), scores = close_segment(states, timestep, random_choice)
+            states, scores = close_segment(states, following, random_choice)
         else:
-            (start, x0, eps), scores = jax.lax.cond(closes, close_segment, stay_inside, states, timestep, random_choice)
-        following = draw(x0, eps, timestep, previous, step_noise)
-        return following, (start[:, 0], following, scores)
+            states, scores = jax.lax.cond(closes, close_segment, stay_inside, states, following, random_choice)
+        return states, (latents[:, 0], candidates, scores)
 
-    later = jnp.arange(1, schedule.num_steps - first)  # steps after the first of the pool
+    size = num_inner_steps + 1  # steps of a segment
     inputs = (
+        timesteps[first:-1],
+        previous_timesteps[first:-1],
         timesteps[first + 1 :],
-        previous_timesteps[first + 1 :],
-        noise.candidates[1:],
+        noise.candidates[:-1],
         noise.choices,
-        later % (num_inner_steps + 1) == 0,
+        jnp.arange(1, schedule.num_steps - first) % size == 0,
     )
-    final, (starts, later_candidates, scores) = jax.lax.scan(pool_step, candidates, inputs)
-    opened = slice(num_inner_steps, None, num_inner_steps + 1)  # of the later steps, those that open a segment
+    states, (starts, candidates, scores) = jax.lax.scan(pool_step, spread(states), inputs)
+
+    latents, x0, eps = states
+    final = draw(x0, eps, timesteps[-1], previous_timesteps[-1], noise.candidates[-1])
+    final_scores = score(final, jnp.zeros((), jnp.int32))
     return Pool(
-        latents=jnp.concatenate([start[None, :, 0], starts[opened]]),
-        candidates=jnp.concatenate([candidates[None], later_candidates]),
-        scores=jnp.concatenate([scores[opened], score(final, jnp.zeros((), jnp.int32))[None]]),
+        latents=jnp.concatenate([starts, latents[None, :, 0]])[::size],
+        candidates=jnp.concatenate([candidates, final[None]]),
+        scores=jnp.concatenate([scores[num_inner_steps::size], final_scores[None]]),
         timesteps=timesteps[first:],
         previous_timesteps=previous_timesteps[first:],
         num_inner_steps=num_inner_steps,
@@ -130,6 +142,5 @@ def sample_pool(
 
 
 def _choose(values: jax.Array, choice: jax.Array) -> jax.Array:
-    """Row ``choice[b]`` of each ``values[b]``, in place of all of them: [B, k, ...] to [B, k, ...]."""
-    chosen = jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, 1))(values, choice)
-    return jnp.broadcast_to(chosen, values.shape)
+    """Row ``choice[b]`` of each ``values[b]``: [B, k, ...] to [B, 1, ...]."""
+    return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, 1))(values, choice)
