@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
     c.sampling.num_steps = 10  # N, DDIM steps of a trajectory; SD1.5: 20
     c.sampling.num_plain_steps = 2  # d, first steps without candidates; SD1.5: 4
     c.sampling.num_candidates = 4  # k, candidates at each later step
+    c.sampling.num_inner_steps = 0  # m, steps that a candidate goes alone before it is scored; SD1.5: 0, SDXL: 3
+    c.sampling.height = placeholder(int)  # of pictures, in pixels; off: the size that the model was trained for
+    c.sampling.width = placeholder(int)
     c.sampling.guidance_scale = 3.0  # w of classifier-free guidance, in sampling and training; SD1.5: 5
     c.sampling.eta = 1.0  # of DDIM; 0 would make all candidates equal
     c.sampling.continuation = "random"  # which candidate starts the next step; "win" is the paper's ablation

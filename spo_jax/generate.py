@@ -42,12 +42,13 @@ def main() -> None:
     import numpy as np
 
     from spo_jax.checkpoints.lora import read_lora
-    from spo_jax.checkpoints.pipeline import read_pipeline, tokenize
+    from spo_jax.checkpoints.pipeline import read_pipeline
     from spo_jax.data.prompts import read_prompts
     from spo_jax.diffusion.schedule import make_schedule
     from spo_jax.emoji import resolve
     from spo_jax.images import grid, to_uint8, write_png
-    from spo_jax.training.rollout import make_generate
+    from spo_jax.training.evaluation import encode_prompts
+    from spo_jax.training.rollout import make_encode, make_generate
 
     prompts = PROMPT.value or read_prompts(resolve(PROMPTS_FILE.value))
     pipeline = read_pipeline(resolve(MODEL.value), jnp.dtype(DTYPE.value))
@@ -57,16 +58,13 @@ def main() -> None:
     schedule = make_schedule(pipeline.scheduler_config, STEPS.value)
     generate = jax.jit(make_generate(pipeline, schedule, guidance_scale=GUIDANCE_SCALE.value, eta=ETA.value))
 
-    def embed(texts: list[str]) -> jax.Array:
-        tokens = jnp.asarray(tokenize(pipeline.tokenizer, texts))
-        return pipeline.text_encoder.apply({"params": pipeline.params["text_encoder"]}, tokens).last_hidden_state
-
-    negative = embed([NEGATIVE_PROMPT.value])
+    encode = make_encode(pipeline, scorer=None)
     pictures = []
     for start in range(0, len(prompts), BATCH_SIZE.value):
         texts = prompts[start : start + BATCH_SIZE.value]
+        batch = encode_prompts(encode, pipeline.params, pipeline, None, texts, NEGATIVE_PROMPT.value)
         initial, noise = draw_noise(SEED.value, start, len(texts), pipeline.latent_shape, STEPS.value)
-        images = generate(pipeline.params, variables, embed(texts), negative, initial, noise if ETA.value > 0 else None)
+        images = generate(pipeline.params, variables, batch, initial, noise if ETA.value > 0 else None)
         pictures.append(to_uint8(images))
     images = np.concatenate(pictures)
     write_png(OUT.value, images[0] if len(images) == 1 else grid(images), ZOOM.value)

@@ -1,15 +1,33 @@
 """The few dataclasses that travel between the parts. B prompts, k candidates, N sampling steps, S pool steps, P pairs.
 
+Of the N steps the first d are plain, and the other S = N - d are cut into E segments of m + 1 steps (m inner steps), of
+which the last may be shorter. SD1.5 has m = 0: each pool step is a segment by itself.
+
 Latents are [..., h, w, c]. Candidates are prompt-major, [B, k, ...], so that a batch that is sharded over devices stays
 sharded when its first two axes are merged for one network call.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
+
+
+@flax.struct.dataclass
+class AddedConditions:
+    """What SDXL's UNet is told of n pictures beside the hidden states of their prompts.
+
+    Attributes:
+      pooled: [n, E] pooled and projected state of the second text encoder.
+      time_ids: float32 [n, 6] original height and width, top and left of the crop, target height and width, in pixels.
+    """
+
+    pooled: jax.Array
+    time_ids: jax.Array
 
 
 @flax.struct.dataclass
@@ -19,23 +37,38 @@ class PromptBatch:
     Attributes:
       embeddings: [B, L, D] text encoder output.
       negative_embeddings: [1, L, D], of the negative prompt that guidance moves away from.
-      scorer_text: [B, E] unit-length float32 text embeddings of the preference model.
+      scorer_text: [B, E] unit-length float32 text embeddings of the preference model; None where nothing is scored.
+      added: of B pictures, only for SDXL.
+      negative_added: of one picture, only for SDXL.
     """
 
     embeddings: jax.Array
     negative_embeddings: jax.Array
     scorer_text: jax.Array
+    added: AddedConditions | None = None
+    negative_added: AddedConditions | None = None
+
+    @property
+    def conditions(self) -> tuple[Any, ...]:
+        """What a guided prediction takes after latents and timesteps."""
+        return self.embeddings, self.negative_embeddings, self.added, self.negative_added
+
+    def map_rows(self, function: Callable[[jax.Array], jax.Array]) -> PromptBatch:
+        """Applies ``function`` to every array that has a row for each prompt: selects, repeats or places prompts."""
+        rows = (self.embeddings, self.scorer_text, self.added)
+        embeddings, scorer_text, added = jax.tree.map(function, rows)
+        return dataclasses.replace(self, embeddings=embeddings, scorer_text=scorer_text, added=added)
 
 
 @flax.struct.dataclass
 class PoolNoise:
-    """Every random number of one pool, so that a trajectory can be replayed. d plain steps, S = N - d pool steps.
+    """Every random number of one pool, so that a trajectory can be replayed.
 
     Attributes:
       initial: [B, h, w, c] first latents.
       plain: [d, B, h, w, c] noise of the steps with one sample.
       candidates: [S, B, k, h, w, c] noise of the candidates.
-      choices: int32 [S - 1, B], which candidate starts the next step.
+      choices: int32 [S - 1, B], which candidate starts the next step; used where that step opens a segment.
     """
 
     initial: jax.Array
@@ -49,11 +82,13 @@ class Pool:
     """Candidates and their scores along B trajectories.
 
     Attributes:
-      latents: [S, B, h, w, c], x_t from which the candidates were drawn.
+      latents: [E, B, h, w, c], x_t from which the candidates of a segment's first step were drawn. Inside a segment
+        each candidate goes on alone, from the candidate of the step before.
       candidates: [S, B, k, h, w, c], each a possible x_{t_prev}; ``candidates[-1]`` are final latents.
-      scores: float32 [S, B, k].
-      timesteps: int32 [S], t of ``latents``.
+      scores: float32 [E, B, k], of the candidates at the end of a segment.
+      timesteps: int32 [S], t of each step.
       previous_timesteps: int32 [S], the timestep of the candidates.
+      num_inner_steps: m.
     """
 
     latents: jax.Array
@@ -61,6 +96,7 @@ class Pool:
     scores: jax.Array
     timesteps: jax.Array
     previous_timesteps: jax.Array
+    num_inner_steps: int = flax.struct.field(pytree_node=False, default=0)
 
 
 @flax.struct.dataclass
@@ -68,11 +104,12 @@ class PreferencePairs:
     """P = S * B win/lose transitions out of a pool, valid ones and others.
 
     Attributes:
-      latents: [P, h, w, c], the x_t that win and lose share.
+      latents: [P, h, w, c], the x_t that win and lose share; or that of win, where ``lose_latents`` is there.
       win: [P, h, w, c]; lose: [P, h, w, c]: the better and the worse x_{t_prev}.
       timesteps: int32 [P]; previous_timesteps: int32 [P].
       prompt_index: int32 [P], row of the PromptBatch.
       valid: bool [P], whether the preference is clear enough to learn from.
+      lose_latents: [P, h, w, c], the x_t of lose; None if every pair shares it (m = 0).
     """
 
     latents: jax.Array
@@ -82,6 +119,7 @@ class PreferencePairs:
     previous_timesteps: jax.Array
     prompt_index: jax.Array
     valid: jax.Array
+    lose_latents: jax.Array | None = None
 
 
 @flax.struct.dataclass

@@ -1,4 +1,7 @@
-"""A diffusers pipeline folder: ``model_index.json``, unet, vae, text_encoder, tokenizer, scheduler."""
+"""A diffusers pipeline folder: ``model_index.json``, unet, vae, text_encoder, tokenizer, scheduler.
+
+SDXL has ``text_encoder_2`` and ``tokenizer_2`` as well.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,14 @@ import jax.numpy as jnp
 
 from spo_jax.checkpoints.safetensors_io import param_shapes, read_params
 from spo_jax.errors import UserError
-from spo_jax.models import AutoencoderKL, CLIPModel, CLIPTextModel, UNet2DConditionModel
+from spo_jax.models import (
+    AutoencoderKL,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    UNet2DConditionModel,
+)
+from spo_jax.types import AddedConditions
 
 _MAX_JSON_BYTES = 16 * 2**20
 _DIFFUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -25,8 +35,10 @@ _TRANSFORMERS_WEIGHTS = "model.safetensors"
 class Pipeline:
     """The parts of a text-to-image pipeline.
 
-    ``params`` holds a tree for each of ``"unet"``, ``"vae"`` and ``"text_encoder"``; ``scheduler_config`` is the parsed
-    ``scheduler/scheduler_config.json`` and ``tokenizer`` a transformers tokenizer.
+    ``params`` holds a tree for each of ``"unet"``, ``"vae"``, ``"text_encoder"`` and, for SDXL, ``"text_encoder_2"``;
+    ``scheduler_config`` is the parsed ``scheduler/scheduler_config.json`` and ``tokenizer`` a transformers tokenizer.
+    ``force_zeros_for_empty_prompt`` means that an empty negative prompt stands for zeros instead of its embeddings.
+    ``latent_size`` [h, w] is there for pictures of another size than the UNet was trained for.
     """
 
     folder: Path
@@ -36,13 +48,41 @@ class Pipeline:
     tokenizer: Any
     scheduler_config: dict[str, Any]
     params: dict[str, Any]
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: Any = None
+    force_zeros_for_empty_prompt: bool = False
+    latent_size: tuple[int, int] | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """[h, w, c] of the latents at the resolution the UNet was trained for."""
-        size = self.unet.sample_size
+        """[h, w, c] of the latents, at the resolution the UNet was trained for unless ``latent_size`` says another."""
+        size = self.latent_size or self.unet.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return (height, width, self.unet.in_channels)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the pictures in pixels."""
+        height, width, _ = self.latent_shape
+        return (height * self.vae.downscale, width * self.vae.downscale)
+
+
+def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -> Pipeline:
+    """The pipeline for pictures of ``height`` x ``width`` pixels; None keeps what it has.
+
+    Raises:
+      UserError: the autoencoder and the UNet cannot halve the size often enough.
+    """
+    height = pipeline.image_size[0] if height is None else height
+    width = pipeline.image_size[1] if width is None else width
+    downscale = pipeline.vae.downscale
+    multiple = downscale * 2 ** (len(pipeline.unet.block_out_channels) - 1)
+    if min(height, width) < multiple or height % multiple or width % multiple:
+        raise UserError(
+            f"Pictures of {height}x{width} pixels do not fit pipeline {pipeline.folder}; "
+            f"height and width must be multiples of {multiple}."
+        )
+    return dataclasses.replace(pipeline, latent_size=(height // downscale, width // downscale))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,14 +118,7 @@ def read_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionMo
     """The UNet in ``folder`` and its parameters, both in ``dtype``."""
     with _read_config(folder) as config:
         unet = UNet2DConditionModel.from_config(config, dtype)
-        size = 2 ** (len(unet.block_out_channels) - 1)
-        shapes = param_shapes(
-            unet,
-            jnp.zeros((1, size, size, unet.in_channels)),
-            jnp.zeros(1),
-            jnp.zeros((1, 1, unet.cross_attention_dim)),
-            dtype=dtype,
-        )
+        shapes = unet_shapes(unet, dtype)
     return unet, read_params(folder / _DIFFUSION_WEIGHTS, shapes)
 
 
@@ -93,16 +126,39 @@ def read_vae(folder: Path, dtype: Any = jnp.float32) -> tuple[AutoencoderKL, Any
     """The autoencoder in ``folder`` and its parameters, both in ``dtype``."""
     with _read_config(folder) as config:
         vae = AutoencoderKL.from_config(config, dtype)
-        shapes = param_shapes(vae, jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)), dtype=dtype)
+        shapes = vae_shapes(vae, dtype)
     return vae, read_params(folder / _DIFFUSION_WEIGHTS, shapes)
 
 
-def read_text_encoder(folder: Path, dtype: Any = jnp.float32) -> tuple[CLIPTextModel, Any]:
-    """The text encoder in ``folder`` and its parameters, both in ``dtype``."""
+def read_text_encoder(
+    folder: Path, dtype: Any = jnp.float32, *, with_projection: bool = False
+) -> tuple[CLIPTextModel, Any]:
+    """The text encoder in ``folder`` and its parameters, both in ``dtype``; SDXL's second one has a projection."""
+    model = CLIPTextModelWithProjection if with_projection else CLIPTextModel
     with _read_config(folder) as config:
-        text_encoder = CLIPTextModel.from_config(config, dtype)
-        shapes = param_shapes(text_encoder, jnp.zeros((1, 1), jnp.int32), dtype=dtype)
+        text_encoder = model.from_config(config, dtype)
+        shapes = text_encoder_shapes(text_encoder, dtype)
     return text_encoder, read_params(folder / _TRANSFORMERS_WEIGHTS, shapes)
+
+
+def unet_shapes(unet: UNet2DConditionModel, dtype: Any = jnp.float32) -> Any:
+    """Shapes of a UNet's parameters."""
+    size = 2 ** (len(unet.block_out_channels) - 1)
+    latents, context = jnp.zeros((1, size, size, unet.in_channels)), jnp.zeros((1, 1, unet.cross_attention_dim))
+    added = None
+    if unet.pooled_dim is not None:
+        added = AddedConditions(pooled=jnp.zeros((1, unet.pooled_dim)), time_ids=jnp.zeros((1, 6)))
+    return param_shapes(unet, latents, jnp.zeros(1), context, added, dtype=dtype)
+
+
+def vae_shapes(vae: AutoencoderKL, dtype: Any = jnp.float32) -> Any:
+    """Shapes of an autoencoder's parameters."""
+    return param_shapes(vae, jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)), dtype=dtype)
+
+
+def text_encoder_shapes(text_encoder: CLIPTextModel, dtype: Any = jnp.float32) -> Any:
+    """Shapes of a text encoder's parameters."""
+    return param_shapes(text_encoder, jnp.zeros((1, 1), jnp.int32), dtype=dtype)
 
 
 def clip_shapes(clip: CLIPModel, dtype: Any = jnp.float32) -> Any:
@@ -125,7 +181,9 @@ def read_tokenizer(folder: Path) -> Any:
     """The CLIP tokenizer in ``folder``."""
     from transformers import CLIPTokenizer  # takes seconds to import; nothing else here needs it
 
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+    # transformers 5 saves one tokenizer.json, published pipelines have the two files that it is made of.
+    vocabulary = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
+    for name in (*vocabulary, "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise UserError(f"File {folder / name} does not exist; is {folder} a CLIP tokenizer folder?")
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -139,8 +197,14 @@ def tokenize(tokenizer: Any, texts: list[str]) -> Any:
     return ids.astype("int32")
 
 
+def tokenize_prompts(pipeline: Pipeline, texts: list[str]) -> tuple[Any, ...]:
+    """Token ids int32 [B, L] for each text encoder of the pipeline."""
+    tokenizers = [pipeline.tokenizer] if pipeline.tokenizer_2 is None else [pipeline.tokenizer, pipeline.tokenizer_2]
+    return tuple(tokenize(tokenizer, texts) for tokenizer in tokenizers)
+
+
 def read_pipeline(folder: str | Path, dtype: Any = jnp.float32) -> Pipeline:
-    """Reads a local diffusers ``StableDiffusionPipeline`` folder.
+    """Reads a local diffusers ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline`` folder.
 
     Args:
       folder: the folder with ``model_index.json``.
@@ -151,20 +215,24 @@ def read_pipeline(folder: str | Path, dtype: Any = jnp.float32) -> Pipeline:
     """
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
-    if index.get("_class_name") != "StableDiffusionPipeline":
+    kind = index.get("_class_name")
+    if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
         raise UserError(
-            f"File {folder / 'model_index.json'} describes a {index.get('_class_name')!r}; "
-            "only StableDiffusionPipeline folders are supported."
+            f"File {folder / 'model_index.json'} describes a {kind!r}; "
+            "only StableDiffusionPipeline and StableDiffusionXLPipeline folders are supported."
         )
-    unet, unet_params = read_unet(folder / "unet", dtype)
-    vae, vae_params = read_vae(folder / "vae", dtype)
-    text_encoder, text_params = read_text_encoder(folder / "text_encoder", dtype)
-    width = text_encoder.hidden_size
-    if width != unet.cross_attention_dim:
-        raise UserError(
-            f"Pipeline {folder}: the text encoder gives {width} channels, but the UNet's cross_attention_dim is "
-            f"{unet.cross_attention_dim}; the two do not belong together."
+    params: dict[str, Any] = {}
+    unet, params["unet"] = read_unet(folder / "unet", dtype)
+    vae, params["vae"] = read_vae(folder / "vae", dtype)
+    text_encoder, params["text_encoder"] = read_text_encoder(folder / "text_encoder", dtype)
+    extra: dict[str, Any] = {}
+    if kind == "StableDiffusionXLPipeline":
+        extra["text_encoder_2"], params["text_encoder_2"] = read_text_encoder(
+            folder / "text_encoder_2", dtype, with_projection=True
         )
+        extra["tokenizer_2"] = read_tokenizer(folder / "tokenizer_2")
+        extra["force_zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", True))
+    check_widths(folder, unet, text_encoder, extra.get("text_encoder_2"))
     return Pipeline(
         folder=folder,
         unet=unet,
@@ -172,5 +240,28 @@ def read_pipeline(folder: str | Path, dtype: Any = jnp.float32) -> Pipeline:
         text_encoder=text_encoder,
         tokenizer=read_tokenizer(folder / "tokenizer"),
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
-        params=jax.tree.map(jnp.asarray, {"unet": unet_params, "vae": vae_params, "text_encoder": text_params}),
+        params=jax.tree.map(jnp.asarray, params),
+        **extra,
     )
+
+
+def check_widths(
+    folder: Path,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    text_encoder_2: CLIPTextModelWithProjection | None,
+) -> None:
+    """Raises UserError if the text encoders do not give what the UNet takes."""
+    width, pooled = text_encoder.hidden_size, None
+    if text_encoder_2 is not None:
+        width, pooled = width + text_encoder_2.hidden_size, text_encoder_2.projection_dim
+    if width != unet.cross_attention_dim:
+        raise UserError(
+            f"Pipeline {folder}: the text encoders give {width} channels, but the UNet's cross_attention_dim is "
+            f"{unet.cross_attention_dim}; they do not belong together."
+        )
+    if pooled != unet.pooled_dim:
+        raise UserError(
+            f"Pipeline {folder}: the text encoders give a pooled width of {pooled}, but the UNet's "
+            f"projection_class_embeddings_input_dim asks for {unet.pooled_dim}; they do not belong together."
+        )

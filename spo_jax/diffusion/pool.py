@@ -1,6 +1,6 @@
 """The candidate pool: at each step several samples from one latent, scored, and one of them, at random, goes on.
 
-SPO, section 3.3 and figure 3; released code, ``num_inner_steps = 0``.
+SPO, section 3.3 and figure 3. With inner steps (SDXL) the samples go on alone for some steps before they are scored.
 """
 
 from __future__ import annotations
@@ -47,19 +47,21 @@ def sample_pool(
     noise: PoolNoise,
     *,
     num_plain_steps: int,
+    num_inner_steps: int = 0,
     eta: float = 1.0,
     continuation: str = "random",
 ) -> Pool:
     """Samples the pools of B prompts.
 
     Args:
-      predict: ``(latents [B, m, h, w, c], timestep scalar) -> model output`` of the same shape, m = 1 or k.
+      predict: ``(latents [B, n, h, w, c], timestep scalar) -> model output`` of the same shape, n = 1 or k.
       score: ``(x0 latents [B, k, h, w, c], timestep scalar) -> float32 scores [B, k]``.
       schedule: N timesteps.
       noise: see ``PoolNoise``.
       num_plain_steps: d < N steps with a single sample come first.
+      num_inner_steps: m steps that each candidate of a pool goes alone before it is scored: 0 for SD1.5, 3 for SDXL.
       eta: DDIM's, 1 in the paper.
-      continuation: which candidate starts the next step: "random" (the method), or "win" (an ablation of the paper
+      continuation: which candidate starts the next segment: "random" (the method), or "win" (an ablation of the paper
         that collapses: training then sees the winners' trajectories only).
 
     Returns:
@@ -74,48 +76,68 @@ def sample_pool(
     def look_ahead(latents, timestep):
         return predict_x0_and_noise(schedule, predict(latents, timestep), latents, timestep)
 
-    def plain_step(latents, inputs):
-        timestep, previous, step_noise = inputs
-        x0, eps = look_ahead(latents, timestep)
-        mean, sigma = ddim_distribution(schedule, x0, eps, timestep, previous, eta)
-        return mean + sigma * step_noise[:, None], None
-
-    latents = noise.initial.astype(jnp.float32)[:, None]
-    plain_inputs = (timesteps[:first], previous_timesteps[:first], noise.plain)
-    latents, _ = jax.lax.scan(plain_step, latents, plain_inputs)
-    x0, eps = look_ahead(latents, timesteps[first])
-
     def draw(x0, eps, timestep, previous, step_noise):
         mean, sigma = ddim_distribution(schedule, x0, eps, timestep, previous, eta)
         return mean + sigma * step_noise
 
-    def pool_step(carry, inputs):
-        latents, x0, eps = carry  # [B, 1, h, w, c]
-        timestep, previous, following, step_noise, random_choice = inputs
-        candidates = draw(x0, eps, timestep, previous, step_noise)
-        x0, eps = look_ahead(candidates, following)
-        scores = score(x0, following)
-        choice = random_choice if continuation == "random" else jnp.argmax(scores, axis=1)
-        carry = tuple(_choose(a, choice) for a in (candidates, x0, eps))
-        return carry, (latents[:, 0], candidates, scores)
+    def plain_step(latents, inputs):
+        timestep, previous, step_noise = inputs
+        x0, eps = look_ahead(latents, timestep)
+        return draw(x0, eps, timestep, previous, step_noise[:, None]), None
 
+    latents = noise.initial.astype(jnp.float32)[:, None]
+    plain_inputs = (timesteps[:first], previous_timesteps[:first], noise.plain)
+    latents, _ = jax.lax.scan(plain_step, latents, plain_inputs)
+    states = (latents, *look_ahead(latents, timesteps[first]))
+
+    # Where candidates start a step: one [B, 1, h, w, c] for all, or with inner steps each its own, [B, k, h, w, c].
+    batch_size, num_candidates = noise.candidates.shape[1:3]
+    num_starts = num_candidates if num_inner_steps else 1
+
+    def spread(states):
+        return tuple(jnp.broadcast_to(x, (batch_size, num_starts, *x.shape[2:])) for x in states)
+
+    def close_segment(states, timestep, random_choice):
+        """Scores the candidates by their x0; one of them goes on."""
+        scores = score(states[1], timestep)
+        choice = random_choice if continuation == "random" else jnp.argmax(scores, axis=1)
+        return spread(_choose(x, choice) for x in states), scores
+
+    def stay_inside(states, _timestep, _random_choice):
+        return states, jnp.zeros((batch_size, num_candidates), jnp.float32)
+
+    def pool_step(states, inputs):
+        latents, x0, eps = states
+        timestep, previous, following, step_noise, random_choice, closes = inputs
+        candidates = draw(x0, eps, timestep, previous, step_noise)
+        states = (candidates, *look_ahead(candidates, following))
+        if num_inner_steps == 0:
+            states, scores = close_segment(states, following, random_choice)
+        else:
+            states, scores = jax.lax.cond(closes, close_segment, stay_inside, states, following, random_choice)
+        return states, (latents[:, 0], candidates, scores)
+
+    size = num_inner_steps + 1  # steps of a segment
     inputs = (
         timesteps[first:-1],
         previous_timesteps[first:-1],
         timesteps[first + 1 :],
         noise.candidates[:-1],
         noise.choices,
+        jnp.arange(1, schedule.num_steps - first) % size == 0,
     )
-    (latents, x0, eps), (starts, candidates, scores) = jax.lax.scan(pool_step, (latents, x0, eps), inputs)
+    states, (starts, candidates, scores) = jax.lax.scan(pool_step, spread(states), inputs)
 
+    latents, x0, eps = states
     final = draw(x0, eps, timesteps[-1], previous_timesteps[-1], noise.candidates[-1])
     final_scores = score(final, jnp.zeros((), jnp.int32))
     return Pool(
-        latents=jnp.concatenate([starts, latents[None, :, 0]]),
+        latents=jnp.concatenate([starts, latents[None, :, 0]])[::size],
         candidates=jnp.concatenate([candidates, final[None]]),
-        scores=jnp.concatenate([scores, final_scores[None]]),
+        scores=jnp.concatenate([scores[num_inner_steps::size], final_scores[None]]),
         timesteps=timesteps[first:],
         previous_timesteps=previous_timesteps[first:],
+        num_inner_steps=num_inner_steps,
     )
 
 

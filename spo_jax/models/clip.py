@@ -102,7 +102,11 @@ TIME_EMBEDDING_DIM = 256
 
 @flax.struct.dataclass
 class CLIPTextOutput:
-    """What a text tower gives: hidden states [B, L, D] and the pooled state [B, D] at the end-of-text token."""
+    """What a text tower gives: hidden states [B, L, D] and the pooled state [B, D] at the end-of-text token.
+
+    ``penultimate_hidden_state`` is what the last layer gets, without the final layer norm. From a model with a
+    projection ``pooled`` is projected, [B, projection_dim].
+    """
 
     last_hidden_state: jax.Array
     penultimate_hidden_state: jax.Array
@@ -195,14 +199,31 @@ class CLIPTextModel(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """D of the embeddings it gives."""
+        """D, the width of the hidden states."""
         return CLIPTextTransformer.from_config(self.config, parent=None).hidden_size
+
+    @property
+    def projection_dim(self) -> int:
+        """Width of a projection of the pooled state."""
+        return CLIPTextTransformer.from_config(self.config, parent=None).projection_dim
 
     def setup(self) -> None:
         self.text_model = CLIPTextTransformer.from_config(self.config, self.dtype)
 
     def __call__(self, tokens: Int[Array, "b l"]) -> CLIPTextOutput:
         return self.text_model(tokens)
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """The second text encoder of SDXL (``text_encoder_2/``): the pooled state is projected, without a bias."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.text_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
+
+    def __call__(self, tokens: Int[Array, "b l"]) -> CLIPTextOutput:
+        output = self.text_model(tokens)
+        return output.replace(pooled=self.text_projection(output.pooled))
 
 
 class CLIPModel(nn.Module):

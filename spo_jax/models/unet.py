@@ -21,6 +21,7 @@ from spo_jax.models.layers import (
     group_norm,
     timestep_embedding,
 )
+from spo_jax.types import AddedConditions
 
 _USED = [
     "in_channels",
@@ -39,11 +40,12 @@ _USED = [
     "flip_sin_to_cos",
     "freq_shift",
     "sample_size",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
 ]
 _FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
-    "addition_embed_type": (None,),
-    "addition_time_embed_dim": (None,),
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -61,7 +63,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
-    "projection_class_embeddings_input_dim": (None,),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
@@ -73,7 +74,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "timestep_post_act": (None,),
 }
 # upcast_attention asks for a float32 softmax, which we always use; addition_embed_type_num_heads is read only
-# together with an addition_embed_type that is refused above.
+# together with an addition_embed_type that from_config refuses.
 _INERT = ("upcast_attention", "addition_embed_type_num_heads")
 _DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -100,6 +101,9 @@ class UNet2DConditionModel(nn.Module):
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     sample_size: int | tuple[int, ...] = 64
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int = 0
+    projection_class_embeddings_input_dim: int = 0
     dtype: jnp.dtype = jnp.float32
 
     @classmethod
@@ -126,7 +130,15 @@ class UNet2DConditionModel(nn.Module):
                     f"{name} config: {field} = {list(types)} is not supported; expected {num_blocks} entries out of "
                     f"{', '.join(allowed)}."
                 )
+        fields |= _addition_sizes(name, fields)
         return cls(dtype=dtype, **fields)
+
+    @property
+    def pooled_dim(self) -> int | None:
+        """Width of the pooled text embedding that the network takes; None if it takes none."""
+        if self.addition_embed_type is None:
+            return None
+        return self.projection_class_embeddings_input_dim - 6 * self.addition_time_embed_dim
 
     @nn.compact
     def __call__(
@@ -134,6 +146,7 @@ class UNet2DConditionModel(nn.Module):
         latents: Float[Array, "b h w c"],
         timesteps: Num[Array, " b"],
         encoder_hidden_states: Float[Array, "b l d"],
+        added: AddedConditions | None = None,
     ) -> Float[Array, "b h w o"]:
         """Applies the network.
 
@@ -141,10 +154,16 @@ class UNet2DConditionModel(nn.Module):
           latents: [B, h, w, in_channels]; h and w divisible by 2 ** (number of blocks - 1).
           timesteps: [B], any real dtype.
           encoder_hidden_states: [B, L, cross_attention_dim] text embeddings.
+          added: pooled text and time ids of B pictures, where ``addition_embed_type`` is "text_time" (SDXL).
 
         Returns:
           The prediction, [B, h, w, out_channels], in the module's dtype.
+
+        Raises:
+          ValueError: ``added`` is missing, or given to a network that does not take it.
         """
+        if (added is None) != (self.addition_embed_type is None):
+            raise ValueError("added must be given to a UNet with addition_embed_type, and only to one.")
         widths, dtype = self.block_out_channels, self.dtype
         num_blocks = len(widths)
         latents, context = latents.astype(dtype), encoder_hidden_states.astype(dtype)
@@ -153,6 +172,8 @@ class UNet2DConditionModel(nn.Module):
             timesteps, widths[0], flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
         )
         time = TimestepEmbedding(4 * widths[0], dtype, name="time_embedding")(time.astype(dtype))
+        if added is not None:
+            time = time + TimestepEmbedding(4 * widths[0], dtype, name="add_embedding")(self._added_features(added))
 
         x = conv3x3(widths[0], dtype, "conv_in")(latents)
         skips = [x]
@@ -178,6 +199,16 @@ class UNet2DConditionModel(nn.Module):
         x = nn.silu(group_norm(self.norm_num_groups, self.norm_eps, dtype, "conv_norm_out")(x))
         return conv3x3(self.out_channels, dtype, "conv_out")(x)
 
+    def _added_features(self, added: AddedConditions) -> Float[Array, "b p"]:
+        """Pooled text, then the sinusoids of the six time ids, side by side."""
+        ids = timestep_embedding(
+            added.time_ids.reshape(-1),
+            self.addition_time_embed_dim,
+            flip_sin_to_cos=self.flip_sin_to_cos,
+            freq_shift=self.freq_shift,
+        ).reshape(added.time_ids.shape[0], -1)
+        return jnp.concatenate([added.pooled.astype(self.dtype), ids.astype(self.dtype)], axis=-1)
+
     def _block(
         self, level: int, num_layers: int, attends: bool, resample: str | None, name: str, extra_resnet: bool = False
     ) -> _Block:
@@ -194,6 +225,25 @@ class UNet2DConditionModel(nn.Module):
             dtype=self.dtype,
             name=name,
         )
+
+
+def _addition_sizes(name: str, fields: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes of SDXL's additional conditions, 0 where there are none; refuses other kinds and missing sizes."""
+    kind = fields.get("addition_embed_type")
+    if kind not in (None, "text_time"):
+        raise UserError(
+            f"{name} config: addition_embed_type = {kind!r} is not supported (only None or 'text_time'); "
+            "use a checkpoint without this feature."
+        )
+    names = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    sizes = {field: fields.get(field) or 0 for field in names}
+    for field, size in sizes.items():
+        if (size > 0) != (kind is not None):
+            raise UserError(
+                f"{name} config: {field} = {size} does not go with addition_embed_type = {kind!r}; "
+                "copy the config of the checkpoint again."
+            )
+    return sizes
 
 
 class _Block(nn.Module):

@@ -21,25 +21,36 @@ def compare(scores: Float[Array, " k"], threshold: float) -> tuple[Int[Array, ""
 
 
 def make_pairs(pool: Pool, threshold: float) -> PreferencePairs:
-    """Best against worst candidate of every step and prompt, flattened to P = S * B."""
-    num_steps, batch_size = pool.scores.shape[:2]
+    """Best against worst candidate of every step and prompt, flattened to P = S * B.
+
+    The steps of a segment share its one preference.
+    """
+    num_steps, batch_size = pool.candidates.shape[:2]
+    segment_size = pool.num_inner_steps + 1
+    segments = jnp.arange(num_steps) // segment_size
     win, lose, valid = jax.vmap(jax.vmap(lambda scores: compare(scores, threshold)))(pool.scores)
 
     def pick(index: jax.Array) -> jax.Array:
-        chosen = jnp.take_along_axis(pool.candidates, index[:, :, None, None, None, None], axis=2)
-        return _flatten(chosen[:, :, 0])
+        index = index[segments][:, :, None, None, None, None]
+        return jnp.take_along_axis(pool.candidates, index, axis=2)[:, :, 0]
+
+    def starts(picked: jax.Array) -> jax.Array:
+        """x_t of each step: that of the pool where a segment opens, otherwise the candidate of the step before."""
+        return jnp.roll(picked, 1, axis=0).at[::segment_size].set(pool.latents)
 
     def spread(per_step: jax.Array) -> jax.Array:
         return _flatten(jnp.broadcast_to(per_step[:, None], (num_steps, batch_size)))
 
+    better, worse = pick(win), pick(lose)
     return PreferencePairs(
-        latents=_flatten(pool.latents),
-        win=pick(win),
-        lose=pick(lose),
+        latents=_flatten(starts(better)),
+        win=_flatten(better),
+        lose=_flatten(worse),
         timesteps=spread(pool.timesteps),
         previous_timesteps=spread(pool.previous_timesteps),
         prompt_index=_flatten(jnp.broadcast_to(jnp.arange(batch_size, dtype=jnp.int32), (num_steps, batch_size))),
-        valid=_flatten(valid),
+        valid=_flatten(valid[segments]),
+        lose_latents=_flatten(starts(worse)) if pool.num_inner_steps else None,
     )
 
 

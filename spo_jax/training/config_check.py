@@ -16,6 +16,7 @@ def check_config(config: ConfigDict) -> None:
         ("dtype", config.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
         ("sampling.num_steps", sampling.num_steps >= 2, "at least 2"),
         ("sampling.num_plain_steps", 0 <= sampling.num_plain_steps < sampling.num_steps, "from 0 to num_steps - 1"),
+        ("sampling.num_inner_steps", sampling.num_inner_steps >= 0, "at least 0"),
         ("sampling.num_candidates", sampling.num_candidates >= 2, "at least 2"),
         ("sampling.eta", sampling.eta > 0, "positive, because candidates differ only by their noise"),
         ("sampling.continuation", sampling.continuation in ("random", "win"), "random or win"),

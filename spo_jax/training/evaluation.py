@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import flax.struct
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spo_jax import rng
-from spo_jax.checkpoints.pipeline import Pipeline, tokenize
+from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import Schedule
 from spo_jax.preference.colorfulness import colorfulness
 from spo_jax.preference.scorers import Scorer
@@ -63,7 +64,7 @@ def make_measure(
         if eta > 0:
             noise = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "steps"), (schedule.num_steps, *shape)))(keys)
             noise = jnp.swapaxes(noise, 0, 1)
-        images = generate(params, variables, prompts.embeddings, prompts.negative_embeddings, initial, noise)
+        images = generate(params, variables, prompts, initial, noise)
         images = jnp.clip(images, -1.0, 1.0)
         zeros = jnp.zeros((images.shape[0],), jnp.int32)
         scores = scorer.score(params["scorer"], images, prompts.scorer_text, zeros)
@@ -81,7 +82,7 @@ def make_measure(
             # The last batch starts earlier instead of being smaller, so that one program serves all.
             begin = max(0, min(start, count - batch_size))
             rows = slice(begin, begin + batch_size)
-            batch = PromptBatch(prompts.embeddings[rows], prompts.negative_embeddings, prompts.scorer_text[rows])
+            batch = prompts.map_rows(itemgetter(rows))
             outputs = jax.device_get(one_batch(params, variables, batch, judge_text, keys[rows]))
             results.append([values[start - begin :] for values in outputs])
         images, scores, colors, nearest = (np.concatenate(column) for column in zip(*results, strict=True))
@@ -108,12 +109,18 @@ def summarize(base: Measured, tuned: Measured) -> dict[str, Any]:
 
 
 def encode_prompts(
-    encode: Callable[..., PromptBatch], params: Any, pipeline: Pipeline, scorer_tokenizer: Any, texts: list[str]
+    encode: Callable[..., PromptBatch],
+    params: Any,
+    pipeline: Pipeline,
+    scorer_tokenizer: Any,
+    texts: list[str],
+    negative_prompt: str = "",
 ) -> PromptBatch:
-    """Tokenizes and encodes a list of prompts; the negative prompt is the empty one."""
+    """Tokenizes and encodes a list of prompts; ``scorer_tokenizer`` is None for an ``encode`` without a scorer."""
+    zeros = pipeline.force_zeros_for_empty_prompt and not negative_prompt
     return encode(
         params,
-        tokenize(pipeline.tokenizer, texts),
-        tokenize(pipeline.tokenizer, [""]),
-        tokenize(scorer_tokenizer, texts),
+        tokenize_prompts(pipeline, texts),
+        None if zeros else tokenize_prompts(pipeline, [negative_prompt]),
+        None if scorer_tokenizer is None else tokenize(scorer_tokenizer, texts),
     )

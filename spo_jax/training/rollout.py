@@ -20,7 +20,7 @@ from spo_jax.diffusion.schedule import Schedule
 from spo_jax.distributed.mesh import constrain_batch
 from spo_jax.preference.pairs import compact, make_pairs
 from spo_jax.preference.scorers import Scorer
-from spo_jax.types import PoolNoise, PreferencePairs, PromptBatch
+from spo_jax.types import AddedConditions, PoolNoise, PreferencePairs, PromptBatch
 
 
 @flax.struct.dataclass
@@ -34,15 +34,39 @@ class Rollout:
     score_std: jax.Array
 
 
-def make_encode(pipeline: Pipeline, scorer: Scorer) -> Callable[..., PromptBatch]:
-    """``encode(params, tokens [B, L], negative_tokens [1, L], scorer_tokens [B, L']) -> PromptBatch``."""
+def make_encode(pipeline: Pipeline, scorer: Scorer | None) -> Callable[..., PromptBatch]:
+    """``encode(params, tokens, negative_tokens, scorer_tokens [B, L'] or None) -> PromptBatch``.
 
-    def encode(params: Any, tokens: jax.Array, negative_tokens: jax.Array, scorer_tokens: jax.Array) -> PromptBatch:
-        def embed(ids: jax.Array) -> jax.Array:
-            return pipeline.text_encoder.apply({"params": params["text_encoder"]}, ids).last_hidden_state
+    ``tokens`` and ``negative_tokens`` hold int32 [B, L] and [1, L] for each text encoder of the pipeline. Without
+    negative tokens (None) the negative embeddings are zeros. Without a scorer there are no scorer tokens and no text.
+    """
 
-        text = scorer.encode_text(params["scorer"], scorer_tokens)
-        return PromptBatch(embed(tokens), embed(negative_tokens), text)
+    def embed(params: Any, tokens: tuple[jax.Array, ...]) -> tuple[jax.Array, AddedConditions | None]:
+        first = pipeline.text_encoder.apply({"params": params["text_encoder"]}, tokens[0])
+        if pipeline.text_encoder_2 is None:
+            return first.last_hidden_state, None
+        second = pipeline.text_encoder_2.apply({"params": params["text_encoder_2"]}, tokens[1])
+        # SDXL takes the state before the last layer, and no final layer norm.
+        hidden = jnp.concatenate([first.penultimate_hidden_state, second.penultimate_hidden_state], axis=-1)
+        size = jnp.array(pipeline.image_size, jnp.float32)
+        time_ids = jnp.concatenate([size, jnp.zeros(2), size])  # an uncropped picture of just this size
+        return hidden, AddedConditions(second.pooled, jnp.broadcast_to(time_ids, (len(hidden), 6)))
+
+    def encode(
+        params: Any,
+        tokens: tuple[jax.Array, ...],
+        negative_tokens: tuple[jax.Array, ...] | None,
+        scorer_tokens: Any,
+    ) -> PromptBatch:
+        embeddings, added = embed(params, tokens)
+        if negative_tokens is not None:
+            negative, negative_added = embed(params, negative_tokens)
+        else:
+            negative, negative_added = jax.tree.map(lambda x: x[:1], (jnp.zeros_like(embeddings), added))
+            if negative_added is not None:  # the time ids stay, only the text is gone
+                negative_added = negative_added.replace(pooled=jnp.zeros_like(negative_added.pooled))
+        text: Any = None if scorer is None else scorer.encode_text(params["scorer"], scorer_tokens)
+        return PromptBatch(embeddings, negative, text, added, negative_added)
 
     return encode
 
@@ -102,10 +126,10 @@ def make_collect(
         def predict(latents: jax.Array, timestep: jax.Array) -> jax.Array:
             count = latents.shape[1]
             flat = latents.reshape(batch_size * count, *latents.shape[2:])
-            embeddings = jnp.repeat(prompts.embeddings, count, axis=0)
+            repeated = prompts.map_rows(lambda rows: jnp.repeat(rows, count, axis=0))
             timesteps = jnp.full((batch_size * count,), timestep)
             variables = {"params": params["unet"], "lora": lora}
-            output = predict_guided(variables, flat, timesteps, embeddings, prompts.negative_embeddings)
+            output = predict_guided(variables, flat, timesteps, *repeated.conditions)
             return output.reshape(latents.shape)
 
         pool = sample_pool(
@@ -114,6 +138,7 @@ def make_collect(
             schedule,
             noise,
             num_plain_steps=config.sampling.num_plain_steps,
+            num_inner_steps=config.sampling.num_inner_steps,
             eta=config.sampling.eta,
             continuation=config.sampling.continuation,
         )
@@ -127,7 +152,7 @@ def make_collect(
 def make_generate(
     pipeline: Pipeline, schedule: Schedule, *, guidance_scale: float, eta: float
 ) -> Callable[..., jax.Array]:
-    """``generate(params, variables, embeddings, negative_embeddings, initial, noise) -> images [B, H, W, 3]``.
+    """``generate(params, variables, prompts, initial, noise) -> images [B, H, W, 3]``.
 
     ``variables`` are the UNet's: ``{"params": ...}``, with ``"lora"`` for a tuned model. ``noise`` [N, B, h, w, c] may
     be None when ``eta`` is 0.
@@ -135,10 +160,10 @@ def make_generate(
     predict_guided = make_guided_prediction(pipeline.unet.apply, guidance_scale)
     decode = make_decode(pipeline)
 
-    def generate(params, variables, embeddings, negative_embeddings, initial, noise=None):
+    def generate(params, variables, prompts, initial, noise=None):
         def predict(latents, timestep):
             timesteps = jnp.full((latents.shape[0],), timestep)
-            return predict_guided(variables, latents, timesteps, embeddings, negative_embeddings)
+            return predict_guided(variables, latents, timesteps, *prompts.conditions)
 
         return decode(params, sample(predict, schedule, initial, noise, eta=eta))
 

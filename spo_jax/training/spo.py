@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from spo_jax import rng
 from spo_jax.checkpoints.lora import write_lora
-from spo_jax.checkpoints.pipeline import Pipeline, read_clip, read_pipeline, read_tokenizer, tokenize
+from spo_jax.checkpoints.pipeline import Pipeline, read_clip, read_pipeline, read_tokenizer, tokenize, with_image_size
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import Schedule, check_trainable, make_schedule
@@ -72,6 +72,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # -------------------------------------------------------------------------------------------------------- models
     dtype = jnp.dtype(config.dtype)
     pipeline = read_pipeline(resolve(config.model), dtype)
+    pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
     clip, scorer_params = read_clip(resolve(config.scorer.path), step_aware=True, dtype=dtype)
     judge_clip, judge_params = read_clip(resolve(config.evaluation.judge), step_aware=False, dtype=dtype)
     scorer, judge = make_clip_scorer(clip), make_clip_scorer(judge_clip)
@@ -128,7 +129,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             num_valid = int(rollout.num_valid)
             sampled = time.time()
             state, updates = run_updates(config, update, state, params["unet"], prompt_batch, rollout, num_valid)
-            num_scores = config.sampling.num_steps - config.sampling.num_plain_steps
+            num_pool_steps = config.sampling.num_steps - config.sampling.num_plain_steps
+            num_scores = math.ceil(num_pool_steps / (config.sampling.num_inner_steps + 1))
             row = {
                 "epoch": batch // num_batches(len(prompts), config.prompts_per_batch),
                 **rollout_metrics(rollout, num_valid),
@@ -149,11 +151,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 write_lora(workdir, state.lora)
             if config.validation.every and (done or (batch + 1) % config.validation.every == 0):
                 rows = slice(0, config.validation.num_prompts)
-                some = dataclasses.replace(
-                    held_out_batch,
-                    embeddings=held_out_batch.embeddings[rows],
-                    scorer_text=held_out_batch.scorer_text[rows],
-                )
+                some = held_out_batch.map_rows(itemgetter(rows))
                 shown = measure(params, state.lora, some, judge_text[rows], evaluation_key)
                 sheet = grid(to_uint8(shown.images))
                 write_png(workdir / "validation" / f"batch_{batch + 1:06d}.png", sheet, zoom=3)
@@ -216,11 +214,8 @@ def compile_programs(
 
 def shard_prompts(prompts: PromptBatch, mesh: Mesh) -> PromptBatch:
     """Splits a batch of prompts over the devices."""
-    return PromptBatch(
-        jax.device_put(prompts.embeddings, batch_sharding(mesh)),
-        jax.device_put(prompts.negative_embeddings, replicated(mesh)),
-        jax.device_put(prompts.scorer_text, batch_sharding(mesh)),
-    )
+    everywhere = jax.tree.map(lambda _: replicated(mesh), prompts)
+    return jax.device_put(prompts, everywhere.map_rows(lambda _: batch_sharding(mesh)))
 
 
 def time_score(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, params: Any, prompts: PromptBatch) -> float:

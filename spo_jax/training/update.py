@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from spo_jax.diffusion.ddim import ddim_distribution, log_prob, predict_x0_and_noise
-from spo_jax.diffusion.guidance import GuidedPrediction
+from spo_jax.diffusion.guidance import GuidedPrediction, interleave
 from spo_jax.diffusion.schedule import Schedule
 from spo_jax.training.losses import PairLoss, spo_loss
 from spo_jax.types import PreferencePairs, PromptBatch, TrainState
@@ -31,11 +31,19 @@ def transition_log_probs(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of win and lose under one model, for one pair.
 
-    Win and lose share x_t, the timestep and the prompt, hence one network output [h, w, c] serves both.
+    Win and lose share the timestep and the prompt. Where they share x_t too, one network output [h, w, c] serves both;
+    otherwise ``model_output`` is [2, h, w, c], that of win first.
     """
-    x0, eps = predict_x0_and_noise(schedule, model_output, pair.latents, pair.timesteps)
-    mean, sigma = ddim_distribution(schedule, x0, eps, pair.timesteps, pair.previous_timesteps, eta)
-    return log_prob(pair.win, mean, sigma), log_prob(pair.lose, mean, sigma)
+
+    def distribution(output: jax.Array, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x0, eps = predict_x0_and_noise(schedule, output, latents, pair.timesteps)
+        return ddim_distribution(schedule, x0, eps, pair.timesteps, pair.previous_timesteps, eta)
+
+    if pair.lose_latents is None:
+        win = lose = distribution(model_output, pair.latents)
+    else:
+        win, lose = distribution(model_output[0], pair.latents), distribution(model_output[1], pair.lose_latents)
+    return log_prob(pair.win, *win), log_prob(pair.lose, *lose)
 
 
 def pair_losses(
@@ -48,7 +56,10 @@ def pair_losses(
     beta: float,
     clip_range: float,
 ) -> PairLoss:
-    """Loss and ratios of each pair, fields [P], from the guided outputs [P, h, w, c] of policy and reference."""
+    """Loss and ratios of each pair, fields [P], from the guided outputs of policy and reference.
+
+    Outputs are [P, h, w, c], or [P, 2, h, w, c] if the pairs have ``lose_latents``.
+    """
 
     def one(policy: jax.Array, reference: jax.Array, pair: PreferencePairs) -> PairLoss:
         win, lose = transition_log_probs(schedule, policy, pair, eta)
@@ -63,18 +74,23 @@ def make_loss(
 ) -> Callable[..., tuple[jax.Array, PairLoss]]:
     """``loss(lora, params, prompts, pairs, mask) -> (masked mean, masked sums)`` for use with ``jax.grad``.
 
-    The reference is the same network with the adapters left out.
+    The reference is the same network with the adapters left out. The network runs once a pair, or on both latents where
+    win and lose may start from different ones.
     """
 
     def loss_fn(lora: Any, params: Any, prompts: PromptBatch, pairs: PreferencePairs, mask: jax.Array):
-        inputs = (
-            pairs.latents,
-            pairs.timesteps,
-            prompts.embeddings[pairs.prompt_index],
-            prompts.negative_embeddings,
-        )
-        policy = predict({"params": params, "lora": lora}, *inputs)
-        reference = jax.lax.stop_gradient(predict({"params": params}, *inputs))
+        latents, timesteps = pairs.latents, pairs.timesteps
+        prompts = prompts.map_rows(lambda rows: rows[pairs.prompt_index])
+        if pairs.lose_latents is not None:
+            latents, timesteps = interleave(latents, pairs.lose_latents), jnp.repeat(timesteps, 2)
+            prompts = prompts.map_rows(lambda rows: jnp.repeat(rows, 2, axis=0))
+
+        def outputs(variables: Any) -> jax.Array:
+            output = predict(variables, latents, timesteps, *prompts.conditions)
+            return output if pairs.lose_latents is None else output.reshape(-1, 2, *output.shape[1:])
+
+        policy = outputs({"params": params, "lora": lora})
+        reference = jax.lax.stop_gradient(outputs({"params": params}))
         losses = pair_losses(schedule, policy, reference, pairs, eta=eta, beta=beta, clip_range=clip_range)
         sums = jax.tree.map(lambda values: jnp.where(mask, values, 0.0).sum(), losses)
         return sums.loss / jnp.maximum(mask.sum(), 1), sums

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from spo_jax.checkpoints.lora import read_lora
 from spo_jax.checkpoints.names import torch_key
 from spo_jax.checkpoints.pipeline import clip_shapes, read_clip, read_text_encoder, read_unet, read_vae
 from spo_jax.models import CLIPModel as OurCLIPModel
+from spo_jax.types import AddedConditions
 
 UNETS = {
     "sd15": dict(block_out_channels=(16, 32), attention_head_dim=4, cross_attention_dim=24),
@@ -42,6 +43,19 @@ UNETS = {
         norm_eps=1e-4,
         flip_sin_to_cos=False,
         freq_shift=1,
+    ),
+    "sdxl": dict(
+        block_out_channels=(16, 32, 48),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4, 6),
+        cross_attention_dim=56,
+        transformer_layers_per_block=(1, 2, 3),
+        layers_per_block=2,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=6,
+        projection_class_embeddings_input_dim=20 + 6 * 6,
     ),
 }
 SD15_BLOCKS = dict(
@@ -142,9 +156,14 @@ def test_unet(name, tmp_path):
     size = 2 ** (len(config["block_out_channels"]) - 1)
     x, t = random(2, 2, 4, 4 * size, 2 * size), np.array([3, 801])
     context = random(3, 2, 5, config["cross_attention_dim"])
-    result, layers = torch_layers(theirs, *map(torch.from_numpy, (x, t, context)))
+    kwargs, added = {}, None
+    if name == "sdxl":
+        added = AddedConditions(random(4, 2, 20), np.array([[64, 32, 0, 8, 48, 96], [9, 8, 7, 6, 5, 4]], np.float32))
+        added_kwargs = {"text_embeds": torch.from_numpy(added.pooled), "time_ids": torch.from_numpy(added.time_ids)}
+        kwargs["added_cond_kwargs"] = added_kwargs
+    result, layers = torch_layers(theirs, *map(torch.from_numpy, (x, t, context)), **kwargs)
     ours, captured = unet.apply(
-        {"params": params}, nhwc(x), jnp.asarray(t), jnp.asarray(context), capture_intermediates=True
+        {"params": params}, nhwc(x), jnp.asarray(t), jnp.asarray(context), added, capture_intermediates=True
     )
     compare_layers(captured["intermediates"], layers)
     scale = max(1.0, np.abs(result.sample).max())
@@ -213,6 +232,20 @@ def test_text_encoder(name, tmp_path):
     np.testing.assert_allclose(ours.last_hidden_state, result.last_hidden_state.numpy(), rtol=0, atol=1e-4)
     np.testing.assert_allclose(ours.penultimate_hidden_state, result.hidden_states[-2].numpy(), rtol=0, atol=1e-4)
     np.testing.assert_allclose(ours.pooled, result.pooler_output.numpy(), rtol=0, atol=1e-4)
+
+
+def test_text_encoder_with_projection(tmp_path):
+    theirs = randomize(CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=20, **TEXTS["legacy eos"])), seed=1)
+    theirs.save_pretrained(tmp_path)
+    model, params = read_text_encoder(tmp_path, with_projection=True)
+    first_weight_agrees(params, theirs.state_dict())
+    tokens = np.random.default_rng(4).integers(3, 58, (3, 7))
+    tokens[:, 5:] = 59  # padded as Stable Diffusion does: the first end of text counts
+    result, layers = torch_layers(theirs, torch.from_numpy(tokens), output_hidden_states=True)
+    ours, captured = model.apply({"params": params}, jnp.asarray(tokens), capture_intermediates=True)
+    compare_layers(captured["intermediates"], layers)
+    np.testing.assert_allclose(ours.penultimate_hidden_state, result.hidden_states[-2].numpy(), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours.pooled, result.text_embeds.numpy(), rtol=0, atol=1e-4)
 
 
 @pytest.fixture

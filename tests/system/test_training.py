@@ -97,17 +97,17 @@ def test_eight_devices_give_the_result_of_one(undisturbed, tmp_path, cache, prom
 @pytest.mark.parametrize("strength", [1.0, 100.0])
 def test_diffusers_and_peft_make_the_same_picture_with_the_adapters(undisturbed, tmp_path, strength):
     """From the same latents, at most 2/255 apart; also with adapters a hundred times as strong."""
-    import jax.numpy as jnp
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     from spo_jax.checkpoints.lora import read_lora
-    from spo_jax.checkpoints.pipeline import read_pipeline, tokenize
+    from spo_jax.checkpoints.pipeline import read_pipeline
     from spo_jax.diffusion.schedule import make_schedule
     from spo_jax.emoji import resolve
     from spo_jax.generate import draw_noise
     from spo_jax.images import to_uint8
-    from spo_jax.training.rollout import make_generate
+    from spo_jax.training.evaluation import encode_prompts
+    from spo_jax.training.rollout import make_encode, make_generate
 
     workdir, _ = undisturbed
     tensors = safetensors.numpy.load_file(workdir / LORA)
@@ -117,15 +117,11 @@ def test_diffusers_and_peft_make_the_same_picture_with_the_adapters(undisturbed,
     prompts = ["a red apple on a teal background", "a fox on a blue background"]
     pipeline = read_pipeline(folder)
     latents, _ = draw_noise(0, 0, 2, pipeline.latent_shape, steps)
-
-    def embed(texts):
-        tokens = jnp.asarray(tokenize(pipeline.tokenizer, texts))
-        return pipeline.text_encoder.apply({"params": pipeline.params["text_encoder"]}, tokens).last_hidden_state
-
+    encoded = encode_prompts(make_encode(pipeline, scorer=None), pipeline.params, pipeline, None, prompts)
     generate = make_generate(pipeline, make_schedule(pipeline.scheduler_config, steps), guidance_scale=5.0, eta=0.0)
     lora = read_lora(tmp_path, pipeline.params["unet"])
     without, with_lora = (
-        to_uint8(generate(pipeline.params, variables, embed(prompts), embed([""]), latents)).astype(int)
+        to_uint8(generate(pipeline.params, variables, encoded, latents)).astype(int)
         for variables in ({"params": pipeline.params["unet"]}, {"params": pipeline.params["unet"], "lora": lora})
     )
 

@@ -105,3 +105,43 @@ def test_empty_minibatch_has_no_loss_and_no_gradient(minibatch):
     loss, pairs, prompts = minibatch
     (value, _), gradient = loss(jnp.full((), 1e-3), 0.1, prompts, pairs, jnp.zeros(5, bool))
     assert value == 0 and gradient == 0
+
+
+def test_pairs_with_two_starts_are_those_with_one_where_the_starts_agree(minibatch):
+    loss, pairs, prompts = minibatch
+    mask = jnp.ones(5, bool)
+    (value, sums), gradient = loss(jnp.full((), 1e-3), 0.1, prompts, pairs, mask)
+    twice = pairs.replace(lose_latents=pairs.latents)
+    (other, other_sums), other_gradient = loss(jnp.full((), 1e-3), 0.1, prompts, twice, mask)
+    np.testing.assert_allclose(value, other, rtol=1e-6)
+    np.testing.assert_allclose(gradient, other_gradient, rtol=1e-5)
+    np.testing.assert_allclose(jax.tree.leaves(sums), jax.tree.leaves(other_sums), rtol=1e-6)
+
+
+def test_win_and_lose_are_measured_from_their_own_starts(minibatch):
+    """Each ratio of a pair with two starts is that of a pair which shares that start."""
+    loss, pairs, prompts = minibatch
+    mask, moved = jnp.ones(5, bool), 0.9 * pairs.latents + 0.1
+    apart = pairs.replace(lose_latents=moved, lose=pairs.lose + moved - pairs.latents)
+    (_, sums), _ = loss(jnp.full((), 1e-3), 0.1, prompts, apart, mask)
+    (_, from_win), _ = loss(jnp.full((), 1e-3), 0.1, prompts, apart.replace(lose_latents=None), mask)
+    (_, from_lose), _ = loss(jnp.full((), 1e-3), 0.1, prompts, apart.replace(latents=moved, lose_latents=None), mask)
+    np.testing.assert_allclose(sums.win_ratio, from_win.win_ratio, rtol=1e-6)
+    np.testing.assert_allclose(sums.lose_ratio, from_lose.lose_ratio, rtol=1e-6)
+    assert abs(from_win.lose_ratio - from_lose.lose_ratio) > 1e-4
+
+
+def test_network_runs_once_a_pair_and_on_both_starts_only_where_they_may_differ(minibatch):
+    _, pairs, prompts = minibatch
+    rows = []
+
+    def network(variables, latents, timesteps, context):
+        rows.append(latents.shape[0])
+        return (variables["params"] + variables.get("lora", 0.0)) * latents
+
+    schedule = make_schedule({"beta_schedule": "scaled_linear", "steps_offset": 1}, 20)
+    loss = make_loss(make_guided_prediction(network, 5.0), schedule, eta=1.0, beta=10.0, clip_range=0.1)
+    for lose_latents, starts in ((None, 1), (pairs.latents, 2)):
+        rows.clear()
+        loss(0.0, 0.1, prompts, pairs.replace(lose_latents=lose_latents), jnp.ones(5, bool))
+        assert rows == [2 * 5 * starts] * 2, "both halves of guidance, for policy and reference"

@@ -8,6 +8,7 @@ import scipy.stats
 
 from spo_jax.diffusion.pool import draw_pool_noise, sample_pool
 from spo_jax.diffusion.schedule import make_schedule
+from spo_jax.preference.pairs import make_pairs
 
 CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 SHAPE = (2, 3, 1)
@@ -26,8 +27,8 @@ def score(x0, t):
     return x0.sum((-1, -2, -3)) + t / 100
 
 
-def reference(schedule, noise, plain, continuation):
-    """ALGORITHM section 2, SD1.5, as a loop over steps in float64: starts, candidates, scores."""
+def reference(schedule, noise, plain, continuation, inner=0):
+    """ALGORITHM section 2 as a loop over steps in float64: starts, candidates, scores."""
     alphas = np.asarray(schedule.alphas_cumprod, np.float64)
     times, previous = np.asarray(schedule.timesteps), np.asarray(schedule.previous_timesteps)
     noise = jax.tree.map(lambda x: np.asarray(x, np.float64), noise)
@@ -46,14 +47,18 @@ def reference(schedule, noise, plain, continuation):
     for i in range(plain):
         x = step(x, i, noise.plain[i])
     for s, i in enumerate(range(plain, len(times))):
-        candidates = step(x[:, None], i, noise.candidates[s])
+        opens = s % (inner + 1) == 0
+        starts = [*starts, x] if opens else starts
+        candidates = step(x[:, None] if opens else candidates, i, noise.candidates[s])
+        all_candidates.append(candidates)
         last = i == len(times) - 1
-        seen, t = (candidates, 0) if last else (x0_of(candidates, i + 1), times[i + 1])
-        scores = seen.sum((-1, -2, -3)) + t / 100
-        starts, all_candidates, all_scores = [*starts, x], [*all_candidates, candidates], [*all_scores, scores]
-        if not last:
-            choice = scores.argmax(1) if continuation == "win" else noise.choices[s].astype(int)
-            x = candidates[np.arange(len(x)), choice]
+        if last or (s + 1) % (inner + 1) == 0:
+            seen, t = (candidates, 0) if last else (x0_of(candidates, i + 1), times[i + 1])
+            scores = seen.sum((-1, -2, -3)) + t / 100
+            all_scores.append(scores)
+            if not last:
+                choice = scores.argmax(1) if continuation == "win" else noise.choices[s].astype(int)
+                x = candidates[np.arange(len(x)), choice]
     return np.stack(starts), np.stack(all_candidates), np.stack(all_scores)
 
 
@@ -69,6 +74,29 @@ def test_every_split_into_plain_and_pool_steps(num_steps, plain, continuation):
     np.testing.assert_allclose(pool.scores, scores, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(pool.timesteps, schedule.timesteps[plain:])
     np.testing.assert_array_equal(pool.previous_timesteps, schedule.previous_timesteps[plain:])
+
+
+@pytest.mark.parametrize("continuation", ["random", "win"])
+@pytest.mark.parametrize("num_steps, plain, inner", [(9, 1, 3), (8, 1, 2), (6, 0, 1), (6, 1, 3), (4, 2, 7), (1, 0, 3)])
+def test_every_cut_into_segments(num_steps, plain, inner, continuation):
+    """Segments that fit, a last one that is shorter, down to one step, and a single one: as the loop in float64."""
+    schedule, noise = make_schedule(CONFIG, num_steps), noise_of(num_steps, num_steps, plain)
+    options = dict(num_plain_steps=plain, num_inner_steps=inner, continuation=continuation)
+    pool = sample_pool(predict, score, schedule, noise, **options)
+    starts, candidates, scores = reference(schedule, noise, plain, continuation, inner)
+    np.testing.assert_allclose(pool.latents, starts, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(pool.candidates, candidates, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(pool.scores, scores, rtol=1e-3, atol=1e-3)
+
+    pairs = make_pairs(pool, threshold=0.0)
+    for p, (s, b) in enumerate(np.ndindex(num_steps - plain, 2)):
+        segment, place = divmod(s, inner + 1)
+        win, lose = scores[segment, b].argmax(), scores[segment, b].argmin()
+        assert pairs.prompt_index[p] == b and pairs.timesteps[p] == schedule.timesteps[plain + s]
+        for latents, moved, chosen in ((pairs.latents, pairs.win, win), (pairs.lose_latents, pairs.lose, lose)):
+            start = pool.latents[segment, b] if place == 0 else pool.candidates[s - 1, b, chosen]
+            np.testing.assert_array_equal(latents[p], start)
+            np.testing.assert_array_equal(moved[p], pool.candidates[s, b, chosen])
 
 
 def test_network_and_scorer_are_called_once_a_step_at_the_right_timesteps():
@@ -88,6 +116,12 @@ def test_network_and_scorer_are_called_once_a_step_at_the_right_timesteps():
     times = schedule.timesteps.tolist()
     assert networks == [(t, 1) for t in times[: plain + 1]] + [(t, k) for t in times[plain + 1 :]]
     assert scorers == [(t, k) for t in times[plain + 1 :]] + [(0, k)]
+
+    networks.clear(), scorers.clear()
+    sample_pool(counted_predict, counted_score, schedule, noise, num_plain_steps=plain, num_inner_steps=1)
+    jax.effects_barrier()
+    assert networks == [(t, 1) for t in times[: plain + 1]] + [(t, k) for t in times[plain + 1 :]]
+    assert scorers == [(times[4], k), (times[6], k), (0, k)], "once a segment: steps 2 and 3, 4 and 5, and 6"
 
 
 def test_random_continuation_does_not_look_at_the_scores():

@@ -1,0 +1,215 @@
+"""A random tiny SDXL pipeline, saved by diffusers: the same embeddings, the same picture, and one batch of training."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from configs.tiny import get_config
+from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size
+from spo_jax.diffusion.schedule import make_schedule
+from spo_jax.distributed.mesh import make_mesh
+from spo_jax.emoji import resolve
+from spo_jax.errors import UserError
+from spo_jax.models.lora import init_lora
+from spo_jax.preference.scorers import Scorer
+from spo_jax.training.evaluation import encode_prompts
+from spo_jax.training.optimizer import make_optimizer
+from spo_jax.training.rollout import make_encode, make_generate
+from spo_jax.training.spo import compile_programs, run_updates, shard_prompts
+from spo_jax.types import TrainState
+from tests.parity.test_live_pytorch import randomize
+
+PROMPTS = ["a red apple on a teal background", "a fox!"]
+SCHEDULER = dict(
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """The pipeline of diffusers, and the folder it was saved in."""
+    text = dict(
+        vocab_size=1101, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=16, bos_token_id=1099
+    )
+    first = CLIPTextConfig(hidden_size=32, intermediate_size=48, hidden_act="quick_gelu", eos_token_id=2, **text)
+    second = CLIPTextConfig(
+        hidden_size=24, intermediate_size=40, hidden_act="gelu", eos_token_id=2, projection_dim=20, **text
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=56,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=20 + 6 * 8,
+    )
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.13025, **blocks
+    )
+    tokenizer = resolve("emoji:model/tokenizer")
+    pipeline = StableDiffusionXLPipeline(
+        vae=randomize(vae, 1),
+        text_encoder=randomize(CLIPTextModel(first), 2),
+        text_encoder_2=randomize(CLIPTextModelWithProjection(second), 3),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer),
+        tokenizer_2=CLIPTokenizer.from_pretrained(tokenizer, pad_token="!"),  # as SDXL's
+        unet=randomize(unet, 4),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    folder = tmp_path_factory.mktemp("sdxl")
+    pipeline.save_pretrained(folder)
+    return pipeline, folder
+
+
+@pytest.fixture(scope="module")
+def ours(theirs):
+    return read_pipeline(theirs[1])
+
+
+@pytest.mark.parametrize("negative_prompt", ["", "blue! things"])
+def test_embeddings_are_those_of_diffusers(theirs, ours, negative_prompt):
+    with torch.no_grad():
+        expected = theirs[0].encode_prompt(PROMPTS, negative_prompt=negative_prompt or None)
+    batch = encode_prompts(make_encode(ours, scorer=None), ours.params, ours, None, PROMPTS, negative_prompt)
+    values = (batch.embeddings, batch.negative_embeddings, batch.added.pooled, batch.negative_added.pooled)
+    for value, tensor in zip(values, expected, strict=True):
+        np.testing.assert_allclose(value, tensor[: len(value)].numpy(), rtol=0, atol=1e-4)
+    assert (batch.negative_embeddings == 0).all() == (negative_prompt == "")
+    for added, count in ((batch.added, 2), (batch.negative_added, 1)):
+        np.testing.assert_array_equal(added.time_ids, [[16, 16, 0, 0, 16, 16]] * count)
+
+
+@pytest.mark.parametrize("height, width", [(16, 16), (24, 8)])
+def test_picture_is_that_of_diffusers(theirs, ours, height, width):
+    """Also of other sizes than the UNet's own, which its time ids then tell it."""
+    pipeline, steps = with_image_size(ours, height, width), 4
+    assert pipeline.image_size == (height, width)
+    latents = np.random.default_rng(0).standard_normal((2, *pipeline.latent_shape)).astype(np.float32)
+    batch = encode_prompts(make_encode(pipeline, scorer=None), pipeline.params, pipeline, None, PROMPTS)
+    generate = make_generate(pipeline, make_schedule(pipeline.scheduler_config, steps), guidance_scale=5.0, eta=0.0)
+    images = jax.jit(generate)(pipeline.params, {"params": pipeline.params["unet"]}, batch, jnp.asarray(latents))
+    expected = theirs[0](
+        PROMPTS,
+        height=height,
+        width=width,
+        latents=torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()),
+        num_inference_steps=steps,
+        guidance_scale=5.0,
+        output_type="np",
+    ).images
+    assert images.shape == (2, height, width, 3)
+    np.testing.assert_allclose(np.clip(images / 2 + 0.5, 0, 1), expected, rtol=0, atol=1e-3)
+    assert expected.std() > 0.05
+
+
+def test_one_batch_of_training_with_inner_steps(ours):
+    """On eight devices: segments of 2, 2 and 1 steps, pictures that are not square, both text encoders."""
+    config = get_config()
+    config.prompts_per_batch, config.train.minibatch_size, config.pairs.threshold = 8, 24, 0.0
+    sizes = dict(num_steps=6, num_plain_steps=1, num_candidates=2, num_inner_steps=1, height=16, width=24)
+    config.sampling.update(sizes)
+    pipeline = with_image_size(ours, config.sampling.height, config.sampling.width)
+    mesh = make_mesh(-1, 1)
+    scorer = Scorer(
+        encode_text=lambda params, tokens: jnp.ones((len(tokens), 3)),
+        score=lambda params, images, text, timesteps: 10 * images.mean((1, 2, 3)) + text[:, 0] + timesteps,
+    )
+    params = pipeline.params | {"scorer": {}}
+    encode = jax.jit(make_encode(pipeline, scorer))
+    prompts = encode_prompts(encode, params, pipeline, pipeline.tokenizer, PROMPTS * 4)
+    prompts = shard_prompts(prompts, mesh)
+    assert len(prompts.added.pooled.sharding.device_set) == 8
+    schedule = make_schedule(pipeline.scheduler_config, 6)
+    optimizer = make_optimizer(config.train)
+    lora = init_lora(jax.random.key(1), params["unet"], 2)
+    state = TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
+    collect, update = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh)
+
+    rollout = collect(params, lora, prompts, jax.random.key(2))
+    pairs, order = rollout.pairs, rollout.order
+    assert pairs.win.shape == pairs.lose_latents.shape == (5 * 8, 8, 12, 4)
+    assert rollout.num_valid == order.shape[0] == 5 * 8
+    shared = (pairs.latents == pairs.lose_latents).all((1, 2, 3)).reshape(5, 8)
+    np.testing.assert_array_equal(shared, np.array([True, False, True, False, True])[:, None].repeat(8, axis=1))
+
+    before = jax.device_get(lora)
+    state, updates = run_updates(config, update, state, params["unet"], prompts, rollout, int(rollout.num_valid))
+    assert [int(u.num_pairs) for u in updates] == [24, 16]
+    np.testing.assert_allclose(updates[0].sums.loss / 24, math.log(2), rtol=1e-5)
+    np.testing.assert_allclose([updates[0].sums.win_ratio, updates[0].sums.lose_ratio], 24, rtol=1e-5)
+    assert all(np.isfinite(u.grad_norm) and u.grad_norm > 0 for u in updates)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, jax.device_get(state.lora))
+    assert all(leaf > 0 for leaf in jax.tree.leaves(moved))
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize("size", [(16, 18), (2, 16), (0, None), (-4, 16)])
+def test_size_that_does_not_fit_is_refused(ours, size):
+    with pytest.raises(UserError, match="multiples of 4"):
+        with_image_size(ours, *size)
+
+
+def change_json(file, change):
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "file, change, word",
+    [
+        ("model_index.json", {"_class_name": "StableDiffusionXLInpaintPipeline"}, "StableDiffusionXLInpaintPipeline"),
+        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "cross_attention_dim"),
+        ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type"),
+        ("unet/config.json", {"addition_time_embed_dim": None}, "addition_time_embed_dim"),
+        ("text_encoder_2/config.json", {"projection_dim": 21}, "text_projection"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(theirs, tmp_path, file, change, word):
+    folder = tmp_path / "changed"
+    shutil.copytree(theirs[1], folder)
+    change_json(folder / file, change)
+    with pytest.raises(UserError, match=re.escape(str(folder))) as caught:
+        read_pipeline(folder)
+    assert word in str(caught.value)
+
+
+def test_text_encoders_in_the_wrong_order_are_refused(theirs, tmp_path):
+    folder = tmp_path / "swapped"
+    shutil.copytree(theirs[1], folder)
+    (folder / "text_encoder_2").rename(folder / "other")
+    (folder / "text_encoder").rename(folder / "text_encoder_2")
+    (folder / "other").rename(folder / "text_encoder")
+    with pytest.raises(UserError, match="text_projection"):
+        read_pipeline(folder)
+
+
+def test_pipeline_is_read_whole(ours):
+    names = {field.name for field in dataclasses.fields(ours)} - {"latent_size"}
+    assert all(getattr(ours, name) is not None for name in names)
+    assert set(ours.params) == {"unet", "vae", "text_encoder", "text_encoder_2"}
+    assert ours.force_zeros_for_empty_prompt
