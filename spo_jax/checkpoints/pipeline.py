@@ -74,8 +74,8 @@ def _read_config(folder: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"File {file}: its values make no model ({reason}); download or copy it again.") from error
 
 
-def read_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
-    """The UNet in ``folder`` and its parameters, both in ``dtype``."""
+def unet_shapes(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
+    """The UNet that ``config.json`` in ``folder`` describes and the shapes of its parameters, both in ``dtype``."""
     with _read_config(folder) as config:
         unet = UNet2DConditionModel.from_config(config, dtype)
         size = 2 ** (len(unet.block_out_channels) - 1)
@@ -86,6 +86,12 @@ def read_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionMo
             jnp.zeros((1, 1, unet.cross_attention_dim)),
             dtype=dtype,
         )
+    return unet, shapes
+
+
+def read_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
+    """The UNet in ``folder`` and its parameters, both in ``dtype``."""
+    unet, shapes = unet_shapes(folder, dtype)
     return unet, read_params(folder / _DIFFUSION_WEIGHTS, shapes)
 
 
