@@ -19,7 +19,7 @@ PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; may be given sev
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "Text file or JSON list of prompts; the pictures form a grid.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "What guidance moves away from.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise; picture i of a grid uses the i-th noise of the seed.")
-SOLVER = flags.DEFINE_enum("solver", "ddim", ["ddim", "dpmpp_2m"], "dpmpp_2m needs about half the steps.")
+SOLVER = flags.DEFINE_enum("solver", "ddim", ["ddim", "dpmpp_2m"], "dpmpp_2m needs fewer steps.")
 STEPS = flags.DEFINE_integer("steps", 20, "Steps of the solver.", lower_bound=1)
 GUIDANCE_SCALE = flags.DEFINE_float(
     "guidance_scale", 3.0, "Weight of classifier-free guidance (Stable Diffusion: 5 to 7.5)."

@@ -1,4 +1,4 @@
-"""DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), deterministic: as exact as DDIM in about half the steps.
+"""DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), deterministic: one order more exact than DDIM.
 
 Between two timesteps the solver integrates the predicted x0 exactly in lambda = log(signal / spread), and takes the x0
 of the step before for its slope ("midpoint"). The first step has no step before, and the last one goes to lambda =
