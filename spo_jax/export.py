@@ -47,6 +47,8 @@ def main() -> None:
     lora_path = resolve(LORA.value)
     model = resolve(MODEL.value or model_of_run(lora_path))
     out, dtype = Path(OUT.value), jnp.dtype(DTYPE.value)
+    if out.is_dir() and is_file:
+        raise UserError(f"--out={out} is a folder; choose another name.")
     if FORMAT.value == "pipeline":
         check_output_folder(out)
         _, params = read_unet(model / "unet")
@@ -54,10 +56,13 @@ def main() -> None:
     else:
         _, shapes = unet_shapes(model / "unet")
         lora = read_lora(lora_path, shapes)
-        if FORMAT.value == "kohya":
-            write_kohya(out, lora, shapes, dtype=dtype)
-        else:
-            write_lora(out, lora, dtype=dtype)
+        try:
+            if FORMAT.value == "kohya":
+                write_kohya(out, lora, shapes, dtype=dtype)
+            else:
+                write_lora(out, lora, dtype=dtype)
+        except OSError as error:
+            raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another place.") from error
     print(f"Wrote {out}.")
 
 

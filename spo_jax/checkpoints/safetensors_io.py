@@ -94,8 +94,11 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    safetensors.numpy.save_file(tensors, str(temporary), metadata={"format": "pt"} | (metadata or {}))
-    os.replace(temporary, path)
+    try:
+        safetensors.numpy.save_file(tensors, str(temporary), metadata={"format": "pt"} | (metadata or {}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def param_shapes(module: Any, *inputs: Any, dtype: Any = jnp.float32, **kwargs: Any) -> Any:

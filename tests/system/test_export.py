@@ -69,6 +69,7 @@ def test_dpm_solver_makes_the_picture_of_diffusers(steps):
         ({"lora": "{run}", "out": "{}/o.safetensors", "format": "pipeline"}, ["new folder"]),
         ({"lora": "{run}", "out": "{}/full", "format": "pipeline"}, ["full", "not an empty folder"]),
         ({"lora": "{}/full/lora.safetensors", "out": "{}/o.safetensors"}, ["--model is missing"]),
+        ({"lora": "{run}", "out": "{}/full/file/o.safetensors", "format": "kohya"}, ["cannot be written"]),
         ({"lora": "{run}", "model": "{}/full", "out": "{}/o.safetensors"}, ["full/unet/config.json"]),
     ],
 )

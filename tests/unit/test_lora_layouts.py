@@ -215,14 +215,21 @@ def sdxl(request):
 
 def test_sdxl_as_kohya_is_what_diffusers_reads_and_peft_computes(tmp_path, sdxl):
     unet, params = sdxl
-    lora = random_adapters(params, rank=2, deviation=0.4)
+    lora = random_adapters(params, rank=2, deviation=0.3)
     file = tmp_path / "k.safetensors"
     write_kohya(file, lora, params)
-    assert all(k.startswith(("lora_unet_input", "lora_unet_middle", "lora_unet_output")) for k in read_tensors(file))
+    tensors = read_tensors(file)
+    blocks = {re.match(r"lora_unet_(\w+?)_transformer_blocks", key)[1] for key in tensors}
+    if unet.config.layers_per_block == 2:  # as in SDXL itself, whose names these are
+        numbers = [f"input_blocks_{i}_1" for i in (4, 5, 7, 8)] + [f"output_blocks_{i}_1" for i in range(6)]
+        assert blocks == {"middle_block_1", *numbers}
     with safetensors.safe_open(file, "numpy") as opened:
         assert opened.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
     chex.assert_trees_all_equal(read_lora(file, params), lora)
 
+    # Alphas that are not the rank: our reader and peft must scale alike.
+    write_tensors(file, {k: np.array(3.0, np.float32) if k.endswith(".alpha") else v for k, v in tensors.items()})
+    lora = read_lora(file, params)
     torch.manual_seed(1)
     inputs = (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 12))
     added = {"text_embeds": torch.randn(2, 10), "time_ids": torch.rand(2, 6) * 100}
