@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
 
     c.lora = ConfigDict()
     c.lora.rank = 8  # inner dimension of the adapters; SD1.5: 4
+    c.lora.init = ""  # LoRA file (diffusers or kohya) or --workdir to start from; empty: fresh adapters
 
     c.train = ConfigDict()
     c.train.minibatch_size = 16  # pairs an update, over all devices together

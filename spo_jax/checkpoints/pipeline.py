@@ -114,11 +114,16 @@ def _read_config(folder: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"File {file}: its values make no model ({reason}); download or copy it again.") from error
 
 
-def read_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
-    """The UNet in ``folder`` and its parameters, both in ``dtype``."""
+def describe_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
+    """The UNet that ``config.json`` in ``folder`` describes and the shapes of its parameters, both in ``dtype``."""
     with _read_config(folder) as config:
         unet = UNet2DConditionModel.from_config(config, dtype)
-        shapes = unet_shapes(unet, dtype)
+        return unet, unet_shapes(unet, dtype)
+
+
+def read_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
+    """The UNet in ``folder`` and its parameters, both in ``dtype``."""
+    unet, shapes = describe_unet(folder, dtype)
     return unet, read_params(folder / _DIFFUSION_WEIGHTS, shapes)
 
 

@@ -87,12 +87,18 @@ def write_params(path: Path, params: Any, *, dtype: Any = np.float32, prefix: st
     write_tensors(path, tensors)
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes tensors by way of a temporary file, so that a reader never sees half of one."""
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors by way of a temporary file, so that a reader never sees half of one.
+
+    ``metadata`` goes into the file's header, beside the ``format`` that PyTorch's readers look for.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    safetensors.numpy.save_file(tensors, str(temporary), metadata={"format": "pt"})
-    os.replace(temporary, path)
+    try:
+        safetensors.numpy.save_file(tensors, str(temporary), metadata={"format": "pt"} | (metadata or {}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def param_shapes(module: Any, *inputs: Any, dtype: Any = jnp.float32, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from spo_jax import rng
@@ -63,3 +64,21 @@ def init_lora(key: jax.Array, params: Any, rank: int) -> Any:
             lora[(*path[:-1], "A")] = jax.random.normal(layer_key, (fan_in, rank), jnp.float32) / rank
             lora[(*path[:-1], "B")] = jnp.zeros((rank, fan_out), jnp.float32)
     return flax.traverse_util.unflatten_dict(lora)
+
+
+def merge_lora(params: Any, lora: Any) -> Any:
+    """Parameters of the network that needs no adapters any more: ``W + A B``, summed in float32.
+
+    Args:
+      params: UNet parameters; float32 ones, because in another dtype small updates have been rounded away before.
+      lora: tree of ``{"A": [in, r], "B": [r, out]}`` on some of its layers.
+
+    Returns:
+      A tree like ``params``, whose adapted kernels are float32 NumPy arrays; everything else is the same object.
+    """
+    merged, adapters = flax.traverse_util.flatten_dict(params), flax.traverse_util.flatten_dict(lora)
+    for path, a in adapters.items():
+        if path[-1] == "A":
+            kernel, b = (*path[:-1], "kernel"), adapters[(*path[:-1], "B")]
+            merged[kernel] = np.asarray(merged[kernel], np.float32) + np.asarray(a) @ np.asarray(b)
+    return flax.traverse_util.unflatten_dict(merged)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from spo_jax import rng
 from spo_jax.checkpoints.pipeline import Pipeline
+from spo_jax.diffusion.dpm_solver import sample_dpmpp_2m
 from spo_jax.diffusion.generate import sample
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.pool import draw_pool_noise, sample_pool
@@ -150,12 +151,12 @@ def make_collect(
 
 
 def make_generate(
-    pipeline: Pipeline, schedule: Schedule, *, guidance_scale: float, eta: float
+    pipeline: Pipeline, schedule: Schedule, *, guidance_scale: float, eta: float, solver: str = "ddim"
 ) -> Callable[..., jax.Array]:
     """``generate(params, variables, prompts, initial, noise) -> images [B, H, W, 3]``.
 
     ``variables`` are the UNet's: ``{"params": ...}``, with ``"lora"`` for a tuned model. ``noise`` [N, B, h, w, c] may
-    be None when ``eta`` is 0.
+    be None when ``eta`` is 0. ``solver`` "dpmpp_2m" goes with a schedule of its own and knows no ``eta``.
     """
     predict_guided = make_guided_prediction(pipeline.unet.apply, guidance_scale)
     decode = make_decode(pipeline)
@@ -165,6 +166,8 @@ def make_generate(
             timesteps = jnp.full((latents.shape[0],), timestep)
             return predict_guided(variables, latents, timesteps, *prompts.conditions)
 
+        if solver == "dpmpp_2m":
+            return decode(params, sample_dpmpp_2m(predict, schedule, initial))
         return decode(params, sample(predict, schedule, initial, noise, eta=eta))
 
     return generate

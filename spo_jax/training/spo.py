@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spo_jax import rng
-from spo_jax.checkpoints.lora import write_lora
+from spo_jax.checkpoints.lora import starting_lora, write_lora
 from spo_jax.checkpoints.pipeline import Pipeline, read_clip, read_pipeline, read_tokenizer, tokenize, with_image_size
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
 from spo_jax.diffusion.guidance import make_guided_prediction
@@ -27,7 +27,6 @@ from spo_jax.distributed.mesh import batch_sharding, check_divisible, constrain_
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.images import grid, to_uint8, write_png
-from spo_jax.models.lora import init_lora
 from spo_jax.preference.scorers import Scorer, make_clip_scorer
 from spo_jax.training import checkpoint
 from spo_jax.training.config_check import check_config
@@ -85,7 +84,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # --------------------------------------------------------------------------------------------------------- state
     root = jax.random.key(config.seed)
     optimizer = make_optimizer(config.train)
-    lora = init_lora(rng.stream(root, "lora"), params["unet"], config.lora.rank)
+    start_from = resolve(config.lora.init) if config.lora.init else None
+    lora = starting_lora(rng.stream(root, "lora"), params["unet"], config.lora.rank, start_from)
     state = TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
     state = jax.device_put(state, everywhere)
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from spo_jax.checkpoints.lora import write_lora
+from tests import pictures
 from tests.system.commands import ROOT, command, environment, run
 
 MODEL = ROOT / "spo_jax" / "emoji" / "model"
@@ -74,6 +76,14 @@ def test_missing_key(tmp_path, cache, model):
 def test_left_over_key(tmp_path, cache, model):
     edit(model / WEIGHTS, lambda tensors: tensors.update({"conv_between.weight": np.zeros(3, np.float32)}))
     refused(command(tmp_path / "w", model=model), cache, WEIGHTS, "conv_between.weight")
+
+
+def test_start_from_adapters_of_another_rank(tmp_path, cache):
+    (tmp_path / "start").mkdir()
+    write_lora(tmp_path / "start", pictures.strong_adapters(rank=3))
+    start = tmp_path / "start"
+    refused(command(tmp_path / "w", lora__init=start, lora__rank=2), cache, start, "rank 3", "config.lora.rank is 2")
+    assert not (tmp_path / "w").exists()
 
 
 def test_empty_prompt_file(tmp_path, cache):

@@ -94,50 +94,26 @@ def test_eight_devices_give_the_result_of_one(undisturbed, tmp_path, cache, prom
         np.testing.assert_allclose(ours[key], theirs[key], rtol=0, atol=1e-5, err_msg=key)
 
 
+def test_a_run_that_starts_from_adapters_and_finds_no_pair_writes_the_same(undisturbed, tmp_path, cache, prompts):
+    workdir, _ = undisturbed
+    start = {"lora__init": workdir, "num_batches": 1, "pairs__threshold": 0.999999}
+    result = run(command(tmp_path, prompts=prompts, **start), environment(cache))
+    assert result.returncode == 0, result.stderr
+    assert [row["num_pairs"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0]
+    assert (tmp_path / LORA).read_bytes() == (workdir / LORA).read_bytes()
+
+
 @pytest.mark.parametrize("strength", [1.0, 100.0])
 def test_diffusers_and_peft_make_the_same_picture_with_the_adapters(undisturbed, tmp_path, strength):
     """From the same latents, at most 2/255 apart; also with adapters a hundred times as strong."""
-    import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
     from spo_jax.checkpoints.lora import read_lora
-    from spo_jax.checkpoints.pipeline import read_pipeline
-    from spo_jax.diffusion.schedule import make_schedule
-    from spo_jax.emoji import resolve
-    from spo_jax.generate import draw_noise
-    from spo_jax.images import to_uint8
-    from spo_jax.training.evaluation import encode_prompts
-    from spo_jax.training.rollout import make_encode, make_generate
+    from tests import pictures
 
     workdir, _ = undisturbed
     tensors = safetensors.numpy.load_file(workdir / LORA)
     tensors = {k: v * (strength if "lora_B" in k else 1.0) for k, v in tensors.items()}
     safetensors.numpy.save_file({k: v.astype(np.float32) for k, v in tensors.items()}, tmp_path / LORA)
-    folder, steps = resolve("emoji:model"), 10
-    prompts = ["a red apple on a teal background", "a fox on a blue background"]
-    pipeline = read_pipeline(folder)
-    latents, _ = draw_noise(0, 0, 2, pipeline.latent_shape, steps)
-    encoded = encode_prompts(make_encode(pipeline, scorer=None), pipeline.params, pipeline, None, prompts)
-    generate = make_generate(pipeline, make_schedule(pipeline.scheduler_config, steps), guidance_scale=5.0, eta=0.0)
-    lora = read_lora(tmp_path, pipeline.params["unet"])
-    without, with_lora = (
-        to_uint8(generate(pipeline.params, variables, encoded, latents)).astype(int)
-        for variables in ({"params": pipeline.params["unet"]}, {"params": pipeline.params["unet"], "lora": lora})
-    )
-
-    theirs = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
-    theirs.set_progress_bar_config(disable=True)
-    theirs.load_lora_weights(str(tmp_path), weight_name=LORA)
-    images = theirs(
-        prompts,
-        latents=torch.from_numpy(np.array(latents).transpose(0, 3, 1, 2)),
-        num_inference_steps=steps,
-        guidance_scale=5.0,
-        eta=0.0,
-        output_type="np",
-    ).images
-    theirs_uint8 = np.round(images * 255).astype(int)
-    assert np.abs(with_lora - theirs_uint8).max() <= 2
+    with_lora = pictures.ours(read_lora(tmp_path, pictures.emoji_pipeline().params["unet"]))
+    assert np.abs(with_lora - pictures.theirs(lora_file=tmp_path / LORA)).max() <= 2
     if strength > 1:
-        assert np.abs(with_lora - without).max() > 10, "the adapters should show"
+        assert np.abs(with_lora - pictures.ours()).max() > 10, "the adapters should show"

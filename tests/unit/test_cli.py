@@ -90,6 +90,11 @@ def test_generate_has_the_same_manners(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_eta_has_no_place_in_a_deterministic_solver(tmp_path):
+    flags = ("--solver=dpmpp_2m", "--eta=1", "--prompt=fox", f"--out={tmp_path / 'x.png'}")
+    assert "--eta belongs to --solver=ddim" in sentence(run("spo_jax.generate", *flags))
+
+
 def test_a_programming_error_keeps_its_traceback():
     """Exit code 2 is for the user's mistakes alone; a KeyError of ours must not be taken for one."""
     result = run("from spo_jax import cli; cli.run(lambda: {}['ours'])")
