@@ -5,20 +5,48 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from spo_jax.checkpoints.safetensors_io import param_shapes, read_params
+from spo_jax.checkpoints.hub import missing, resolve_model
+from spo_jax.checkpoints.safetensors_io import param_shapes
+from spo_jax.checkpoints.weights import (
+    DIFFUSERS_STEM,
+    TRANSFORMERS_STEM,
+    Placement,
+    open_file,
+    open_weights,
+    read_params,
+)
 from spo_jax.errors import UserError
 from spo_jax.models import AutoencoderKL, CLIPModel, CLIPTextModel, UNet2DConditionModel
+from spo_jax.models.clip import is_time_layer, with_identity_time_layers
 
 _MAX_JSON_BYTES = 16 * 2**20
-_DIFFUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_TRANSFORMERS_WEIGHTS = "model.safetensors"
+# The released step-aware preference models are bare weight files of this CLIP, PickScore_v1's.
+_CLIP_H = {
+    "projection_dim": 1024,
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+    },
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +76,7 @@ class Pipeline:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size; UserError if it is missing, too large or malformed."""
     if not path.is_file():
-        raise UserError(f"File {path} does not exist; is {path.parent} a complete model folder?")
+        raise UserError(missing(path))
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise UserError(f"File {path} is larger than {_MAX_JSON_BYTES} bytes, which no config is; refusing to read it.")
     try:
@@ -61,10 +89,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _read_config(folder: Path) -> Iterator[dict[str, Any]]:
+def _read_config(folder: Path, default: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
     """The folder's config.json; what is wrong with it inside the ``with`` becomes a UserError that names it."""
     file = folder / "config.json"
-    config = read_json(file)
+    config = read_json(file) if default is None or file.exists() else default
     try:
         yield config
     except UserError as error:
@@ -74,7 +102,9 @@ def _read_config(folder: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"File {file}: its values make no model ({reason}); download or copy it again.") from error
 
 
-def read_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
+def read_unet(
+    folder: Path, dtype: Any = jnp.float32, *, variant: str | None = None, sharding: Placement = None
+) -> tuple[UNet2DConditionModel, Any]:
     """The UNet in ``folder`` and its parameters, both in ``dtype``."""
     with _read_config(folder) as config:
         unet = UNet2DConditionModel.from_config(config, dtype)
@@ -86,23 +116,27 @@ def read_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionMo
             jnp.zeros((1, 1, unet.cross_attention_dim)),
             dtype=dtype,
         )
-    return unet, read_params(folder / _DIFFUSION_WEIGHTS, shapes)
+    return unet, read_params(open_weights(folder, DIFFUSERS_STEM, variant), shapes, sharding=sharding)
 
 
-def read_vae(folder: Path, dtype: Any = jnp.float32) -> tuple[AutoencoderKL, Any]:
+def read_vae(
+    folder: Path, dtype: Any = jnp.float32, *, variant: str | None = None, sharding: Placement = None
+) -> tuple[AutoencoderKL, Any]:
     """The autoencoder in ``folder`` and its parameters, both in ``dtype``."""
     with _read_config(folder) as config:
         vae = AutoencoderKL.from_config(config, dtype)
         shapes = param_shapes(vae, jnp.zeros((1, vae.downscale, vae.downscale, vae.in_channels)), dtype=dtype)
-    return vae, read_params(folder / _DIFFUSION_WEIGHTS, shapes)
+    return vae, read_params(open_weights(folder, DIFFUSERS_STEM, variant), shapes, sharding=sharding)
 
 
-def read_text_encoder(folder: Path, dtype: Any = jnp.float32) -> tuple[CLIPTextModel, Any]:
+def read_text_encoder(
+    folder: Path, dtype: Any = jnp.float32, *, variant: str | None = None, sharding: Placement = None
+) -> tuple[CLIPTextModel, Any]:
     """The text encoder in ``folder`` and its parameters, both in ``dtype``."""
     with _read_config(folder) as config:
         text_encoder = CLIPTextModel.from_config(config, dtype)
         shapes = param_shapes(text_encoder, jnp.zeros((1, 1), jnp.int32), dtype=dtype)
-    return text_encoder, read_params(folder / _TRANSFORMERS_WEIGHTS, shapes)
+    return text_encoder, read_params(open_weights(folder, TRANSFORMERS_STEM, variant), shapes, sharding=sharding)
 
 
 def clip_shapes(clip: CLIPModel, dtype: Any = jnp.float32) -> Any:
@@ -112,22 +146,46 @@ def clip_shapes(clip: CLIPModel, dtype: Any = jnp.float32) -> Any:
     return param_shapes(clip, pixels, jnp.zeros((1, 1), jnp.int32), *timesteps, dtype=dtype)
 
 
-def read_clip(folder: Path, *, step_aware: bool, dtype: Any = jnp.float32) -> tuple[CLIPModel, Any]:
-    """A CLIP in ``folder`` (``config.json``, ``model.safetensors``) and its parameters, both in ``dtype``."""
-    with _read_config(folder) as config:
+def read_clip(
+    path: str | Path,
+    *,
+    step_aware: bool,
+    dtype: Any = jnp.float32,
+    variant: str | None = None,
+    sharding: Placement = None,
+) -> tuple[CLIPModel, Any]:
+    """A CLIP, such as PickScore_v1 or a released step-aware preference model, and its parameters, both in ``dtype``.
+
+    Args:
+      path: a folder with config and weights, or a weight file beside a ``config.json`` (without one it is a ViT-H/14);
+        local, or on the hub (see ``resolve_model``).
+      step_aware: the model takes timesteps. From the weights of a plain CLIP its time layers start as the identity.
+      variant: of the weight files, such as ``"fp16"``.
+      sharding: where the parameters go, see ``read_params``.
+    """
+    path = resolve_model(path, variant=variant)
+    with _read_config(path.parent, default=_CLIP_H) if path.is_file() else _read_config(path) as config:
         clip = CLIPModel.from_config(config, step_aware=step_aware, dtype=dtype)
         shapes = clip_shapes(clip, dtype)
-    prefix = "model." if step_aware else ""
-    return clip, read_params(folder / _TRANSFORMERS_WEIGHTS, shapes, prefix=prefix)
+    weights = open_file(path) if path.is_file() else open_weights(path, TRANSFORMERS_STEM, variant)
+    # The preference models were saved inside a module that holds the CLIP as "model".
+    prefix = "model." if any(key.startswith("model.") for key in weights.arrays) else ""
+    if not step_aware or any("t_embedder." in key for key in weights.arrays):
+        return clip, read_params(weights, shapes, prefix=prefix, sharding=sharding)
+    flat = flax.traverse_util.flatten_dict(shapes)
+    shapes = flax.traverse_util.unflatten_dict({k: v for k, v in flat.items() if not is_time_layer(k)})
+    plain = read_params(weights, shapes, prefix=prefix, sharding=sharding)
+    return clip, with_identity_time_layers(clip, plain, jax.random.key(0), sharding=sharding)
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The CLIP tokenizer in ``folder``."""
+def read_tokenizer(folder: str | Path) -> Any:
+    """The CLIP tokenizer in ``folder``, local or on the hub (see ``resolve_model``)."""
     from transformers import CLIPTokenizer  # takes seconds to import; nothing else here needs it
 
+    folder = resolve_model(folder, weights=False)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         if not (folder / name).is_file():
-            raise UserError(f"File {folder / name} does not exist; is {folder} a CLIP tokenizer folder?")
+            raise UserError(missing(folder / name))
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
@@ -139,26 +197,35 @@ def tokenize(tokenizer: Any, texts: list[str]) -> Any:
     return ids.astype("int32")
 
 
-def read_pipeline(folder: str | Path, dtype: Any = jnp.float32) -> Pipeline:
-    """Reads a local diffusers ``StableDiffusionPipeline`` folder.
+def read_pipeline(
+    folder: str | Path, dtype: Any = jnp.float32, *, variant: str | None = None, sharding: Placement = None
+) -> Pipeline:
+    """Reads a diffusers ``StableDiffusionPipeline``.
 
     Args:
-      folder: the folder with ``model_index.json``.
+      folder: the folder with ``model_index.json``, or ``org/name@commit`` on the hub (see ``resolve_model``).
       dtype: compute and storage dtype of the networks.
+      variant: of the weight files, such as ``"fp16"``.
+      sharding: where the parameters go, see ``read_params``; paths are those in ``Pipeline.params``.
 
     Raises:
       UserError: a missing or damaged file, an unsupported config field, or weights that do not fit the config.
     """
-    folder = Path(folder)
+    folder = resolve_model(folder, variant=variant)
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != "StableDiffusionPipeline":
         raise UserError(
             f"File {folder / 'model_index.json'} describes a {index.get('_class_name')!r}; "
             "only StableDiffusionPipeline folders are supported."
         )
-    unet, unet_params = read_unet(folder / "unet", dtype)
-    vae, vae_params = read_vae(folder / "vae", dtype)
-    text_encoder, text_params = read_text_encoder(folder / "text_encoder", dtype)
+
+    def read(reader: Callable[..., tuple[Any, Any]], name: str) -> tuple[Any, Any]:
+        below = (lambda path: sharding((name, *path))) if callable(sharding) else sharding
+        return reader(folder / name, dtype, variant=variant, sharding=below)
+
+    unet, unet_params = read(read_unet, "unet")
+    vae, vae_params = read(read_vae, "vae")
+    text_encoder, text_params = read(read_text_encoder, "text_encoder")
     width = text_encoder.config["hidden_size"]
     if width != unet.cross_attention_dim:
         raise UserError(
@@ -172,5 +239,5 @@ def read_pipeline(folder: str | Path, dtype: Any = jnp.float32) -> Pipeline:
         text_encoder=text_encoder,
         tokenizer=read_tokenizer(folder / "tokenizer"),
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
-        params=jax.tree.map(jnp.asarray, {"unet": unet_params, "vae": vae_params, "text_encoder": text_params}),
+        params={"unet": unet_params, "vae": vae_params, "text_encoder": text_params},
     )
