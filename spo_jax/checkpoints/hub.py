@@ -7,6 +7,7 @@ configs, tokenizers and weights are fetched; no code is fetched or run.
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path, PurePosixPath
 
 from spo_jax.errors import UserError
@@ -64,7 +65,7 @@ def missing(path: Path, what: str = "File") -> str:
     for folder in path.parents:
         if _COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots":
             repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-            file = path.relative_to(folder).as_posix()
+            file = shlex.quote(path.relative_to(folder).as_posix())
             return (
                 f"{what} {path} is not in the hub's cache; if {repo} has it, fetch it with "
                 f"`hf download {repo} {file} --revision {folder.name}`."

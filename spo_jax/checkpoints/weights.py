@@ -10,14 +10,13 @@ from typing import Any
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
 from spo_jax.checkpoints import names
 from spo_jax.checkpoints.hub import missing
 from spo_jax.checkpoints.safetensors_io import index_safetensors
-from spo_jax.checkpoints.stored import StoredArray
+from spo_jax.checkpoints.stored import StoredArray, empty
 from spo_jax.checkpoints.torch_bin import index_torch_bin
 from spo_jax.errors import UserError
 
@@ -85,10 +84,10 @@ def _open_shards(index: Path) -> Weights:
             raise ValueError(f"more than {_MAX_INDEX_BYTES} bytes")
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
-        plain = all(Path(shard).name == shard and "\\" not in shard for shard in shards)
+        inside = all(Path(shard).name == shard and shard != ".." and "\\" not in shard for shard in shards)
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"File {index} is no index of weights ({error}); download or copy it again.") from error
-    if not plain:
+    if not inside:
         raise UserError(f"File {index} names weight files outside its folder; get the model from its source again.")
     opened = {shard: open_file(index.parent / shard).arrays for shard in shards}
     for key, shard in weight_map.items():
@@ -145,7 +144,10 @@ def read_params(source: Path | Weights, shapes: Any, *, prefix: str = "", shardi
     for tree_path in sorted(flat, key=lambda p: -int(np.prod(flat[p].shape))):
         leaf, array = flat[tree_path], found[tree_path].read()
         array = names.from_torch(tree_path, array.reshape(names.torch_shape(tree_path, leaf.shape)))
-        array = np.asarray(array, leaf.dtype, order="C")
+        if array.dtype != leaf.dtype or not array.flags.c_contiguous:
+            converted = empty(leaf.shape, leaf.dtype)
+            np.copyto(converted, array, casting="unsafe")
+            array = converted
         placed[tree_path] = place(array, sharding(tree_path) if callable(sharding) else sharding)
     return flax.traverse_util.unflatten_dict({tree_path: placed[tree_path] for tree_path in flat})
 
@@ -153,7 +155,7 @@ def read_params(source: Path | Weights, shapes: Any, *, prefix: str = "", shardi
 def place(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
     """The array on its devices, complete: the host's copy can go."""
     if sharding is None:
-        placed = jnp.asarray(array)
+        placed = jax.device_put(array)
     else:  # unlike device_put, this also works where other processes hold some of the devices
         placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     return placed.block_until_ready()
