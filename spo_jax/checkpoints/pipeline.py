@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _read_config(folder: Path, default: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-    """The folder's config.json; what is wrong with it inside the ``with`` becomes a UserError that names it."""
+    """The folder's config.json, or the default if it has none; an error inside the ``with`` becomes a UserError."""
     file = folder / "config.json"
     config = read_json(file) if default is None or file.exists() else default
     try:
@@ -164,10 +164,11 @@ def read_clip(
       sharding: where the parameters go, see ``read_params``.
     """
     path = resolve_model(path, variant=variant)
-    with _read_config(path.parent, default=_CLIP_H) if path.is_file() else _read_config(path) as config:
+    folder, default = (path.parent, _CLIP_H) if path.is_file() else (path, None)
+    with _read_config(folder, default) as config:
         clip = CLIPModel.from_config(config, step_aware=step_aware, dtype=dtype)
         shapes = clip_shapes(clip, dtype)
-    weights = open_file(path) if path.is_file() else open_weights(path, TRANSFORMERS_STEM, variant)
+    weights = open_file(path) if path.is_file() else open_weights(folder, TRANSFORMERS_STEM, variant)
     # The preference models were saved inside a module that holds the CLIP as "model".
     prefix = "model." if any(key.startswith("model.") for key in weights.arrays) else ""
     if not step_aware or any("t_embedder." in key for key in weights.arrays):

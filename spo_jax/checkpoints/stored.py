@@ -41,7 +41,7 @@ class StoredArray:
             with self.file.open("rb") as file:
                 file.seek(self.offset)
                 values = empty((count,), self.dtype)
-                complete = file.readinto(values.view(np.uint8)) == values.nbytes
+                complete = file.readinto(values.view(np.uint8).data) == values.nbytes
         except OSError as error:
             raise UserError(f"Weight file {self.file} cannot be read ({error}).") from error
         if not complete:

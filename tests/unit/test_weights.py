@@ -1,6 +1,8 @@
 """Weights in every usual file give the same parameters, put where they are asked for, one at a time."""
 
+import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -40,6 +42,12 @@ READERS = {"unet": read_unet, "text_encoder": read_text_encoder}
 LAYOUTS = ["safetensors", "bin", "safetensors shards", "bin shards"]
 
 
+@functools.cache
+def golden(name):
+    """The parameters of a golden model."""
+    return READERS[name](FOLDER / name)[1]
+
+
 def lay_out(name, folder, layout, variant):
     """The golden model ``name`` in another layout."""
     shutil.copytree(FOLDER / name, folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -72,9 +80,8 @@ def lay_out(name, folder, layout, variant):
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_every_layout_gives_the_same_parameters(tmp_path, name, layout, variant):
     lay_out(name, tmp_path / "m", layout, variant)
-    _, expected = READERS[name](FOLDER / name)
     _, params = READERS[name](tmp_path / "m", variant=variant)
-    chex.assert_trees_all_equal(params, expected)
+    chex.assert_trees_all_equal(params, golden(name))
     other = None if variant else "fp16"
     with pytest.raises(UserError, match=re.escape(STEMS[name])):
         READERS[name](tmp_path / "m", variant=other)
@@ -171,6 +178,18 @@ def test_bfloat16_of_pytorch_is_read_exactly(tmp_path):
     np.testing.assert_array_equal(np.asarray(kernel, np.float32), tensor.float().numpy().T)
 
 
+def test_attack_in_a_model_folder_is_refused_and_not_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'mark'}",)
+
+    shutil.copy(FOLDER / "text_encoder" / "config.json", tmp_path)
+    torch.save({"text_model.final_layer_norm.weight": Attack()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin asks for '(posix|nt)\.system'"):
+        read_text_encoder(tmp_path)
+    assert not (tmp_path / "mark").exists()
+
+
 # --------------------------------------------------------------------------------------------------------- placement
 def test_parameters_go_where_they_are_asked_for():
     mesh = make_mesh(data=4, fsdp=2)
@@ -219,6 +238,7 @@ sharding = split if sys.argv[4] == "sharded" else None
 jnp.zeros(1).block_until_ready()  # what JAX takes to start is not the checkpoint's
 before = peak()
 params = read_params(path, shapes, sharding=sharding)
+assert "torch" not in sys.modules
 print(peak() - before)
 """
 
