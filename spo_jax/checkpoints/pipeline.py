@@ -8,14 +8,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from spo_jax.checkpoints.safetensors_io import param_shapes, read_params
+from spo_jax.checkpoints.hub import missing, resolve_model
+from spo_jax.checkpoints.safetensors_io import param_shapes
+from spo_jax.checkpoints.weights import (
+    DIFFUSERS_STEM,
+    TRANSFORMERS_STEM,
+    Placement,
+    open_file,
+    open_weights,
+    read_params,
+)
 from spo_jax.errors import UserError
 from spo_jax.models import (
     AutoencoderKL,
@@ -24,11 +34,29 @@ from spo_jax.models import (
     CLIPTextModelWithProjection,
     UNet2DConditionModel,
 )
+from spo_jax.models.clip import is_time_layer, with_identity_time_layers
 from spo_jax.types import AddedConditions
 
 _MAX_JSON_BYTES = 16 * 2**20
-_DIFFUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_TRANSFORMERS_WEIGHTS = "model.safetensors"
+# The released step-aware preference models are bare weight files of this CLIP, PickScore_v1's.
+_CLIP_H = {
+    "projection_dim": 1024,
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+    },
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +116,7 @@ def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size; UserError if it is missing, too large or malformed."""
     if not path.is_file():
-        raise UserError(f"File {path} does not exist; is {path.parent} a complete model folder?")
+        raise UserError(missing(path))
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise UserError(f"File {path} is larger than {_MAX_JSON_BYTES} bytes, which no config is; refusing to read it.")
     try:
@@ -101,10 +129,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _read_config(folder: Path) -> Iterator[dict[str, Any]]:
-    """The folder's config.json; what is wrong with it inside the ``with`` becomes a UserError that names it."""
+def _read_config(folder: Path, default: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """The folder's config.json, or the default if it has none; an error inside the ``with`` becomes a UserError."""
     file = folder / "config.json"
-    config = read_json(file)
+    config = read_json(file) if default is None or file.exists() else default
     try:
         yield config
     except UserError as error:
@@ -121,29 +149,38 @@ def describe_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditi
         return unet, unet_shapes(unet, dtype)
 
 
-def read_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
+def read_unet(
+    folder: Path, dtype: Any = jnp.float32, *, variant: str | None = None, sharding: Placement = None
+) -> tuple[UNet2DConditionModel, Any]:
     """The UNet in ``folder`` and its parameters, both in ``dtype``."""
     unet, shapes = describe_unet(folder, dtype)
-    return unet, read_params(folder / _DIFFUSION_WEIGHTS, shapes)
+    return unet, read_params(open_weights(folder, DIFFUSERS_STEM, variant), shapes, sharding=sharding)
 
 
-def read_vae(folder: Path, dtype: Any = jnp.float32) -> tuple[AutoencoderKL, Any]:
+def read_vae(
+    folder: Path, dtype: Any = jnp.float32, *, variant: str | None = None, sharding: Placement = None
+) -> tuple[AutoencoderKL, Any]:
     """The autoencoder in ``folder`` and its parameters, both in ``dtype``."""
     with _read_config(folder) as config:
         vae = AutoencoderKL.from_config(config, dtype)
         shapes = vae_shapes(vae, dtype)
-    return vae, read_params(folder / _DIFFUSION_WEIGHTS, shapes)
+    return vae, read_params(open_weights(folder, DIFFUSERS_STEM, variant), shapes, sharding=sharding)
 
 
 def read_text_encoder(
-    folder: Path, dtype: Any = jnp.float32, *, with_projection: bool = False
+    folder: Path,
+    dtype: Any = jnp.float32,
+    *,
+    with_projection: bool = False,
+    variant: str | None = None,
+    sharding: Placement = None,
 ) -> tuple[CLIPTextModel, Any]:
     """The text encoder in ``folder`` and its parameters, both in ``dtype``; SDXL's second one has a projection."""
     model = CLIPTextModelWithProjection if with_projection else CLIPTextModel
     with _read_config(folder) as config:
         text_encoder = model.from_config(config, dtype)
         shapes = text_encoder_shapes(text_encoder, dtype)
-    return text_encoder, read_params(folder / _TRANSFORMERS_WEIGHTS, shapes)
+    return text_encoder, read_params(open_weights(folder, TRANSFORMERS_STEM, variant), shapes, sharding=sharding)
 
 
 def unet_shapes(unet: UNet2DConditionModel, dtype: Any = jnp.float32) -> Any:
@@ -173,24 +210,49 @@ def clip_shapes(clip: CLIPModel, dtype: Any = jnp.float32) -> Any:
     return param_shapes(clip, pixels, jnp.zeros((1, 1), jnp.int32), *timesteps, dtype=dtype)
 
 
-def read_clip(folder: Path, *, step_aware: bool, dtype: Any = jnp.float32) -> tuple[CLIPModel, Any]:
-    """A CLIP in ``folder`` (``config.json``, ``model.safetensors``) and its parameters, both in ``dtype``."""
-    with _read_config(folder) as config:
+def read_clip(
+    path: str | Path,
+    *,
+    step_aware: bool,
+    dtype: Any = jnp.float32,
+    variant: str | None = None,
+    sharding: Placement = None,
+) -> tuple[CLIPModel, Any]:
+    """A CLIP, such as PickScore_v1 or a released step-aware preference model, and its parameters, both in ``dtype``.
+
+    Args:
+      path: a folder with config and weights, or a weight file beside a ``config.json`` (without one it is a ViT-H/14);
+        local, or on the hub (see ``resolve_model``).
+      step_aware: the model takes timesteps. From the weights of a plain CLIP its time layers start as the identity.
+      variant: of the weight files, such as ``"fp16"``.
+      sharding: where the parameters go, see ``read_params``.
+    """
+    path = resolve_model(path, variant=variant)
+    folder, default = (path.parent, _CLIP_H) if path.is_file() else (path, None)
+    with _read_config(folder, default) as config:
         clip = CLIPModel.from_config(config, step_aware=step_aware, dtype=dtype)
         shapes = clip_shapes(clip, dtype)
-    prefix = "model." if step_aware else ""
-    return clip, read_params(folder / _TRANSFORMERS_WEIGHTS, shapes, prefix=prefix)
+    weights = open_file(path) if path.is_file() else open_weights(folder, TRANSFORMERS_STEM, variant)
+    # The preference models were saved inside a module that holds the CLIP as "model".
+    prefix = "model." if any(key.startswith("model.") for key in weights.arrays) else ""
+    if not step_aware or any("t_embedder." in key for key in weights.arrays):
+        return clip, read_params(weights, shapes, prefix=prefix, sharding=sharding)
+    flat = flax.traverse_util.flatten_dict(shapes)
+    shapes = flax.traverse_util.unflatten_dict({k: v for k, v in flat.items() if not is_time_layer(k)})
+    plain = read_params(weights, shapes, prefix=prefix, sharding=sharding)
+    return clip, with_identity_time_layers(clip, plain, jax.random.key(0), sharding=sharding)
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The CLIP tokenizer in ``folder``."""
+def read_tokenizer(folder: str | Path) -> Any:
+    """The CLIP tokenizer in ``folder``, local or on the hub (see ``resolve_model``)."""
     from transformers import CLIPTokenizer  # takes seconds to import; nothing else here needs it
 
+    folder = resolve_model(folder, weights=False)
     # transformers 5 saves one tokenizer.json, published pipelines have the two files that it is made of.
     vocabulary = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
     for name in (*vocabulary, "tokenizer_config.json"):
         if not (folder / name).is_file():
-            raise UserError(f"File {folder / name} does not exist; is {folder} a CLIP tokenizer folder?")
+            raise UserError(missing(folder / name))
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
@@ -208,17 +270,21 @@ def tokenize_prompts(pipeline: Pipeline, texts: list[str]) -> tuple[Any, ...]:
     return tuple(tokenize(tokenizer, texts) for tokenizer in tokenizers)
 
 
-def read_pipeline(folder: str | Path, dtype: Any = jnp.float32) -> Pipeline:
-    """Reads a local diffusers ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline`` folder.
+def read_pipeline(
+    folder: str | Path, dtype: Any = jnp.float32, *, variant: str | None = None, sharding: Placement = None
+) -> Pipeline:
+    """Reads a diffusers ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
 
     Args:
-      folder: the folder with ``model_index.json``.
+      folder: the folder with ``model_index.json``, or ``org/name@commit`` on the hub (see ``resolve_model``).
       dtype: compute and storage dtype of the networks.
+      variant: of the weight files, such as ``"fp16"``.
+      sharding: where the parameters go, see ``read_params``; paths are those in ``Pipeline.params``.
 
     Raises:
       UserError: a missing or damaged file, an unsupported config field, or weights that do not fit the config.
     """
-    folder = Path(folder)
+    folder = resolve_model(folder, variant=variant)
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name")
     if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
@@ -226,15 +292,20 @@ def read_pipeline(folder: str | Path, dtype: Any = jnp.float32) -> Pipeline:
             f"File {folder / 'model_index.json'} describes a {kind!r}; "
             "only StableDiffusionPipeline and StableDiffusionXLPipeline folders are supported."
         )
+
     params: dict[str, Any] = {}
-    unet, params["unet"] = read_unet(folder / "unet", dtype)
-    vae, params["vae"] = read_vae(folder / "vae", dtype)
-    text_encoder, params["text_encoder"] = read_text_encoder(folder / "text_encoder", dtype)
+
+    def read(reader: Callable[..., tuple[Any, Any]], name: str, **kwargs: Any) -> Any:
+        below = (lambda path: sharding((name, *path))) if callable(sharding) else sharding
+        model, params[name] = reader(folder / name, dtype, variant=variant, sharding=below, **kwargs)
+        return model
+
+    unet = read(read_unet, "unet")
+    vae = read(read_vae, "vae")
+    text_encoder = read(read_text_encoder, "text_encoder")
     extra: dict[str, Any] = {}
     if kind == "StableDiffusionXLPipeline":
-        extra["text_encoder_2"], params["text_encoder_2"] = read_text_encoder(
-            folder / "text_encoder_2", dtype, with_projection=True
-        )
+        extra["text_encoder_2"] = read(read_text_encoder, "text_encoder_2", with_projection=True)
         extra["tokenizer_2"] = read_tokenizer(folder / "tokenizer_2")
         extra["force_zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", True))
     check_widths(folder, unet, text_encoder, extra.get("text_encoder_2"))
@@ -245,7 +316,7 @@ def read_pipeline(folder: str | Path, dtype: Any = jnp.float32) -> Pipeline:
         text_encoder=text_encoder,
         tokenizer=read_tokenizer(folder / "tokenizer"),
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
-        params=jax.tree.map(jnp.asarray, params),
+        params=params,
         **extra,
     )
 

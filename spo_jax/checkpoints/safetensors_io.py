@@ -1,7 +1,8 @@
-"""Parameter trees from and to safetensors files."""
+"""Safetensors files, and parameter trees to them."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,71 +12,55 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.flax
 import safetensors.numpy
 
 from spo_jax.checkpoints import names
+from spo_jax.checkpoints.hub import missing
+from spo_jax.checkpoints.stored import StoredArray
 from spo_jax.errors import UserError
 
-# Buffers that old checkpoints carry and that hold no information.
-_IGNORED_SUFFIXES = (".position_ids",)
+_DTYPES = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "I16": np.int16,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+
+
+def index_safetensors(path: Path) -> dict[str, StoredArray]:
+    """The tensors of a safetensors file by key (bfloat16 included); none of their values is read yet.
+
+    Raises:
+      UserError: the file is missing, truncated, not a safetensors file, or has a dtype that NumPy does not know.
+    """
+    if not path.is_file():
+        raise UserError(missing(path, "Weight file"))
+    try:
+        safetensors.safe_open(str(path), "numpy")  # checks the header and that the tensors fill the file exactly
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"Weight file {path} is damaged or truncated ({error}); download or copy it again.") from error
+    header.pop("__metadata__", None)
+    arrays = {}
+    for key, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"Weight file {path}: {key!r} has dtype {entry['dtype']}, which is not supported.")
+        offset = 8 + length + entry["data_offsets"][0]
+        arrays[key] = StoredArray(path, offset, np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"]))
+    return arrays
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file (bfloat16 included).
-
-    Raises:
-      UserError: the file is missing, truncated or not a safetensors file.
-    """
-    if not path.is_file():
-        raise UserError(f"Weight file {path} does not exist; check the model path or download the checkpoint again.")
-    try:
-        return {k: np.asarray(v) for k, v in safetensors.flax.load_file(str(path)).items()}
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"Weight file {path} is damaged or truncated ({error}); download or copy it again.") from error
-
-
-def read_params(path: Path, shapes: Any, *, prefix: str = "") -> Any:
-    """Reads one model's parameters: every key of the file is used exactly once and every shape agrees.
-
-    Args:
-      path: a ``.safetensors`` file in PyTorch naming and layout.
-      shapes: tree of ``jax.ShapeDtypeStruct``; the result has its structure and dtypes.
-      prefix: what every key of the file starts with (the released preference models use ``"model."``).
-
-    Returns:
-      A tree of NumPy arrays.
-
-    Raises:
-      UserError: a missing, left-over or wrongly shaped key, by name.
-    """
-    tensors = read_tensors(path)
-    tensors = {k: v for k, v in tensors.items() if not k.endswith(_IGNORED_SUFFIXES)}
-    params = {}
-    for tree_path, leaf in flax.traverse_util.flatten_dict(shapes).items():
-        key = prefix + names.torch_key(tree_path)
-        key = next((k for k in (key, *names.other_keys(key)) if k in tensors), key)
-        if key not in tensors:
-            raise UserError(
-                f"Weight file {path} has no key {key!r}, which its config.json asks for; "
-                "the file and the config do not belong together."
-            )
-        array = tensors.pop(key)
-        expected = names.torch_shape(tree_path, leaf.shape)
-        if array.shape != expected and (*array.shape, 1, 1) == expected:
-            array = array[:, :, None, None]
-        if array.shape != expected:
-            raise UserError(
-                f"Weight file {path}: {key!r} has shape {array.shape}, but its config.json asks for {expected}."
-            )
-        params[tree_path] = np.asarray(names.from_torch(tree_path, array), leaf.dtype, order="C")
-    if tensors:
-        listed = ", ".join(sorted(tensors)[:3])
-        raise UserError(
-            f"Weight file {path} has {len(tensors)} keys that the model in config.json does not use ({listed}"
-            f"{', ...' if len(tensors) > 3 else ''}); the file and the config do not belong together."
-        )
-    return flax.traverse_util.unflatten_dict(params)
+    """All tensors of a safetensors file; errors as of ``index_safetensors``."""
+    return {key: array.read() for key, array in index_safetensors(path).items()}
 
 
 def write_params(path: Path, params: Any, *, dtype: Any = np.float32, prefix: str = "") -> None:

@@ -9,7 +9,6 @@ and the preference model, told the timestep, must say which was preferred.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ from spo_jax.emoji.base_stages import write_json
 from spo_jax.emoji.fit import fit
 from spo_jax.emoji.model_configs import CLIP_CONFIG
 from spo_jax.models import CLIPModel
+from spo_jax.models.clip import with_identity_time_layers
 from spo_jax.preference.colorfulness import colorfulness
 from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training.rollout import make_decode
@@ -49,7 +49,7 @@ def train_scorer(workdir: Path, *, seed: int, num_steps: int = 1500) -> None:
     plain_params = read_clip(workdir / "model" / "clip", step_aware=False)[1]
     clip = CLIPModel.from_config(CLIP_CONFIG, step_aware=True)
     scorer = make_clip_scorer(clip)
-    params = _with_identity_time_layers(clip, plain_params, seed)
+    params = with_identity_time_layers(clip, plain_params, rng.stream(jax.random.key(seed), "time layers"))
     tokens = tokenize(pipeline.tokenizer, world.captions(world.TRAIN_PROMPTS))
     context = pipeline.text_encoder.apply({"params": pipeline.params["text_encoder"]}, jnp.asarray(tokens))
     negative = pipeline.text_encoder.apply(
@@ -115,20 +115,6 @@ def train_scorer(workdir: Path, *, seed: int, num_steps: int = 1500) -> None:
     result["accuracy_of_true_colourfulness"] = round(float((best == labels).mean()), 4)
     write_json(workdir / "scorer_accuracy.json", result)
     print(result)
-
-
-def _with_identity_time_layers(clip: CLIPModel, plain: Any, seed: int) -> Any:
-    """A plain CLIP's parameters with fresh time layers, which leave its scores as they are at every timestep."""
-    pixels = jnp.zeros((1, clip.image_size, clip.image_size, 3))
-    key = rng.stream(jax.random.key(seed), "time layers")
-    params = jax.jit(clip.init)(key, pixels, jnp.zeros((1, 1), jnp.int32), jnp.zeros(1))["params"]
-
-    def merge(fresh: Any, old: Any) -> Any:
-        if not isinstance(fresh, dict):
-            return jnp.asarray(old, jnp.float32)
-        return {name: merge(value, old[name]) if name in old else value for name, value in fresh.items()}
-
-    return merge(params, plain)
 
 
 def _sample_pictures(

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
@@ -283,6 +284,32 @@ class CLIPModel(nn.Module):
             text / jnp.linalg.norm(text, axis=-1, keepdims=True),
             jnp.exp(self.logit_scale),
         )
+
+
+def is_time_layer(path: tuple[str, ...]) -> bool:
+    """Whether the parameter at ``path`` is one that a step-aware CLIP has beyond a plain one."""
+    return "t_embedder" in path or "adaLN_modulation_1" in path
+
+
+def with_identity_time_layers(clip: CLIPModel, plain: Any, key: jax.Array, *, sharding: Any = None) -> Any:
+    """Parameters of a step-aware CLIP that scores as the plain one does, at every timestep.
+
+    Args:
+      clip: the step-aware model; the new parameters have its dtype.
+      plain: parameters of the plain model of the same config; they become part of the result.
+      key: of the time embedding's random weights, which count only once the modulation has learned something.
+      sharding: of the new parameters: one for all, or a function from a parameter's path to its own.
+    """
+
+    def fresh(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
+        pixels = jnp.zeros((1, clip.image_size, clip.image_size, 3))
+        params = clip.init(key, pixels, jnp.zeros((1, 1), jnp.int32), jnp.zeros(1))["params"]
+        flat = flax.traverse_util.flatten_dict(params)
+        return {path: value.astype(clip.dtype) for path, value in flat.items() if is_time_layer(path)}
+
+    shardings = {path: sharding(path) for path in jax.eval_shape(fresh, key)} if callable(sharding) else sharding
+    layers = jax.jit(fresh, out_shardings=shardings)(key)  # the compiler drops what is not returned
+    return flax.traverse_util.unflatten_dict({**flax.traverse_util.flatten_dict(plain), **layers})
 
 
 class _TextEmbeddings(nn.Module):

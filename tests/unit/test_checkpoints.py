@@ -19,7 +19,8 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from spo_jax.checkpoints import names
 from spo_jax.checkpoints.lora import FILE_NAME, read_lora, write_lora
 from spo_jax.checkpoints.pipeline import read_clip, read_json, read_text_encoder, read_unet, read_vae
-from spo_jax.checkpoints.safetensors_io import param_shapes, read_params, read_tensors, write_params, write_tensors
+from spo_jax.checkpoints.safetensors_io import param_shapes, read_tensors, write_params, write_tensors
+from spo_jax.checkpoints.weights import read_params
 from spo_jax.errors import UserError
 from spo_jax.models import CLIPModel, CLIPTextModel, UNet2DConditionModel
 from spo_jax.models.clip import CLIPTextTransformer, CLIPVisionTransformer

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spo_jax.checkpoints.lora import FILE_NAME, read_lora, write_lora
-from spo_jax.checkpoints.safetensors_io import read_params, read_tensors, write_params, write_tensors
+from spo_jax.checkpoints.safetensors_io import read_tensors, write_params, write_tensors
+from spo_jax.checkpoints.weights import read_params
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
 from spo_jax.distributed.mesh import check_divisible, make_mesh
 from spo_jax.emoji import resolve, world

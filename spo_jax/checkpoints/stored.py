@@ -1,0 +1,64 @@
+"""Arrays that still lie in a file: their shapes are known, their values are read one array at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spo_jax.errors import UserError
+
+_LARGE = 2**20  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """Where one array lies in an uncompressed file.
+
+    ``offset`` counts bytes from the start of the file; ``strides`` count elements, and None means row-major order.
+    """
+
+    file: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+
+    def read(self) -> np.ndarray:
+        """Its values, in memory of their own. The file is read, not mapped: a mapped file would stay resident.
+
+        Raises:
+          UserError: the file has become shorter, or cannot be read any more.
+        """
+        count = math.prod(self.shape)
+        if self.strides is not None and count:
+            count = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                values = empty((count,), self.dtype)
+                complete = file.readinto(values.view(np.uint8).data) == values.nbytes
+        except OSError as error:
+            raise UserError(f"Weight file {self.file} cannot be read ({error}).") from error
+        if not complete:
+            raise UserError(f"Weight file {self.file} is truncated; download or copy it again.")
+        if self.strides is None or not count:
+            return values.reshape(self.shape)
+        strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
+        return np.lib.stride_tricks.as_strided(values, self.shape, strides, writeable=False)
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array of any content, whose memory goes back to the system when it is dropped.
+
+    A large one has pages of its own: the allocator keeps and fragments what it once got, and a checkpoint's worth of
+    temporary copies would pile up there. Pages are also aligned so that JAX's CPU backend takes them over uncopied.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < _LARGE:
+        return np.empty(shape, dtype)
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)

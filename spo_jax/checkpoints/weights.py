@@ -1,0 +1,161 @@
+"""Weights of one model, in whichever of the usual files they come, read one parameter at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from spo_jax.checkpoints import names
+from spo_jax.checkpoints.hub import missing
+from spo_jax.checkpoints.safetensors_io import index_safetensors
+from spo_jax.checkpoints.stored import StoredArray, empty
+from spo_jax.checkpoints.torch_bin import index_torch_bin
+from spo_jax.errors import UserError
+
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
+# transformers names its two formats differently.
+_BIN_STEMS = {TRANSFORMERS_STEM: "pytorch_model"}
+_MAX_INDEX_BYTES = 16 * 2**20
+# Buffers that old checkpoints carry and that hold no information.
+_IGNORED_SUFFIXES = (".position_ids",)
+
+# Where parameters go: all of them the same way, or each by its path in the model's tree.
+Placement = Sharding | Callable[[tuple[str, ...]], Sharding] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The arrays of one model by checkpoint key, still in their files; ``path`` is what messages name."""
+
+    path: Path
+    arrays: dict[str, StoredArray]
+
+
+def open_file(path: Path) -> Weights:
+    """The weights in one ``.safetensors``, ``.bin`` or ``.pt`` file; UserError if it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(missing(path, "Weight file"))
+    index = index_torch_bin if path.suffix in (".bin", ".pt") else index_safetensors
+    return Weights(path, index(path))
+
+
+def open_weights(folder: Path, stem: str, variant: str | None = None) -> Weights:
+    """The weights of the model in ``folder``: safetensors before PyTorch files, one file before shards.
+
+    Args:
+      folder: the model's folder.
+      stem: of the file names, ``DIFFUSERS_STEM`` or ``TRANSFORMERS_STEM``.
+      variant: the name between stem and suffix, such as ``"fp16"`` in ``model.fp16.safetensors``.
+
+    Raises:
+      UserError: there is none of these files, or one of them, or a shard, is damaged or missing.
+    """
+    dot = f".{variant}" if variant else ""
+    for name in (f"{stem}.safetensors", f"{_BIN_STEMS.get(stem, stem)}.bin"):
+        plain, suffix = name.rsplit(".", 1)
+        single = folder / f"{plain}{dot}.{suffix}"
+        if single.is_file():
+            return open_file(single)
+        # The variant stands before the last suffix, or, in files of newer programs, before the first.
+        for index in (folder / f"{name}.index{dot}.json", folder / f"{plain}{dot}.{suffix}.index.json"):
+            if index.is_file():
+                return _open_shards(index)
+    raise UserError(missing(folder / f"{stem}{dot}.safetensors", "Weight file") + _others(folder))
+
+
+def _others(folder: Path) -> str:
+    found = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt"))
+    return f" It has {', '.join(found[:3])}: is that another variant?" if found else ""
+
+
+def _open_shards(index: Path) -> Weights:
+    """The weights that an ``*.index.json`` spreads over several files of its folder."""
+    try:
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError(f"more than {_MAX_INDEX_BYTES} bytes")
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+        inside = all(Path(shard).name == shard and shard != ".." and "\\" not in shard for shard in shards)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"File {index} is no index of weights ({error}); download or copy it again.") from error
+    if not inside:
+        raise UserError(f"File {index} names weight files outside its folder; get the model from its source again.")
+    opened = {shard: open_file(index.parent / shard).arrays for shard in shards}
+    for key, shard in weight_map.items():
+        if key not in opened[shard]:
+            raise UserError(f"Weight file {index.parent / shard} has no key {key!r}, which {index.name} puts there.")
+    return Weights(index, {key: opened[shard][key] for key, shard in weight_map.items()})
+
+
+def read_params(source: Path | Weights, shapes: Any, *, prefix: str = "", sharding: Placement = None) -> Any:
+    """Reads one model's parameters: every key is used exactly once and every shape agrees.
+
+    Each parameter is read, brought to our layout and dtype, and put on its devices before the next one is read, so that
+    the host holds one of them at a time beside what the devices hold.
+
+    Args:
+      source: a weight file, or what ``open_weights`` gave, in PyTorch naming and layout.
+      shapes: tree of ``jax.ShapeDtypeStruct``; the result has its structure and dtypes.
+      prefix: what every key of the file starts with (the released preference models use ``"model."``).
+      sharding: where the parameters go; None is JAX's default device.
+
+    Returns:
+      A tree of ``jax.Array``.
+
+    Raises:
+      UserError: a missing, left-over or wrongly shaped key, by name (before anything is read).
+    """
+    weights = source if isinstance(source, Weights) else open_file(source)
+    left = {k: v for k, v in weights.arrays.items() if not k.endswith(_IGNORED_SUFFIXES)}
+    found = {}
+    flat = flax.traverse_util.flatten_dict(shapes)
+    for tree_path, leaf in flat.items():
+        key = prefix + names.torch_key(tree_path)
+        key = next((k for k in (key, *names.other_keys(key)) if k in left), key)
+        if key not in left:
+            raise UserError(
+                f"Weight file {weights.path} has no key {key!r}, which its config.json asks for; "
+                "the file and the config do not belong together."
+            )
+        stored = found[tree_path] = left.pop(key)
+        expected = names.torch_shape(tree_path, leaf.shape)
+        if expected not in (stored.shape, (*stored.shape, 1, 1)):
+            raise UserError(
+                f"Weight file {weights.path}: {key!r} has shape {stored.shape}, but its config.json asks for "
+                f"{expected}."
+            )
+    if left:
+        listed = ", ".join(sorted(left)[:3])
+        raise UserError(
+            f"Weight file {weights.path} has {len(left)} keys that the model in config.json does not use ({listed}"
+            f"{', ...' if len(left) > 3 else ''}); the file and the config do not belong together."
+        )
+    placed = {}
+    # The largest first: the copies that its conversion takes then come on top of nothing.
+    for tree_path in sorted(flat, key=lambda p: -int(np.prod(flat[p].shape))):
+        leaf, array = flat[tree_path], found[tree_path].read()
+        array = names.from_torch(tree_path, array.reshape(names.torch_shape(tree_path, leaf.shape)))
+        if array.dtype != leaf.dtype or not array.flags.c_contiguous:
+            converted = empty(leaf.shape, leaf.dtype)
+            np.copyto(converted, array, casting="unsafe")
+            array = converted
+        placed[tree_path] = place(array, sharding(tree_path) if callable(sharding) else sharding)
+    return flax.traverse_util.unflatten_dict({tree_path: placed[tree_path] for tree_path in flat})
+
+
+def place(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    """The array on its devices, complete: the host's copy can go."""
+    if sharding is None:
+        placed = jax.device_put(array)
+    else:  # unlike device_put, this also works where other processes hold some of the devices
+        placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return placed.block_until_ready()
