@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     c.num_batches = 40  # batches of prompts to train on
     c.prompts_per_batch = 16  # over all devices together
     c.dtype = "float32"  # of the frozen networks; "bfloat16" on accelerators
+    c.remat = False  # True computes activations again in the backward pass instead of keeping them: less memory
 
     c.sampling = ConfigDict()
     c.sampling.num_steps = 10  # N, DDIM steps of a trajectory; SD1.5: 20
@@ -44,12 +45,15 @@ def get_config() -> ConfigDict:
     c.loss.clip_range = 0.1  # probability ratios are clamped to 1 -+ this
 
     c.lora = ConfigDict()
-    c.lora.rank = 8  # inner dimension of the adapters; SD1.5: 4
+    c.lora.rank = 8  # inner dimension of the adapters; 0 trains the whole UNet; SD1.5: 4
     c.lora.init = ""  # LoRA file (diffusers or kohya) or --workdir to start from; empty: fresh adapters
 
     c.train = ConfigDict()
     c.train.minibatch_size = 16  # pairs an update, over all devices together
     c.train.learning_rate = 1e-4  # constant; SD1.5: 6e-5
+    c.train.optimizer = "adamw"  # or "adafactor": a smaller state, for full fine-tuning
+    c.train.accumulation_steps = 1  # minibatches whose gradients are averaged before a step
+    c.train.ema_decay = placeholder(float)  # of an average of what is trained, which is then the result; off
     c.train.adam_b1 = 0.9
     c.train.adam_b2 = 0.999
     c.train.adam_eps = 1e-8

@@ -124,8 +124,22 @@ class PreferencePairs:
 
 @flax.struct.dataclass
 class TrainState:
-    """What changes in training: int32 ``step`` (optimizer updates), float32 adapters, optimizer state."""
+    """What changes in training.
+
+    Attributes:
+      step: int32, minibatches learned from.
+      trained: float32 variables of the UNet that are learned: ``{"lora": adapters}``, or ``{"params": parameters}`` in
+        full fine-tuning. Laid over ``{"params": base}`` they make the policy; without them it is the reference.
+      opt_state: of the optimizer.
+      average: exponential moving average of ``trained``; None if it is off.
+    """
 
     step: jax.Array
-    lora: Any
+    trained: Any
     opt_state: Any
+    average: Any = None
+
+    @property
+    def result(self) -> Any:
+        """What is measured and written: the average if there is one."""
+        return self.trained if self.average is None else self.average

@@ -84,6 +84,8 @@ class UNet2DConditionModel(nn.Module):
     """Predicts the noise (or v, or x0: see the scheduler's ``prediction_type``) in latents at a timestep.
 
     Attributes are the fields of ``config.json``; per-block fields are already expanded. Build it with ``from_config``.
+    ``remat`` (gradient checkpointing) computes each resnet and transformer again on the way back instead of keeping
+    what is inside it: less memory, a third more time; ``unet.clone(remat=True)`` switches it on.
     """
 
     in_channels: int = 4
@@ -104,6 +106,7 @@ class UNet2DConditionModel(nn.Module):
     addition_embed_type: str | None = None
     addition_time_embed_dim: int = 0
     projection_class_embeddings_input_dim: int = 0
+    remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @classmethod
@@ -222,6 +225,7 @@ class UNet2DConditionModel(nn.Module):
             use_linear_projection=self.use_linear_projection,
             resample=resample,
             extra_resnet=extra_resnet,
+            remat=self.remat,
             dtype=self.dtype,
             name=name,
         )
@@ -262,12 +266,15 @@ class _Block(nn.Module):
     use_linear_projection: bool
     resample: str | None
     extra_resnet: bool
+    remat: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x, time, context, skips=None):
+        Resnet, Transformer = (nn.remat(m) if self.remat else m for m in (ResnetBlock2D, Transformer2DModel))
+
         def resnet(i: int) -> ResnetBlock2D:
-            return ResnetBlock2D(self.channels, self.num_groups, self.epsilon, self.dtype, name=f"resnets_{i}")
+            return Resnet(self.channels, self.num_groups, self.epsilon, self.dtype, name=f"resnets_{i}")
 
         outputs = []
         for i in range(self.num_layers):
@@ -275,7 +282,7 @@ class _Block(nn.Module):
                 x = jnp.concatenate([x, skips[i]], axis=-1)
             x = resnet(i)(x, time)
             if self.num_heads:
-                x = Transformer2DModel(
+                x = Transformer(
                     self.num_heads,
                     self.transformer_layers,
                     self.num_groups,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from spo_jax.errors import UserError
+from spo_jax.training.optimizer import OPTIMIZERS
 
 
 def check_config(config: ConfigDict) -> None:
@@ -23,7 +24,11 @@ def check_config(config: ConfigDict) -> None:
         ("pairs.threshold", 0 <= config.pairs.threshold < 1, "in [0, 1)"),
         ("loss.beta", config.loss.beta > 0, "positive"),
         ("loss.clip_range", 0 < config.loss.clip_range < 1, "in (0, 1)"),
-        ("lora.rank", config.lora.rank >= 1, "at least 1"),
+        ("lora.rank", config.lora.rank >= 0, "at least 1, or 0 for full fine-tuning"),
+        ("lora.init", not (config.lora.init and config.lora.rank == 0), "empty where lora.rank is 0"),
+        ("train.optimizer", config.train.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
+        ("train.accumulation_steps", config.train.accumulation_steps >= 1, "at least 1"),
+        ("train.ema_decay", 0 < (config.train.ema_decay or 0.5) < 1, "off or in (0, 1)"),
         ("train.minibatch_size", config.train.minibatch_size >= 1, "at least 1"),
         ("train.learning_rate", config.train.learning_rate > 0, "positive"),
         ("checkpoint.every", config.checkpoint.every >= 1, "at least 1"),

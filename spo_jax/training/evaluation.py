@@ -40,7 +40,7 @@ def make_measure(
     eta: float,
     batch_size: int,
 ) -> Callable[..., Measured]:
-    """``measure(params, lora or None, prompts, judge_text [n, E], key) -> Measured``.
+    """``measure(params, trained, prompts, judge_text [n, E], key) -> Measured``.
 
     Args:
       pipeline: models and tokenizer.
@@ -52,7 +52,8 @@ def make_measure(
       batch_size: pictures at a time.
 
     Returns:
-      A function; the same key gives the same noise to each prompt, whatever the model and the batch size.
+      A function of the UNet's trained variables, {} for the base model (see ``TrainState``). The same key gives the
+      same noise to each prompt, whatever the model and the batch size.
     """
     generate = make_generate(pipeline, schedule, guidance_scale=guidance_scale, eta=eta)
     shape = pipeline.latent_shape
@@ -73,10 +74,10 @@ def make_measure(
         )(judge_text)
         return images, scores, colorfulness(images), similarity.argmax(axis=0)
 
-    def measure(params: Any, lora: Any, prompts: PromptBatch, judge_text: jax.Array, key: jax.Array) -> Measured:
+    def measure(params: Any, trained: Any, prompts: PromptBatch, judge_text: jax.Array, key: jax.Array) -> Measured:
         count = prompts.embeddings.shape[0]
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-        variables = {"params": params["unet"]} if lora is None else {"params": params["unet"], "lora": lora}
+        variables = {"params": params["unet"], **trained}
         results = []
         for start in range(0, count, batch_size):
             # The last batch starts earlier instead of being smaller, so that one program serves all.

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from spo_jax.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
+CLIPPED_FRACTION = 0.95
+CLIPPED_BATCHES = 5
 
 
 class MetricsWriter:
@@ -73,3 +77,29 @@ def _truncate(path: Path, last_step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def check_finite(row: Mapping[str, float], batch: int, workdir: Path) -> None:
+    """Stops a run whose loss, scores or gradients are not finite; what was saved before stays."""
+    broken = [name for name, value in row.items() if not np.isfinite(value)]
+    if broken:
+        raise UserError(
+            f"{broken[0]} is not finite in batch {batch + 1}; training stops. The last checkpoint in "
+            f"{workdir / 'checkpoints'} is intact; lower config.train.learning_rate or check the weights."
+        )
+
+
+def clipped_warning(rows: Sequence[Mapping[str, float]]) -> str | None:
+    """What to tell a user whose last batches were clipped on more than 95 % of their pairs; None if all is well.
+
+    A clipped ratio has no gradient: where both are, a pair teaches nothing any more.
+    """
+    recent = rows[-CLIPPED_BATCHES:]
+    clipped = [min(row["win_clipped"], row["lose_clipped"]) for row in recent if row["num_updates"]]
+    if len(clipped) < CLIPPED_BATCHES or min(clipped) <= CLIPPED_FRACTION:
+        return None
+    return (
+        f"warning: in each of the last {CLIPPED_BATCHES} batches more than {CLIPPED_FRACTION:.0%} of the probability "
+        "ratios were clipped, so the run hardly learns any more; stop here, or start again with a lower "
+        "config.train.learning_rate or a wider config.loss.clip_range."
+    )

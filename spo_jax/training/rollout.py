@@ -35,6 +35,16 @@ class Rollout:
     score_std: jax.Array
 
 
+def rollout_metrics(rollout: Rollout, num_valid: int) -> dict[str, float]:
+    """What is logged of a sampling phase."""
+    return {
+        "preference_score_mean": float(rollout.score_mean),
+        "preference_score_std": float(rollout.score_std),
+        "num_pairs": num_valid,
+        "valid_fraction": num_valid / rollout.order.shape[0],
+    }
+
+
 def make_encode(pipeline: Pipeline, scorer: Scorer | None) -> Callable[..., PromptBatch]:
     """``encode(params, tokens, negative_tokens, scorer_tokens [B, L'] or None) -> PromptBatch``.
 
@@ -103,11 +113,11 @@ def make_score_latents(pipeline: Pipeline, scorer: Scorer, *, step_aware: bool) 
 def make_collect(
     config: ConfigDict, pipeline: Pipeline, scorer: Scorer, schedule: Schedule, mesh: Mesh
 ) -> Callable[..., Rollout]:
-    """``collect(params, lora, prompts, key) -> Rollout``: the whole sampling phase of a batch as one program."""
+    """``collect(params, trained, prompts, key) -> Rollout``: the whole sampling phase of a batch as one program."""
     predict_guided = make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale)
     score_latents = make_score_latents(pipeline, scorer, step_aware=config.scorer.step_aware)
 
-    def collect(params: Any, lora: Any, prompts: PromptBatch, key: jax.Array) -> Rollout:
+    def collect(params: Any, trained: Any, prompts: PromptBatch, key: jax.Array) -> Rollout:
         batch_size = prompts.embeddings.shape[0]
         noise = draw_pool_noise(
             rng.stream(key, "pool"),
@@ -129,7 +139,7 @@ def make_collect(
             flat = latents.reshape(batch_size * count, *latents.shape[2:])
             repeated = prompts.map_rows(lambda rows: jnp.repeat(rows, count, axis=0))
             timesteps = jnp.full((batch_size * count,), timestep)
-            variables = {"params": params["unet"], "lora": lora}
+            variables = {"params": params["unet"], **trained}
             output = predict_guided(variables, flat, timesteps, *repeated.conditions)
             return output.reshape(latents.shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -11,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -20,22 +20,22 @@ from tqdm import tqdm
 from spo_jax import rng
 from spo_jax.checkpoints.lora import starting_lora, write_lora
 from spo_jax.checkpoints.pipeline import Pipeline, read_clip, read_pipeline, read_tokenizer, tokenize, with_image_size
+from spo_jax.checkpoints.write_pipeline import write_pipeline
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import Schedule, check_trainable, make_schedule
 from spo_jax.distributed.mesh import batch_sharding, check_divisible, constrain_batch, make_mesh, replicated
 from spo_jax.emoji import resolve
-from spo_jax.errors import UserError
 from spo_jax.images import grid, to_uint8, write_png
 from spo_jax.preference.scorers import Scorer, make_clip_scorer
 from spo_jax.training import checkpoint
 from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import encode_prompts, make_measure, summarize
-from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, clipped_warning, read_metrics
 from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.report import write_report, write_summary
-from spo_jax.training.rollout import Rollout, make_collect, make_encode, make_score_latents
-from spo_jax.training.update import UpdateMetrics, make_loss, make_update
+from spo_jax.training.rollout import Rollout, make_collect, make_encode, make_score_latents, rollout_metrics
+from spo_jax.training.update import UpdateMetrics, make_loss, make_update, update_metrics
 from spo_jax.types import PromptBatch, TrainState
 
 NUM_REPORT_PICTURES = 24
@@ -47,7 +47,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Args:
       config: see ``configs/tiny.py`` for every key.
       workdir: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``validation/``,
-        ``pytorch_lora_weights.safetensors`` (diffusers' format), ``summary.json`` and ``report.html``.
+        ``pytorch_lora_weights.safetensors`` (diffusers' format; after full fine-tuning a pipeline folder, ``model``),
+        ``summary.json`` and ``report.html``.
 
     Returns:
       What ``summary.json`` holds.
@@ -72,6 +73,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     dtype = jnp.dtype(config.dtype)
     pipeline = read_pipeline(resolve(config.model), dtype)
     pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
+    pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
     clip, scorer_params = read_clip(resolve(config.scorer.path), step_aware=True, dtype=dtype)
     judge_clip, judge_params = read_clip(resolve(config.evaluation.judge), step_aware=False, dtype=dtype)
     scorer, judge = make_clip_scorer(clip), make_clip_scorer(judge_clip)
@@ -84,9 +86,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # --------------------------------------------------------------------------------------------------------- state
     root = jax.random.key(config.seed)
     optimizer = make_optimizer(config.train)
-    start_from = resolve(config.lora.init) if config.lora.init else None
-    lora = starting_lora(rng.stream(root, "lora"), params["unet"], config.lora.rank, start_from)
-    state = TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
+    trained = starting_point(config, rng.stream(root, "lora"), params["unet"])
+    average = None if config.train.ema_decay is None else trained
+    state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), average)
     state = jax.device_put(state, everywhere)
 
     # ------------------------------------------------------------------------------------------------------- restore
@@ -113,7 +115,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     judge_text = jax.jit(judge.encode_text)(params["judge"], tokenize(pipeline.tokenizer, held_out))
     evaluation_key = rng.stream(root, "evaluation")
     seconds_per_score = 0.0
-    trained = time.time()
+    rows: list[dict[str, float]] = []
+    warned = False
+    training_began = time.time()
     with (
         MetricsWriter(workdir, first_batch) as writer,
         tqdm(total=config.num_batches, initial=first_batch, desc="SPO", unit="batch", dynamic_ncols=True) as progress,
@@ -125,7 +129,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             if batch == first_batch:
                 seconds_per_score = time_score(config, pipeline, scorer, params, prompt_batch)
             start = time.time()
-            rollout = collect(params, state.lora, prompt_batch, rng.stream(root, "rollout", batch))
+            rollout = collect(params, state.trained, prompt_batch, rng.stream(root, "rollout", batch))
             num_valid = int(rollout.num_valid)
             sampled = time.time()
             state, updates = run_updates(config, update, state, params["unet"], prompt_batch, rollout, num_valid)
@@ -141,28 +145,33 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             }
             check_finite(row, batch, workdir)
             writer.write(batch + 1, row)
+            rows.append(row)
+            if (warning := clipped_warning(rows)) and not warned:
+                progress.write(f"spo_jax: {warning}")
+                warned = True
             progress.set_postfix(loss=f"{row['loss']:.4f}", score=f"{row['preference_score_mean']:.3f}")
             progress.update()
 
             done = batch + 1 == config.num_batches
             if done or (batch + 1) % config.checkpoint.every == 0:
-                seconds = seconds_before + time.time() - trained
+                seconds = seconds_before + time.time() - training_began
                 checkpoint.save(manager, batch + 1, state, {"batch": batch + 1, "seconds": seconds})
-                write_lora(workdir, state.lora)
+                if "lora" in state.trained:
+                    write_lora(workdir, state.result["lora"])
             if config.validation.every and (done or (batch + 1) % config.validation.every == 0):
                 rows = slice(0, config.validation.num_prompts)
                 some = held_out_batch.map_rows(itemgetter(rows))
-                shown = measure(params, state.lora, some, judge_text[rows], evaluation_key)
+                shown = measure(params, state.result, some, judge_text[rows], evaluation_key)
                 sheet = grid(to_uint8(shown.images))
                 write_png(workdir / "validation" / f"batch_{batch + 1:06d}.png", sheet, zoom=3)
                 writer.write_image(batch + 1, "validation", sheet)
-    seconds_training = seconds_before + time.time() - trained
+    seconds_training = seconds_before + time.time() - training_began
     checkpoint.close(manager)
-    write_lora(workdir, state.lora)
+    write_result(workdir, state.result, pipeline.folder)
 
     # ------------------------------------------------------------------------------------------------------ evidence
-    base = measure(params, None, held_out_batch, judge_text, evaluation_key)
-    tuned = measure(params, state.lora, held_out_batch, judge_text, evaluation_key)
+    base = measure(params, {}, held_out_batch, judge_text, evaluation_key)
+    tuned = measure(params, state.result, held_out_batch, judge_text, evaluation_key)
     summary = {
         **summarize(base, tuned),
         "seconds": round(time.time() - began + seconds_before, 1),
@@ -187,6 +196,22 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
+def starting_point(config: ConfigDict, key: jax.Array, unet_params: Any) -> Any:
+    """The trained variables before the first update: adapters, or with rank 0 a float32 copy of the whole UNet."""
+    if config.lora.rank == 0:
+        return {"params": jax.tree.map(lambda x: jnp.array(x, jnp.float32), unet_params)}
+    start_from = resolve(config.lora.init) if config.lora.init else None
+    return {"lora": starting_lora(key, unet_params, config.lora.rank, start_from)}
+
+
+def write_result(workdir: Path, trained: Any, source: Path) -> None:
+    """Writes ``pytorch_lora_weights.safetensors``, or after full fine-tuning the pipeline folder ``model``."""
+    if "lora" in trained:
+        write_lora(workdir, trained["lora"])
+    elif not (workdir / "model").exists():
+        write_pipeline(workdir / "model", source, trained["params"])
+
+
 def compile_programs(
     config: ConfigDict,
     pipeline: Pipeline,
@@ -204,7 +229,13 @@ def compile_programs(
         beta=config.loss.beta,
         clip_range=config.loss.clip_range,
     )
-    update = make_update(loss_fn, optimizer, config.train.minibatch_size, lambda tree: constrain_batch(mesh, tree))
+    update = make_update(
+        loss_fn,
+        optimizer,
+        config.train.minibatch_size,
+        config.train.ema_decay or 0.0,
+        lambda tree: constrain_batch(mesh, tree),
+    )
     everywhere = replicated(mesh)
     return (
         jax.jit(collect, out_shardings=everywhere),
@@ -248,44 +279,3 @@ def run_updates(
         )
         updates.append(metrics)
     return state, jax.device_get(updates)
-
-
-def rollout_metrics(rollout: Rollout, num_valid: int) -> dict[str, float]:
-    """What is logged of a sampling phase."""
-    return {
-        "preference_score_mean": float(rollout.score_mean),
-        "preference_score_std": float(rollout.score_std),
-        "num_pairs": num_valid,
-        "valid_fraction": num_valid / rollout.order.shape[0],
-    }
-
-
-def update_metrics(updates: list[UpdateMetrics]) -> dict[str, float]:
-    """What is logged of the updates of a batch: means over its pairs, and over its updates for the gradient norm.
-
-    A batch without a valid pair is skipped; it logs zeros and log 2, the loss of a pair that teaches nothing.
-    """
-    if not updates:
-        names = ("win_ratio", "lose_ratio", "win_clipped", "lose_clipped", "grad_norm")
-        return {"loss": math.log(2.0), **dict.fromkeys(names, 0.0), "num_updates": 0}
-    count = sum(int(m.num_pairs) for m in updates)
-    sums = jax.tree.map(lambda *values: float(np.sum(values)), *(m.sums for m in updates))
-    return {
-        "loss": sums.loss / count,
-        "win_ratio": sums.win_ratio / count,
-        "lose_ratio": sums.lose_ratio / count,
-        "win_clipped": sums.win_clipped / count,
-        "lose_clipped": sums.lose_clipped / count,
-        "grad_norm": float(np.mean([m.grad_norm for m in updates])),
-        "num_updates": len(updates),
-    }
-
-
-def check_finite(row: dict[str, float], batch: int, workdir: Path) -> None:
-    """Stops a run whose loss, scores or gradients are not finite; what was saved before stays."""
-    broken = [name for name, value in row.items() if not np.isfinite(value)]
-    if broken:
-        raise UserError(
-            f"{broken[0]} is not finite in batch {batch + 1}; training stops. The last checkpoint in "
-            f"{workdir / 'checkpoints'} is intact; lower config.train.learning_rate or check the weights."
-        )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from spo_jax.diffusion.ddim import ddim_distribution, log_prob, predict_x0_and_noise
@@ -72,13 +74,13 @@ def pair_losses(
 def make_loss(
     predict: GuidedPrediction, schedule: Schedule, *, eta: float, beta: float, clip_range: float
 ) -> Callable[..., tuple[jax.Array, PairLoss]]:
-    """``loss(lora, params, prompts, pairs, mask) -> (masked mean, masked sums)`` for use with ``jax.grad``.
+    """``loss(trained, params, prompts, pairs, mask) -> (masked mean, masked sums)`` for use with ``jax.grad``.
 
-    The reference is the same network with the adapters left out. The network runs once a pair, or on both latents where
-    win and lose may start from different ones.
+    The reference is the same network without the ``trained`` variables (see ``TrainState``). The network runs once a
+    pair, or on both latents where win and lose may start from different ones.
     """
 
-    def loss_fn(lora: Any, params: Any, prompts: PromptBatch, pairs: PreferencePairs, mask: jax.Array):
+    def loss_fn(trained: Any, params: Any, prompts: PromptBatch, pairs: PreferencePairs, mask: jax.Array):
         latents, timesteps = pairs.latents, pairs.timesteps
         prompts = prompts.map_rows(lambda rows: rows[pairs.prompt_index])
         if pairs.lose_latents is not None:
@@ -89,7 +91,7 @@ def make_loss(
             output = predict(variables, latents, timesteps, *prompts.conditions)
             return output if pairs.lose_latents is None else output.reshape(-1, 2, *output.shape[1:])
 
-        policy = outputs({"params": params, "lora": lora})
+        policy = outputs({"params": params, **trained})
         reference = jax.lax.stop_gradient(outputs({"params": params}))
         losses = pair_losses(schedule, policy, reference, pairs, eta=eta, beta=beta, clip_range=clip_range)
         sums = jax.tree.map(lambda values: jnp.where(mask, values, 0.0).sum(), losses)
@@ -102,14 +104,16 @@ def make_update(
     loss_fn: Callable[..., tuple[jax.Array, PairLoss]],
     optimizer: optax.GradientTransformation,
     minibatch_size: int,
+    ema_decay: float = 0.0,
     constrain_batch: Callable[[Any], Any] = lambda tree: tree,
 ) -> Callable[..., tuple[TrainState, UpdateMetrics]]:
     """The update on pairs ``order[start : start + minibatch_size]``; the last minibatch of a batch may be smaller.
 
     Args:
       loss_fn: from ``make_loss``.
-      optimizer: acts on the adapters.
+      optimizer: acts on the trained variables.
       minibatch_size: pairs a step, over all devices together.
+      ema_decay: of the average, where the state has one.
       constrain_batch: places the gathered pairs over the devices.
 
     Returns:
@@ -130,10 +134,34 @@ def make_update(
         index = order[jnp.minimum(position, order.shape[0] - 1)]
         mask = position < count
         minibatch, mask = constrain_batch((jax.tree.map(lambda values: values[index], pairs), mask))
-        grads, sums = jax.grad(loss_fn, has_aux=True)(state.lora, params, prompts, minibatch, mask)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
-        lora = optax.apply_updates(state.lora, updates)
+        grads, sums = jax.grad(loss_fn, has_aux=True)(state.trained, params, prompts, minibatch, mask)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        average = state.average
+        if average is not None:
+            average = optax.incremental_update(trained, average, 1.0 - ema_decay)
         metrics = UpdateMetrics(sums, mask.sum(dtype=jnp.int32), optax.global_norm(grads))
-        return TrainState(state.step + 1, lora, opt_state), metrics
+        return TrainState(state.step + 1, trained, opt_state, average), metrics
 
     return update
+
+
+def update_metrics(updates: list[UpdateMetrics]) -> dict[str, float]:
+    """What is logged of the updates of a batch: means over its pairs, and over its updates for the gradient norm.
+
+    A batch without a valid pair is skipped; it logs zeros and log 2, the loss of a pair that teaches nothing.
+    """
+    if not updates:
+        names = ("win_ratio", "lose_ratio", "win_clipped", "lose_clipped", "grad_norm")
+        return {"loss": math.log(2.0), **dict.fromkeys(names, 0.0), "num_updates": 0}
+    count = sum(int(m.num_pairs) for m in updates)
+    sums = jax.tree.map(lambda *values: float(np.sum(values)), *(m.sums for m in updates))
+    return {
+        "loss": sums.loss / count,
+        "win_ratio": sums.win_ratio / count,
+        "lose_ratio": sums.lose_ratio / count,
+        "win_clipped": sums.win_clipped / count,
+        "lose_clipped": sums.lose_clipped / count,
+        "grad_norm": float(np.mean([m.grad_norm for m in updates])),
+        "num_updates": len(updates),
+    }

@@ -121,7 +121,7 @@ def test_update_has_the_same_ratios_loss_and_gradient_of_every_adapter():
     def compute(lora, params):
         inputs = (pairs.latents, t, *prompts.conditions)
         outputs = (predict(variables, *inputs) for variables in ({"params": params, "lora": lora}, {"params": params}))
-        return *outputs, jax.value_and_grad(loss_fn, has_aux=True)(lora, params, prompts, pairs, mask)
+        return *outputs, jax.value_and_grad(loss_fn, has_aux=True)({"lora": lora}, params, prompts, pairs, mask)
 
     policy, reference, ((loss, _), grads) = compute(lora, params)
     close(policy, nhwc(GOLDEN["upd_sdxl_eps_policy"]), 1e-4)
@@ -132,7 +132,7 @@ def test_update_has_the_same_ratios_loss_and_gradient_of_every_adapter():
     close(loss, GOLDEN["upd_sdxl_loss"], 1e-5)
 
     recorded = {k.removeprefix("upd_sdxl_grad/"): v for k, v in GOLDEN.items() if k.startswith("upd_sdxl_grad/")}
-    leaves = jax.tree_util.tree_flatten_with_path(grads)[0]
+    leaves = jax.tree_util.tree_flatten_with_path(grads["lora"])[0]
     assert len(leaves) == len(recorded)
     for path, gradient in leaves:
         *modules, matrix = (entry.key for entry in path)

@@ -147,24 +147,24 @@ def test_one_batch_of_training_with_inner_steps(ours):
     assert len(prompts.added.pooled.sharding.device_set) == 8
     schedule = make_schedule(pipeline.scheduler_config, 6)
     optimizer = make_optimizer(config.train)
-    lora = init_lora(jax.random.key(1), params["unet"], 2)
-    state = TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
+    trained = {"lora": init_lora(jax.random.key(1), params["unet"], 2)}
+    state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
     collect, update = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh)
 
-    rollout = collect(params, lora, prompts, jax.random.key(2))
+    rollout = collect(params, trained, prompts, jax.random.key(2))
     pairs, order = rollout.pairs, rollout.order
     assert pairs.win.shape == pairs.lose_latents.shape == (5 * 8, 8, 12, 4)
     assert rollout.num_valid == order.shape[0] == 5 * 8
     shared = (pairs.latents == pairs.lose_latents).all((1, 2, 3)).reshape(5, 8)
     np.testing.assert_array_equal(shared, np.array([True, False, True, False, True])[:, None].repeat(8, axis=1))
 
-    before = jax.device_get(lora)
+    before = jax.device_get(trained)
     state, updates = run_updates(config, update, state, params["unet"], prompts, rollout, int(rollout.num_valid))
     assert [int(u.num_pairs) for u in updates] == [24, 16]
     np.testing.assert_allclose(updates[0].sums.loss / 24, math.log(2), rtol=1e-5)
     np.testing.assert_allclose([updates[0].sums.win_ratio, updates[0].sums.lose_ratio], 24, rtol=1e-5)
     assert all(np.isfinite(u.grad_norm) and u.grad_norm > 0 for u in updates)
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, jax.device_get(state.lora))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, jax.device_get(state.trained))
     assert all(leaf > 0 for leaf in jax.tree.leaves(moved))
 
 

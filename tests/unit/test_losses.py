@@ -75,7 +75,8 @@ def minibatch():
     )
     prompts = PromptBatch(jnp.stack([jnp.full((3, 2), 0.5), jnp.ones((3, 2))]), jnp.full((1, 3, 2), 0.2), None)
     loss = make_loss(make_guided_prediction(network, 5.0), schedule, eta=1.0, beta=10.0, clip_range=0.1)
-    return jax.jit(jax.value_and_grad(loss, has_aux=True)), pairs, prompts
+    of_lora = jax.value_and_grad(lambda lora, *rest: loss({"lora": lora}, *rest), has_aux=True)
+    return jax.jit(of_lora), pairs, prompts
 
 
 def test_loss_of_untouched_adapters_is_log_2_and_yet_has_a_gradient(minibatch):
@@ -143,5 +144,5 @@ def test_network_runs_once_a_pair_and_on_both_starts_only_where_they_may_differ(
     loss = make_loss(make_guided_prediction(network, 5.0), schedule, eta=1.0, beta=10.0, clip_range=0.1)
     for lose_latents, starts in ((None, 1), (pairs.latents, 2)):
         rows.clear()
-        loss(0.0, 0.1, prompts, pairs.replace(lose_latents=lose_latents), jnp.ones(5, bool))
+        loss({"lora": 0.0}, 0.1, prompts, pairs.replace(lose_latents=lose_latents), jnp.ones(5, bool))
         assert rows == [2 * 5 * starts] * 2, "both halves of guidance, for policy and reference"
