@@ -3,79 +3,36 @@
     python -m spo_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
 Paper: Step-aware Preference Optimization, arXiv 2406.04314. Expected results, times and how the models were made:
-docs/emoji.md. The keys are those of every config; what differs from the SD1.5 recipe is marked.
+docs/emoji.md. Every key is explained in configs/common.py.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+
+from configs import common
 
 
 def get_config() -> ConfigDict:
-    """The config; every key can be set on the command line, as in ``--config.sampling.num_steps=10``."""
-    c = ConfigDict()
-    c.seed = 0  # root of every random number of the run
-    c.model = "emoji:model"  # diffusers pipeline folder; "emoji:" means the files that ship with the package
-    c.prompts = "emoji:prompts/spo.txt"  # text lines, or a JSON list of {"caption": ...}
-    c.num_batches = 40  # batches of prompts to train on
-    c.prompts_per_batch = 16  # over all devices together
-    c.dtype = "float32"  # of the frozen networks; "bfloat16" on accelerators
-    c.remat = False  # True computes activations again in the backward pass instead of keeping them: less memory
+    """The recipe of ``launch/demo.sh``."""
+    c = common.get_config()
+    c.model = "emoji:model"
+    c.prompts = "emoji:prompts/spo.txt"
+    c.num_batches = 40
+    c.prompts_per_batch = 16
+    c.dtype = "float32"
 
-    c.sampling = ConfigDict()
-    c.sampling.num_steps = 10  # N, DDIM steps of a trajectory; SD1.5: 20
-    c.sampling.num_plain_steps = 2  # d, first steps without candidates; SD1.5: 4
-    c.sampling.num_candidates = 4  # k, candidates at each later step
-    c.sampling.num_inner_steps = 0  # m, steps that a candidate goes alone before it is scored; SD1.5: 0, SDXL: 3
-    c.sampling.height = placeholder(int)  # of pictures, in pixels; off: the size that the model was trained for
-    c.sampling.width = placeholder(int)
-    c.sampling.guidance_scale = 3.0  # w of classifier-free guidance, in sampling and training; SD1.5: 5
-    c.sampling.eta = 1.0  # of DDIM; 0 would make all candidates equal
-    c.sampling.continuation = "random"  # which candidate starts the next step; "win" is the paper's ablation
+    c.sampling.num_steps = 10
+    c.sampling.num_plain_steps = 2
+    c.sampling.guidance_scale = 3.0
 
-    c.scorer = ConfigDict()
-    c.scorer.path = "emoji:model/scorer"  # step-aware preference model: config.json, model.safetensors
-    c.scorer.tokenizer = "emoji:model/tokenizer"  # its tokenizer
-    c.scorer.step_aware = True  # False tells it t = 0 at every step (ablation)
+    c.scorer.path = "emoji:model/scorer"
+    c.pairs.threshold = 0.1
+    c.lora.rank = 8
+    c.train.minibatch_size = 16
+    c.train.learning_rate = 1e-4
 
-    c.pairs = ConfigDict()
-    c.pairs.threshold = 0.1  # least p(win) - p(lose) for a pair to be used; SD1.5: 0.3
-
-    c.loss = ConfigDict()
-    c.loss.beta = 10.0  # strength of the preference
-    c.loss.clip_range = 0.1  # probability ratios are clamped to 1 -+ this
-
-    c.lora = ConfigDict()
-    c.lora.rank = 8  # inner dimension of the adapters; 0 trains the whole UNet; SD1.5: 4
-    c.lora.init = ""  # LoRA file (diffusers or kohya) or --workdir to start from; empty: fresh adapters
-
-    c.train = ConfigDict()
-    c.train.minibatch_size = 16  # pairs an update, over all devices together
-    c.train.learning_rate = 1e-4  # constant; SD1.5: 6e-5
-    c.train.optimizer = "adamw"  # or "adafactor": a smaller state, for full fine-tuning
-    c.train.accumulation_steps = 1  # minibatches whose gradients are averaged before a step
-    c.train.ema_decay = placeholder(float)  # of an average of what is trained, which is then the result; off
-    c.train.adam_b1 = 0.9
-    c.train.adam_b2 = 0.999
-    c.train.adam_eps = 1e-8
-    c.train.weight_decay = 1e-4  # decoupled, as in AdamW
-    c.train.max_grad_norm = placeholder(float)  # off: the released runs never clipped
-
-    c.mesh = ConfigDict()
-    c.mesh.data = -1  # devices that split the batch; -1: all that are left
-    c.mesh.fsdp = 1  # devices that will also split the weights (full fine-tuning); splits the batch too
-
-    c.checkpoint = ConfigDict()
-    c.checkpoint.every = 10  # batches between two checkpoints; the last batch always writes one
-    c.checkpoint.keep = 2  # how many are kept
-
-    c.validation = ConfigDict()
-    c.validation.every = 20  # batches between two sheets of pictures; 0: none
-    c.validation.num_prompts = 16  # the first prompts of the evaluation file
-
-    c.evaluation = ConfigDict()
-    c.evaluation.prompts = "emoji:prompts/held_out.txt"  # never trained on
-    c.evaluation.num_prompts = 200  # the first so many of the file
-    c.evaluation.batch_size = 50  # pictures at a time
-    c.evaluation.eta = 0.0  # deterministic DDIM
-    c.evaluation.judge = "emoji:model/clip"  # plain CLIP that measures text alignment
+    c.validation.every = 20
+    c.evaluation.prompts = "emoji:prompts/held_out.txt"
+    c.evaluation.num_prompts = 200
+    c.evaluation.batch_size = 50
+    c.evaluation.judge = "emoji:model/clip"
     return c

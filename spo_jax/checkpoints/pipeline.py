@@ -113,6 +113,21 @@ def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -
     return dataclasses.replace(pipeline, latent_size=(height // downscale, width // downscale))
 
 
+def with_vae(pipeline: Pipeline, folder: str | Path, dtype: Any = jnp.float32) -> Pipeline:
+    """The pipeline with the autoencoder of another folder, local or on the hub.
+
+    Raises:
+      UserError: it cannot be read, or its latents are others than the UNet's.
+    """
+    vae, params = read_vae(resolve_model(folder), dtype)
+    if (vae.latent_channels, vae.downscale) != (pipeline.unet.in_channels, pipeline.vae.downscale):
+        raise UserError(
+            f"Autoencoder {folder} has {vae.latent_channels} channels at 1/{vae.downscale} of the size, but pipeline "
+            f"{pipeline.folder} needs {pipeline.unet.in_channels} at 1/{pipeline.vae.downscale}."
+        )
+    return dataclasses.replace(pipeline, vae=vae, params={**pipeline.params, "vae": params})
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size; UserError if it is missing, too large or malformed."""
     if not path.is_file():

@@ -93,14 +93,26 @@ def make_decode(pipeline: Pipeline) -> Callable[[Any, jax.Array], jax.Array]:
     return decode
 
 
-def make_score_latents(pipeline: Pipeline, scorer: Scorer, *, step_aware: bool) -> Callable[..., jax.Array]:
+def make_score_latents(
+    pipeline: Pipeline, scorer: Scorer, *, step_aware: bool, chunk: int = 0
+) -> Callable[..., jax.Array]:
     """``score_latents(params, prompts, x0 [B, k, h, w, c], timestep scalar) -> float32 [B, k]``.
 
     With ``step_aware`` False the preference model is told t = 0 whatever the timestep is, as in the paper's ablation.
+    With ``chunk`` > 0 so many of a prompt's candidates, a divisor of k, are decoded and scored at a time: the pictures
+    of all would need more memory than anything else in sampling.
     """
     decode = make_decode(pipeline)
 
     def score_latents(params: Any, prompts: PromptBatch, x0: jax.Array, timestep: jax.Array) -> jax.Array:
+        if not chunk:
+            return score_together(params, prompts, x0, timestep)
+        batch, count = x0.shape[:2]
+        chunks = jnp.moveaxis(x0.reshape(batch, count // chunk, chunk, *x0.shape[2:]), 1, 0)
+        scores = jax.lax.map(lambda x: score_together(params, prompts, x, timestep), chunks)
+        return jnp.moveaxis(scores, 0, 1).reshape(batch, count)
+
+    def score_together(params: Any, prompts: PromptBatch, x0: jax.Array, timestep: jax.Array) -> jax.Array:
         batch, count = x0.shape[:2]
         images = decode(params, x0.reshape(batch * count, *x0.shape[2:]))
         text = jnp.repeat(prompts.scorer_text, count, axis=0)
@@ -115,7 +127,7 @@ def make_collect(
 ) -> Callable[..., Rollout]:
     """``collect(params, trained, prompts, key) -> Rollout``: the whole sampling phase of a batch as one program."""
     predict_guided = make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale)
-    score_latents = make_score_latents(pipeline, scorer, step_aware=config.scorer.step_aware)
+    score_latents = make_score_latents(pipeline, scorer, step_aware=config.scorer.step_aware, chunk=config.scorer.chunk)
 
     def collect(params: Any, trained: Any, prompts: PromptBatch, key: jax.Array) -> Rollout:
         batch_size = prompts.embeddings.shape[0]

@@ -19,7 +19,15 @@ from tqdm import tqdm
 
 from spo_jax import rng
 from spo_jax.checkpoints.lora import starting_lora, write_lora
-from spo_jax.checkpoints.pipeline import Pipeline, read_clip, read_pipeline, read_tokenizer, tokenize, with_image_size
+from spo_jax.checkpoints.pipeline import (
+    Pipeline,
+    read_clip,
+    read_pipeline,
+    read_tokenizer,
+    tokenize,
+    with_image_size,
+    with_vae,
+)
 from spo_jax.checkpoints.write_pipeline import write_pipeline
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
 from spo_jax.diffusion.guidance import make_guided_prediction
@@ -71,13 +79,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     # -------------------------------------------------------------------------------------------------------- models
     dtype = jnp.dtype(config.dtype)
-    pipeline = read_pipeline(resolve(config.model), dtype)
+    pipeline = read_pipeline(resolve(config.model), dtype, variant=config.variant or None)
+    if config.vae:
+        pipeline = with_vae(pipeline, resolve(config.vae), dtype)
     pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
     pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
     clip, scorer_params = read_clip(resolve(config.scorer.path), step_aware=True, dtype=dtype)
     judge_clip, judge_params = read_clip(resolve(config.evaluation.judge), step_aware=False, dtype=dtype)
     scorer, judge = make_clip_scorer(clip), make_clip_scorer(judge_clip)
-    scorer_tokenizer = read_tokenizer(resolve(config.scorer.tokenizer))
+    tokenizer = config.scorer.tokenizer
+    scorer_tokenizer = read_tokenizer(resolve(tokenizer)) if tokenizer else pipeline.tokenizer
     params = jax.device_put({**pipeline.params, "scorer": scorer_params, "judge": judge_params}, everywhere)
     schedule = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
     check_trainable(schedule)
@@ -254,7 +265,8 @@ def time_score(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, params: A
 
     Inside the pool, which is one program, the share of the scorer cannot be timed.
     """
-    score_latents = jax.jit(make_score_latents(pipeline, scorer, step_aware=config.scorer.step_aware))
+    options = {"step_aware": config.scorer.step_aware, "chunk": config.scorer.chunk}
+    score_latents = jax.jit(make_score_latents(pipeline, scorer, **options))
     x0 = jnp.zeros((config.prompts_per_batch, config.sampling.num_candidates, *pipeline.latent_shape))
     score_latents(params, prompts, x0, jnp.int32(0)).block_until_ready()
     start = time.time()

@@ -1,0 +1,80 @@
+"""Every key of a config and what it means; the values are the paper's recipe for SD1.5. The other files change them."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    """The config; every key can be set on the command line, as in ``--config.sampling.num_steps=10``."""
+    c = ConfigDict()
+    c.seed = 0  # root of every random number of the run
+    c.model = (
+        "model"  # diffusers pipeline: a local folder, org/name@commit on the hub, or "emoji:..." out of the package
+    )
+    c.variant = ""  # of the weight files, such as "fp16"
+    c.vae = ""  # autoencoder to use instead of the pipeline's, named as the model is; empty: the pipeline's
+    c.prompts = "prompts.json"  # text lines, or a JSON list of {"caption": ...}
+    c.num_batches = 1000  # batches of prompts to train on
+    c.prompts_per_batch = 40  # over all devices together
+    c.dtype = "bfloat16"  # of the frozen networks; "float32" on CPUs
+    c.remat = False  # True computes activations again in the backward pass instead of keeping them: less memory
+
+    c.sampling = ConfigDict()
+    c.sampling.num_steps = 20  # N, DDIM steps of a trajectory
+    c.sampling.num_plain_steps = 4  # d, first steps without candidates
+    c.sampling.num_candidates = 4  # k, candidates at each later step
+    c.sampling.num_inner_steps = 0  # m, steps that a candidate goes alone before it is scored; SDXL: 3
+    c.sampling.height = placeholder(int)  # of pictures, in pixels; off: the size that the model was trained for
+    c.sampling.width = placeholder(int)
+    c.sampling.guidance_scale = 5.0  # w of classifier-free guidance, in sampling and training
+    c.sampling.eta = 1.0  # of DDIM; 0 would make all candidates equal
+    c.sampling.continuation = "random"  # which candidate starts the next step; "win" is the paper's ablation
+
+    c.scorer = ConfigDict()
+    c.scorer.path = "scorer"  # step-aware preference model: a folder, a weight file of a ViT-H/14, or org/name@commit
+    c.scorer.tokenizer = ""  # its tokenizer; empty: the pipeline's first one
+    c.scorer.step_aware = True  # False tells it t = 0 at every step (ablation)
+    c.scorer.chunk = 0  # candidates of a prompt that are decoded and scored at a time; 0: all of them
+
+    c.pairs = ConfigDict()
+    c.pairs.threshold = 0.3  # least p(win) - p(lose) for a pair to be used
+
+    c.loss = ConfigDict()
+    c.loss.beta = 10.0  # strength of the preference
+    c.loss.clip_range = 0.1  # probability ratios are clamped to 1 -+ this
+
+    c.lora = ConfigDict()
+    c.lora.rank = 4  # inner dimension of the adapters; 0 trains the whole UNet
+    c.lora.init = ""  # LoRA file (diffusers or kohya) or --workdir to start from; empty: fresh adapters
+
+    c.train = ConfigDict()
+    c.train.minibatch_size = 40  # pairs an update, over all devices together
+    c.train.learning_rate = 6e-5  # constant
+    c.train.optimizer = "adamw"  # or "adafactor": a smaller state, for full fine-tuning
+    c.train.accumulation_steps = 1  # minibatches whose gradients are averaged before a step
+    c.train.ema_decay = placeholder(float)  # of an average of what is trained, which is then the result; off
+    c.train.adam_b1 = 0.9
+    c.train.adam_b2 = 0.999
+    c.train.adam_eps = 1e-8
+    c.train.weight_decay = 1e-4  # decoupled, as in AdamW
+    c.train.max_grad_norm = placeholder(float)  # off: the released runs never clipped
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # devices that split the batch; -1: all that are left
+    c.mesh.fsdp = 1  # devices that will also split the weights (full fine-tuning); splits the batch too
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 10  # batches between two checkpoints; the last batch always writes one
+    c.checkpoint.keep = 2  # how many are kept
+
+    c.validation = ConfigDict()
+    c.validation.every = 50  # batches between two sheets of pictures; 0: none
+    c.validation.num_prompts = 16  # the first prompts of the evaluation file
+
+    c.evaluation = ConfigDict()
+    c.evaluation.prompts = "evaluation_prompts.json"  # never trained on
+    c.evaluation.num_prompts = 500  # the first so many of the file
+    c.evaluation.batch_size = 8  # pictures at a time
+    c.evaluation.eta = 0.0  # deterministic DDIM
+    c.evaluation.judge = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"  # measures alignment
+    return c
