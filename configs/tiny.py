@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     c.seed = 0  # root of every random number of the run
     c.model = "emoji:model"  # diffusers pipeline folder; "emoji:" means the files that ship with the package
     c.prompts = "emoji:prompts/spo.txt"  # text lines, or a JSON list of {"caption": ...}
-    c.num_batches = 40  # batches of prompts to train on
+    c.num_batches = 60  # batches of prompts to train on
     c.prompts_per_batch = 16  # over all devices together
     c.dtype = "float32"  # of the frozen networks; "bfloat16" on accelerators
 
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     c.sampling.num_steps = 10  # N, DDIM steps of a trajectory; SD1.5: 20
     c.sampling.num_plain_steps = 2  # d, first steps without candidates; SD1.5: 4
     c.sampling.num_candidates = 4  # k, candidates at each later step
-    c.sampling.guidance_scale = 3.0  # w of classifier-free guidance, in sampling and training; SD1.5: 5
+    c.sampling.guidance_scale = 2.0  # w of classifier-free guidance, in sampling and training; SD1.5: 5
     c.sampling.eta = 1.0  # of DDIM; 0 would make all candidates equal
     c.sampling.continuation = "random"  # which candidate starts the next step; "win" is the paper's ablation
 
@@ -34,14 +34,14 @@ def get_config() -> ConfigDict:
     c.scorer.step_aware = True  # False tells it t = 0 at every step (ablation)
 
     c.pairs = ConfigDict()
-    c.pairs.threshold = 0.1  # least p(win) - p(lose) for a pair to be used; SD1.5: 0.3
+    c.pairs.threshold = 0.3  # least p(win) - p(lose) for a pair to be used
 
     c.loss = ConfigDict()
     c.loss.beta = 10.0  # strength of the preference
     c.loss.clip_range = 0.1  # probability ratios are clamped to 1 -+ this
 
     c.lora = ConfigDict()
-    c.lora.rank = 8  # inner dimension of the adapters; SD1.5: 4
+    c.lora.rank = 4  # inner dimension of the adapters
 
     c.train = ConfigDict()
     c.train.minibatch_size = 16  # pairs an update, over all devices together
