@@ -25,6 +25,8 @@ GUIDANCE_SCALE = flags.DEFINE_float(
     "guidance_scale", 3.0, "Weight of classifier-free guidance (Stable Diffusion: 5 to 7.5)."
 )
 ETA = flags.DEFINE_float("eta", 0.0, "DDIM's eta: 0 deterministic, 1 as noisy as DDPM.", lower_bound=0.0)
+HEIGHT = flags.DEFINE_integer("height", None, "Of a picture, in pixels; what the model was trained for by default.")
+WIDTH = flags.DEFINE_integer("width", None, "Of a picture, in pixels; what the model was trained for by default.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the networks.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures at a time.", lower_bound=1)
 ZOOM = flags.DEFINE_integer("zoom", 1, "Enlarges each pixel so many times.", lower_bound=1)
@@ -45,7 +47,7 @@ def main() -> None:
     import numpy as np
 
     from spo_jax.checkpoints.lora import read_lora
-    from spo_jax.checkpoints.pipeline import read_pipeline
+    from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size
     from spo_jax.data.prompts import read_prompts
     from spo_jax.diffusion.dpm_solver import make_dpm_schedule
     from spo_jax.diffusion.schedule import make_schedule
@@ -56,6 +58,7 @@ def main() -> None:
 
     prompts = PROMPT.value or read_prompts(resolve(PROMPTS_FILE.value))
     pipeline = read_pipeline(resolve(MODEL.value), jnp.dtype(DTYPE.value))
+    pipeline = with_image_size(pipeline, HEIGHT.value, WIDTH.value)
     variables = {"params": pipeline.params["unet"]}
     if LORA.value is not None:
         variables["lora"] = read_lora(resolve(LORA.value), pipeline.params["unet"])

@@ -20,6 +20,7 @@ from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import make_mesh
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
+from spo_jax.models import CLIPTextModel as OurCLIPTextModel
 from spo_jax.models.lora import init_lora
 from spo_jax.preference.scorers import Scorer
 from spo_jax.training.evaluation import encode_prompts
@@ -206,6 +207,11 @@ def test_text_encoders_in_the_wrong_order_are_refused(theirs, tmp_path):
     (folder / "other").rename(folder / "text_encoder")
     with pytest.raises(UserError, match="text_projection"):
         read_pipeline(folder)
+
+
+def test_width_that_a_config_leaves_out_is_that_of_transformers():
+    model = OurCLIPTextModel.from_config({"model_type": "clip_text_model"})
+    assert (model.hidden_size, model.projection_dim) == (CLIPTextConfig().hidden_size, CLIPTextConfig().projection_dim)
 
 
 def test_pipeline_is_read_whole(ours):
