@@ -39,7 +39,7 @@ def main() -> None:
     import jax.numpy as jnp
 
     from spo_jax.checkpoints.lora import read_lora, write_kohya, write_lora
-    from spo_jax.checkpoints.pipeline import read_unet, unet_shapes
+    from spo_jax.checkpoints.pipeline import read_unet, read_unet_shapes
     from spo_jax.checkpoints.write_pipeline import check_output_folder, write_pipeline
     from spo_jax.emoji import resolve
     from spo_jax.models.lora import merge_lora
@@ -54,7 +54,7 @@ def main() -> None:
         _, params = read_unet(model / "unet")
         write_pipeline(out, model, merge_lora(params, read_lora(lora_path, params)), dtype=dtype)
     else:
-        _, shapes = unet_shapes(model / "unet")
+        _, shapes = read_unet_shapes(model / "unet")
         lora = read_lora(lora_path, shapes)
         try:
             if FORMAT.value == "kohya":

@@ -74,7 +74,7 @@ def _read_config(folder: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"File {file}: its values make no model ({reason}); download or copy it again.") from error
 
 
-def unet_shapes(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
+def read_unet_shapes(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
     """The UNet that ``config.json`` in ``folder`` describes and the shapes of its parameters, both in ``dtype``."""
     with _read_config(folder) as config:
         unet = UNet2DConditionModel.from_config(config, dtype)
@@ -91,7 +91,7 @@ def unet_shapes(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DCondition
 
 def read_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
     """The UNet in ``folder`` and its parameters, both in ``dtype``."""
-    unet, shapes = unet_shapes(folder, dtype)
+    unet, shapes = read_unet_shapes(folder, dtype)
     return unet, read_params(folder / _DIFFUSION_WEIGHTS, shapes)
 
 
