@@ -38,14 +38,15 @@ def main() -> None:
 
     import jax.numpy as jnp
 
+    from spo_jax.checkpoints.hub import resolve_model
     from spo_jax.checkpoints.lora import read_lora, write_kohya, write_lora
-    from spo_jax.checkpoints.pipeline import describe_unet, read_unet
+    from spo_jax.checkpoints.pipeline import read_unet, read_unet_shapes
     from spo_jax.checkpoints.write_pipeline import check_output_folder, write_pipeline
     from spo_jax.emoji import resolve
     from spo_jax.models.lora import merge_lora
 
     lora_path = resolve(LORA.value)
-    model = resolve(MODEL.value or model_of_run(lora_path))
+    model = resolve_model(resolve(MODEL.value or model_of_run(lora_path)), weights=FORMAT.value == "pipeline")
     out, dtype = Path(OUT.value), jnp.dtype(DTYPE.value)
     if out.is_dir() and is_file:
         raise UserError(f"--out={out} is a folder; choose another name.")
@@ -54,7 +55,7 @@ def main() -> None:
         _, params = read_unet(model / "unet")
         write_pipeline(out, model, merge_lora(params, read_lora(lora_path, params)), dtype=dtype)
     else:
-        _, shapes = describe_unet(model / "unet")
+        _, shapes = read_unet_shapes(model / "unet")
         lora = read_lora(lora_path, shapes)
         try:
             if FORMAT.value == "kohya":

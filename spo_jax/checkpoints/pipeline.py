@@ -157,7 +157,7 @@ def _read_config(folder: Path, default: dict[str, Any] | None = None) -> Iterato
         raise UserError(f"File {file}: its values make no model ({reason}); download or copy it again.") from error
 
 
-def describe_unet(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
+def read_unet_shapes(folder: Path, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
     """The UNet that ``config.json`` in ``folder`` describes and the shapes of its parameters, both in ``dtype``."""
     with _read_config(folder) as config:
         unet = UNet2DConditionModel.from_config(config, dtype)
@@ -168,7 +168,7 @@ def read_unet(
     folder: Path, dtype: Any = jnp.float32, *, variant: str | None = None, sharding: Placement = None
 ) -> tuple[UNet2DConditionModel, Any]:
     """The UNet in ``folder`` and its parameters, both in ``dtype``."""
-    unet, shapes = describe_unet(folder, dtype)
+    unet, shapes = read_unet_shapes(folder, dtype)
     return unet, read_params(open_weights(folder, DIFFUSERS_STEM, variant), shapes, sharding=sharding)
 
 
