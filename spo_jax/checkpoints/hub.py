@@ -16,7 +16,8 @@ _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[^/@]*)(?:/(?P<i
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 _CONFIGS = ("*.json", "*.txt")
-# Parts of published pipelines that are never read here.
+# Parts of published pipelines that have weights, and those that are never read here.
+_PARTS = (".", "unet", "vae", "text_encoder", "text_encoder_2")
 _UNUSED = ["safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae_1_0/*"]
 
 
@@ -81,7 +82,7 @@ def _weight_patterns(inside: PurePosixPath, variant: str | None, kind: str) -> l
 
 def _lacks_safetensors(folder: Path) -> bool:
     """Whether a model of the snapshot came without the weights that were asked for first."""
-    models = [config.parent for config in folder.glob("**/config.json")] or [folder]
+    models = [folder / part for part in _PARTS if (folder / part / "config.json").is_file()] or [folder]
     return any(not any(model.glob("*.safetensors")) for model in models)
 
 

@@ -93,7 +93,9 @@ def _open_shards(index: Path) -> Weights:
     for key, shard in weight_map.items():
         if key not in opened[shard]:
             raise UserError(f"Weight file {index.parent / shard} has no key {key!r}, which {index.name} puts there.")
-    return Weights(index, {key: opened[shard][key] for key, shard in weight_map.items()})
+    # Keys that only the shards know are kept, so that the reader refuses them as it does in a single file.
+    every = {key: array for arrays in opened.values() for key, array in arrays.items()}
+    return Weights(index, every | {key: opened[shard][key] for key, shard in weight_map.items()})
 
 
 def read_params(source: Path | Weights, shapes: Any, *, prefix: str = "", sharding: Placement = None) -> Any:

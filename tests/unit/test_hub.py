@@ -149,6 +149,17 @@ NEVER = {
 }
 
 
+def test_cached_part_that_is_not_read_asks_for_no_other_weights(tmp_path, monkeypatch):
+    """diffusers caches a safety checker's config; that it has no weights there is no reason to fetch more."""
+    hub = Hub(tmp_path, SD15 | BINS | {f"{w}.safetensors" for w in WEIGHTS})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.download)
+    for part in ("safety_checker", "onnx"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    resolve_model(f"org/sd@{COMMIT}")
+    assert len(hub.asked) == 1
+
+
 @pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("has_safetensors", [True, False])
 def test_only_what_is_read_is_fetched(tmp_path, monkeypatch, variant, has_safetensors):

@@ -154,6 +154,14 @@ def test_key_that_its_shard_lacks_is_named(tmp_path):
         open_weights(tmp_path, "model")
 
 
+def test_key_that_only_a_shard_has_is_refused_like_any_left_over_key(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {"w": np.zeros(2, np.float32), "extra": np.zeros(2, np.float32)})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"does not use \(extra\)"):
+        read_params(open_weights(tmp_path, "model"), {"w": jax.ShapeDtypeStruct((2,), jnp.float32)})
+
+
 @given(data=st.data())
 def test_safetensors_are_read_as_their_library_reads_them(tmp_path_factory, data):
     generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
