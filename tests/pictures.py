@@ -39,9 +39,9 @@ def initial_latents():
     return draw_noise(0, 0, len(PROMPTS), emoji_pipeline().latent_shape, STEPS)[0]
 
 
-def ours(lora=None, solver="ddim", steps=STEPS):
-    """Pictures of our sampler, int [2, H, W, 3] in 0 to 255."""
-    pipeline = emoji_pipeline()
+def ours(lora=None, solver="ddim", steps=STEPS, folder=None):
+    """Pictures of our sampler, int [2, H, W, 3] in 0 to 255: of a pipeline folder, emoji by default."""
+    pipeline = emoji_pipeline() if folder is None else read_pipeline(folder)
 
     prompts = encode_prompts(make_encode(pipeline, scorer=None), pipeline.params, pipeline, None, PROMPTS)
     make = make_dpm_schedule if solver == "dpmpp_2m" else make_schedule

@@ -113,13 +113,15 @@ def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -
     return dataclasses.replace(pipeline, latent_size=(height // downscale, width // downscale))
 
 
-def with_vae(pipeline: Pipeline, folder: str | Path, dtype: Any = jnp.float32) -> Pipeline:
+def with_vae(
+    pipeline: Pipeline, folder: str | Path, dtype: Any = jnp.float32, *, sharding: Placement = None
+) -> Pipeline:
     """The pipeline with the autoencoder of another folder, local or on the hub.
 
     Raises:
       UserError: it cannot be read, or its latents are others than the UNet's.
     """
-    vae, params = read_vae(resolve_model(folder), dtype)
+    vae, params = read_vae(resolve_model(folder), dtype, sharding=sharding)
     if (vae.latent_channels, vae.downscale) != (pipeline.unet.in_channels, pipeline.vae.downscale):
         raise UserError(
             f"Autoencoder {folder} has {vae.latent_channels} channels at 1/{vae.downscale} of the size, but pipeline "

@@ -53,7 +53,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains adapters and measures them; going on where an interrupted run of the same command stopped.
 
     Args:
-      config: see ``configs/tiny.py`` for every key.
+      config: see ``configs/common.py`` for every key.
       workdir: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``validation/``,
         ``pytorch_lora_weights.safetensors`` (diffusers' format; after full fine-tuning a pipeline folder, ``model``),
         ``summary.json`` and ``report.html``.
@@ -79,17 +79,18 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     # -------------------------------------------------------------------------------------------------------- models
     dtype = jnp.dtype(config.dtype)
-    pipeline = read_pipeline(resolve(config.model), dtype, variant=config.variant or None)
+    pipeline = read_pipeline(resolve(config.model), dtype, variant=config.variant or None, sharding=everywhere)
     if config.vae:
-        pipeline = with_vae(pipeline, resolve(config.vae), dtype)
+        pipeline = with_vae(pipeline, resolve(config.vae), dtype, sharding=everywhere)
     pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
     pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
-    clip, scorer_params = read_clip(resolve(config.scorer.path), step_aware=True, dtype=dtype)
-    judge_clip, judge_params = read_clip(resolve(config.evaluation.judge), step_aware=False, dtype=dtype)
+    options: dict[str, Any] = {"dtype": dtype, "sharding": everywhere}
+    clip, scorer_params = read_clip(resolve(config.scorer.path), step_aware=True, **options)
+    judge_clip, judge_params = read_clip(resolve(config.evaluation.judge), step_aware=False, **options)
     scorer, judge = make_clip_scorer(clip), make_clip_scorer(judge_clip)
     tokenizer = config.scorer.tokenizer
     scorer_tokenizer = read_tokenizer(resolve(tokenizer)) if tokenizer else pipeline.tokenizer
-    params = jax.device_put({**pipeline.params, "scorer": scorer_params, "judge": judge_params}, everywhere)
+    params = {**pipeline.params, "scorer": scorer_params, "judge": judge_params}
     schedule = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
     check_trainable(schedule)
     encode = jax.jit(make_encode(pipeline, scorer))
@@ -98,7 +99,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     root = jax.random.key(config.seed)
     optimizer = make_optimizer(config.train)
     trained = starting_point(config, rng.stream(root, "lora"), params["unet"])
-    average = None if config.train.ema_decay is None else trained
+    # A copy, because the update gives the buffers of the old state away.
+    average = None if config.train.ema_decay is None else jax.tree.map(jnp.copy, trained)
     state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), average)
     state = jax.device_put(state, everywhere)
 
@@ -126,7 +128,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     judge_text = jax.jit(judge.encode_text)(params["judge"], tokenize(pipeline.tokenizer, held_out))
     evaluation_key = rng.stream(root, "evaluation")
     seconds_per_score = 0.0
-    rows: list[dict[str, float]] = []
+    history: list[dict[str, float]] = []
     warned = False
     training_began = time.time()
     with (
@@ -156,8 +158,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             }
             check_finite(row, batch, workdir)
             writer.write(batch + 1, row)
-            rows.append(row)
-            if (warning := clipped_warning(rows)) and not warned:
+            history.append(row)
+            if (warning := clipped_warning(history)) and not warned:
                 progress.write(f"spo_jax: {warning}")
                 warned = True
             progress.set_postfix(loss=f"{row['loss']:.4f}", score=f"{row['preference_score_mean']:.3f}")

@@ -117,3 +117,19 @@ def test_diffusers_and_peft_make_the_same_picture_with_the_adapters(undisturbed,
     assert np.abs(with_lora - pictures.theirs(lora_file=tmp_path / LORA)).max() <= 2
     if strength > 1:
         assert np.abs(with_lora - pictures.ours()).max() > 10, "the adapters should show"
+
+
+def test_full_fine_tuning_writes_a_pipeline_that_diffusers_reads(tmp_path, cache):
+    """With everything on that saves memory; and the finished run can be started again."""
+    from tests import pictures
+
+    changes = {"lora__rank": 0, "num_batches": 2, "train__optimizer": "adafactor", "train__accumulation_steps": 2}
+    changes |= {"train__ema_decay": 0.5, "train__learning_rate": 1e-3, "remat": True, "scorer__chunk": 1}
+    workdir = tmp_path / "w"
+    for _ in range(2):
+        result = run(command(workdir, **changes), environment(cache))
+        assert result.returncode == 0, result.stderr
+    assert not (workdir / LORA).exists()
+    theirs = pictures.theirs(workdir / "model")
+    assert np.abs(theirs - pictures.ours(folder=workdir / "model")).max() <= 2
+    assert np.abs(theirs - pictures.ours()).max() > 2, "training should show"

@@ -1,0 +1,170 @@
+"""What a config can switch on: the shipped recipes, memory savers, accumulation, averages, warnings."""
+
+from importlib import import_module
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import common
+from spo_jax.checkpoints.pipeline import read_pipeline, with_vae
+from spo_jax.emoji import resolve
+from spo_jax.errors import UserError
+from spo_jax.models import UNet2DConditionModel
+from spo_jax.models.lora import init_lora
+from spo_jax.preference.scorers import Scorer
+from spo_jax.training.config_check import check_config
+from spo_jax.training.losses import PairLoss
+from spo_jax.training.metrics import CLIPPED_BATCHES, clipped_warning
+from spo_jax.training.optimizer import make_optimizer
+from spo_jax.training.rollout import make_score_latents
+from spo_jax.training.update import make_update
+from spo_jax.types import PreferencePairs, PromptBatch, TrainState
+from tests.golden_data import FOLDER
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+@pytest.mark.parametrize("name", ["common", "tiny", "sd15", "sd15:16gb", "sd21", "sd21:16gb", "sdxl", "sdxl:16gb"])
+def test_recipes_can_be_used_and_have_the_keys_of_common(name):
+    module, _, device = name.partition(":")
+    get_config = import_module(f"configs.{module}").get_config
+    config = get_config(device) if device else get_config()
+    check_config(config)
+    assert jax.tree.structure(config.to_dict(), is_leaf=lambda x: x is None) == jax.tree.structure(
+        common.get_config().to_dict(), is_leaf=lambda x: x is None
+    )
+
+
+def test_recipes_are_the_papers():
+    """The table of the released code's constants; batches are those of its four devices together."""
+    sd15, sdxl = (import_module(f"configs.{name}").get_config() for name in ("sd15", "sdxl"))
+    for config in (sd15, sdxl):
+        sampling, train = config.sampling, config.train
+        assert (sampling.num_steps, sampling.num_plain_steps, sampling.guidance_scale, sampling.eta) == (
+            20,
+            4,
+            5.0,
+            1.0,
+        )
+        assert (config.loss.beta, config.loss.clip_range) == (10.0, 0.1)
+        assert (train.adam_b1, train.adam_b2, train.adam_eps, train.weight_decay) == (0.9, 0.999, 1e-8, 1e-4)
+        assert train.max_grad_norm is None and config.num_batches * config.prompts_per_batch == 10 * 4000
+    assert (sd15.sampling.num_candidates, sd15.sampling.num_inner_steps, sd15.pairs.threshold) == (4, 0, 0.3)
+    assert (sdxl.sampling.num_candidates, sdxl.sampling.num_inner_steps, sdxl.pairs.threshold) == (2, 3, 0.4)
+    assert (sd15.prompts_per_batch, sd15.train.minibatch_size, sd15.train.accumulation_steps) == (4 * 10, 4 * 10, 1)
+    assert (sdxl.prompts_per_batch, sdxl.train.minibatch_size, sdxl.train.accumulation_steps) == (4 * 2, 4 * 2, 2)
+    assert (sd15.train.learning_rate, sd15.lora.rank) == (6e-5, 4)
+    assert (sdxl.train.learning_rate, sdxl.lora.rank) == (1e-5, 64)
+
+
+def test_devices_of_less_memory_learn_from_as_many_pairs_a_step():
+    for module in ("sd15", "sdxl"):
+        paper, small = (import_module(f"configs.{module}").get_config(device) for device in ("", "16gb"))
+        assert len({c.train.minibatch_size * c.train.accumulation_steps for c in (paper, small)}) == 1
+        assert len({c.prompts_per_batch * c.num_batches for c in (paper, small)}) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+def test_gradient_checkpointing_changes_no_gradient():
+    config = dict(block_out_channels=[8, 16], down_block_types=["CrossAttnDownBlock2D"] * 2, norm_num_groups=4)
+    config |= dict(up_block_types=["CrossAttnUpBlock2D"] * 2, attention_head_dim=2, cross_attention_dim=6)
+    unet = UNet2DConditionModel.from_config(config)
+    inputs = jax.random.normal(jax.random.key(0), (2, 4, 4, 4)), jnp.array([3.0, 700.0]), jnp.ones((2, 5, 6))
+    params = jax.jit(unet.init)(jax.random.key(1), *inputs)["params"]
+    lora = jax.tree.map(lambda x: x + 0.1, init_lora(jax.random.key(2), params, 2))
+
+    def gradient(unet):
+        def loss(lora):
+            return jnp.square(unet.apply({"params": params, "lora": lora}, *inputs)).mean()
+
+        return jax.jit(jax.grad(loss)), loss
+
+    (plain, _), (saving, loss) = gradient(unet), gradient(unet.clone(remat=True))
+    chex.assert_trees_all_close(plain(lora), saving(lora), rtol=1e-4, atol=1e-6)
+    assert "remat" in str(jax.make_jaxpr(jax.grad(loss))(lora))
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_scores_do_not_depend_on_how_many_are_made_at_a_time(chunk):
+    pipeline = read_pipeline(resolve("emoji:model"))
+    scorer = Scorer(lambda params, tokens: tokens, lambda params, images, text, t: images.mean((1, 2, 3)) * text + t)
+    prompts = PromptBatch(jnp.zeros((2, 1, 1)), jnp.zeros((1, 1, 1)), jnp.array([1.0, -3.0]))
+    latents = jax.random.normal(jax.random.key(0), (2, 4, *pipeline.latent_shape))
+    whole, parts = (
+        make_score_latents(pipeline, scorer, step_aware=True, chunk=size)(
+            pipeline.params | {"scorer": {}}, prompts, latents, jnp.int32(7)
+        )
+        for size in (0, chunk)
+    )
+    np.testing.assert_allclose(whole, parts, atol=1e-5)
+    assert len(np.unique(np.asarray(whole))) == 8
+
+
+def test_an_autoencoder_of_other_latents_is_refused():
+    pipeline = read_pipeline(resolve("emoji:model"))
+    same = with_vae(pipeline, resolve("emoji:model/vae"))
+    chex.assert_trees_all_equal(same.params["vae"], pipeline.params["vae"])
+    with pytest.raises(UserError, match="needs 4 at 1/4"):
+        with_vae(pipeline, FOLDER / "vae")
+
+
+# --------------------------------------------------------------------------------------------------------- optimizer
+def options(**changes):
+    config = common.get_config().train
+    config.update(changes)
+    return config
+
+
+def test_accumulated_gradients_are_averaged_before_a_step():
+    params, gradients = {"w": jnp.ones(3)}, [{"w": jnp.array([1.0, 2.0, -4.0])}, {"w": jnp.array([3.0, -2.0, 0.0])}]
+    twice, once = make_optimizer(options(accumulation_steps=2)), make_optimizer(options())
+    state = twice.init(params)
+    first, state = twice.update(gradients[0], state, params)
+    second, state = twice.update(gradients[1], state, params)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *gradients)
+    expected, _ = once.update(mean, once.init(params), params)
+    np.testing.assert_array_equal(first["w"], 0)
+    chex.assert_trees_all_close(second, expected, rtol=1e-6)
+
+
+def test_the_factored_optimizer_has_a_small_state():
+    params = {"w": jnp.zeros((512, 256))}
+    sizes = [
+        sum(x.size for x in jax.tree.leaves(make_optimizer(options(optimizer=name)).init(params)))
+        for name in ("adamw", "adafactor")
+    ]
+    assert sizes[1] < 0.01 * sizes[0]
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_the_average_follows_what_is_trained(decay):
+    def loss(trained, params, prompts, pairs, mask):
+        zero = jnp.zeros(())
+        return jnp.square(trained["lora"] - 1.0), PairLoss(zero, zero, zero, zero, zero)
+
+    optimizer = optax.sgd(0.1)
+    update = jax.jit(make_update(loss, optimizer, 1, decay or 0.0))
+    start = {"lora": jnp.zeros(())}
+    state = TrainState(jnp.int32(0), start, optimizer.init(start), None if decay is None else start)
+    empty = PreferencePairs(*(jnp.zeros(1) for _ in range(7)))
+    trained, average = 0.0, 0.0
+    for _ in range(3):
+        state, _ = update(state, None, None, empty, jnp.zeros(1, jnp.int32), jnp.int32(1), jnp.int32(0))
+        trained += 0.2 * (1 - trained)
+        average = average + (1 - (decay or 0.0)) * (trained - average)
+    np.testing.assert_allclose(state.trained["lora"], trained, rtol=1e-6)
+    np.testing.assert_allclose(state.result["lora"], average, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- warnings
+def test_a_run_that_is_clipped_everywhere_is_warned_about():
+    good = {"win_clipped": 0.5, "lose_clipped": 0.99, "num_updates": 3}
+    bad = {"win_clipped": 0.97, "lose_clipped": 0.99, "num_updates": 3}
+    skipped = {"win_clipped": 0.0, "lose_clipped": 0.0, "num_updates": 0}
+    assert clipped_warning([bad] * (CLIPPED_BATCHES - 1)) is None
+    assert "learning_rate" in clipped_warning([good] * 9 + [bad] * CLIPPED_BATCHES)
+    assert clipped_warning([bad] * CLIPPED_BATCHES + [good]) is None
+    assert clipped_warning([bad] * CLIPPED_BATCHES + [skipped]) is None
