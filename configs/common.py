@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     )
     c.variant = ""  # of the weight files, such as "fp16"
     c.vae = ""  # autoencoder to use instead of the pipeline's, named as the model is; empty: the pipeline's
-    c.prompts = "prompts.json"  # text lines, or a JSON list of {"caption": ...}
+    c.prompts = "prompts.json"  # text lines, a JSON list of {"caption": ...}, or tfds:NAME@SPLIT
     c.num_batches = 1000  # batches of prompts to train on
     c.prompts_per_batch = 40  # over all devices together
     c.dtype = "bfloat16"  # of the frozen networks; "float32" on CPUs

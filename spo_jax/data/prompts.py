@@ -11,14 +11,22 @@ import numpy as np
 from spo_jax.errors import UserError
 
 MAX_BYTES = 64 * 2**20
+TFDS = "tfds:"
+_FEATURES = ("caption", "prompt", "text")
 
 
 def read_prompts(path: str | Path) -> list[str]:
     """Prompts from a JSON list (of strings or of ``{"caption": ...}``) or from the non-empty lines of a text file.
 
+    Or, as ``tfds:NAME@SPLIT``, from a data set that TensorFlow Datasets has prepared, by its name or its folder; its
+    feature ``caption``, ``prompt`` or ``text`` is taken, its split ``train`` if none is named.
+
     Raises:
-      UserError: the file is missing, unreadable, larger than 64 MiB, not UTF-8, not valid JSON, or has no prompt in it.
+      UserError: the file is missing, unreadable, larger than 64 MiB, not UTF-8, not valid JSON, or has no prompt in it;
+        the data set is not there, or has no such split or feature.
     """
+    if str(path).startswith(TFDS):
+        return _from_tfds(str(path))
     path = Path(path)
     if not path.is_file():
         raise UserError(f"Prompt file {path} does not exist; give a text file with one prompt a line, or a JSON list.")
@@ -54,6 +62,31 @@ def _from_json(path: Path, text: str) -> list[str]:
     if not isinstance(entries, list):
         raise UserError(f"Prompt file {path} must hold a JSON list, not a {type(entries).__name__}.")
     return [_caption(path, i, entry) for i, entry in enumerate(entries)]
+
+
+def _from_tfds(source: str) -> list[str]:
+    import tensorflow_datasets as tfds  # takes seconds to import
+
+    name, _, split = source.removeprefix(TFDS).partition("@")
+    try:
+        builder = tfds.builder_from_directory(name) if Path(name).is_dir() else tfds.builder(name, try_gcs=False)
+        # Random access needs no TensorFlow, but a data set that was written as ArrayRecord.
+        data = builder.as_data_source(split=split or "train")
+    except Exception as error:  # of its own kinds, and those of whatever it reads
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"Data set {source!r} cannot be read ({reason}); give tfds:NAME@SPLIT or tfds:FOLDER@SPLIT of one that "
+            'is prepared with file_format="array_record".'
+        ) from error
+    feature = next((f for f in _FEATURES if f in builder.info.features), None)
+    if feature is None:
+        raise UserError(f"Data set {source!r} has none of the features {', '.join(_FEATURES)}.")
+    texts = (example[feature] for example in data)
+    prompts = [text.decode("utf-8").strip() if isinstance(text, bytes) else str(text).strip() for text in texts]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise UserError(f"Data set {source!r} is empty.")
+    return prompts
 
 
 def _caption(path: Path, index: int, entry: Any) -> str:

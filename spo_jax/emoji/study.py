@@ -1,4 +1,4 @@
-"""The figures of ``docs/emoji.md``: three seeds of the tiny recipe, and two ablations of the paper.
+"""The figures of ``docs/emoji.md``: the tiny recipe and two ablations of the paper, with three seeds each.
 
     python -m spo_jax.emoji.study --config=configs/tiny.py --workdir=runs/study
 
@@ -8,6 +8,7 @@ Each run is resumable and lives in a folder of its own; ``table.md`` is written 
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,15 @@ from spo_jax.training import spo
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py", "The recipe.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs and table.md.")
-ONLY = flags.DEFINE_list("only", [], "Names of the runs to make; all by default.")
+ONLY = flags.DEFINE_multi_string("only", [], "Name of a run to make, may be given several times; all by default.")
 
-RUNS: dict[str, dict[str, Any]] = {
-    "seed 0": {"seed": 0},
-    "seed 1": {"seed": 1},
-    "seed 2": {"seed": 2},
+RECIPES: dict[str, dict[str, Any]] = {
+    "recipe": {},
     "continue from the winner": {"sampling.continuation": "win"},
     "told t = 0 always": {"scorer.step_aware": False},
 }
-SEEDS = [name for name in RUNS if name.startswith("seed")]
+SEEDS = (0, 1, 2)
+RUNS = {f"{name}, seed {seed}": {"seed": seed, **changes} for name, changes in RECIPES.items() for seed in SEEDS}
 COLUMNS = {
     "win rate": lambda s: s["win_rate"],
     "win rate by score": lambda s: s["win_rate_preference_score"],
@@ -52,7 +52,7 @@ def main() -> None:
     for name in ONLY.value or RUNS:
         if name not in RUNS:
             raise UserError(f"--only: there is no run {name!r}; the runs are {', '.join(RUNS)}.")
-        folder = workdir / name.replace(" ", "_").replace("=", "")
+        folder = folder_of(workdir, name)
         if not (folder / "summary.json").is_file():
             config = copy.deepcopy(recipe)
             config.update_from_flattened_dict(RUNS[name])
@@ -60,18 +60,27 @@ def main() -> None:
         write_table(workdir)
 
 
+def folder_of(workdir: Path, name: str) -> Path:
+    """The --workdir of a run."""
+    return workdir / re.sub(r"[^a-z0-9]+", "_", name)
+
+
 def write_table(workdir: Path) -> None:
-    """Writes ``table.md`` from the summaries that are there."""
-    found = {name: workdir / name.replace(" ", "_").replace("=", "") / "summary.json" for name in RUNS}
-    rows = {
-        name: [value(read_json(path)) for value in COLUMNS.values()] for name, path in found.items() if path.is_file()
-    }
+    """Writes ``table.md`` from the summaries that are there; mean and deviation where a recipe has all its seeds."""
     lines = ["| run | " + " | ".join(c.strip() for c in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(f"{v:.3g}" for v in values) + " |" for name, values in rows.items()]
-    seeds = np.array([rows[name] for name in SEEDS if name in rows])
-    if len(seeds) == len(SEEDS):
-        spread = zip(seeds.mean(axis=0), seeds.std(axis=0, ddof=1), strict=True)
-        lines.insert(2 + len(SEEDS), "| mean ± std | " + " | ".join(f"{m:.3g} ± {s:.2g}" for m, s in spread) + " |")
+    for recipe in RECIPES:
+        names = [f"{recipe}, seed {seed}" for seed in SEEDS]
+        found = {name: folder_of(workdir, name) / "summary.json" for name in names}
+        rows = {
+            name: [value(read_json(path)) for value in COLUMNS.values()]
+            for name, path in found.items()
+            if path.is_file()
+        }
+        lines += [f"| {name} | " + " | ".join(f"{v:.3g}" for v in values) + " |" for name, values in rows.items()]
+        if len(rows) == len(SEEDS):
+            values = np.array(list(rows.values()))
+            spread = zip(values.mean(axis=0), values.std(axis=0, ddof=1), strict=True)
+            lines.append(f"| **{recipe}** | " + " | ".join(f"{m:.3g} ± {s:.2g}" for m, s in spread) + " |")
     (workdir / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

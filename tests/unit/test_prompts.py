@@ -77,3 +77,47 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
     np.testing.assert_array_equal(epoch(1), epoch(1))
     assert (epoch(0) != epoch(1)).any() and (epoch(0) != epoch(0, seed=1)).any()
+
+
+# ------------------------------------------------------------------------------------------------ TensorFlow Datasets
+def prepare(folder, feature, texts):
+    """A data set as a user would have it: written by a builder, as ArrayRecord."""
+    import tensorflow_datasets as tfds
+
+    class MyPrompts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({feature: tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples(), "validation": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from ((i, {feature: text}) for i, text in enumerate(texts))
+
+    builder = MyPrompts(data_dir=folder, file_format="array_record")
+    builder.download_and_prepare()
+    return builder.data_dir
+
+
+@pytest.mark.parametrize("feature", ["caption", "prompt", "text"])
+def test_prompts_of_a_data_set(tmp_path, feature):
+    folder = prepare(tmp_path, feature, ["a fox", "ein Bär ", "", "一只猫"])
+    for split in ("", "@validation"):
+        assert sorted(prompts.read_prompts(f"tfds:{folder}{split}")) == ["a fox", "ein Bär", "一只猫"]
+
+
+def test_a_data_set_that_cannot_be_used(tmp_path):
+    folder = prepare(tmp_path, "title", ["a fox"])
+    for source, words in (
+        (f"tfds:{folder}", "none of the features caption, prompt, text"),
+        (f"tfds:{folder}@test", "Unknown split 'test'"),
+        ("tfds:no_such_data_set", "no_such_data_set"),
+        (f"tfds:{tmp_path}", "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prompts.read_prompts(source)
+    with pytest.raises(UserError, match="is empty"):
+        prompts.read_prompts(f"tfds:{prepare(tmp_path / 'blank', 'caption', [' '])}")
