@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices that split the batch; -1: all that are left
-    c.mesh.fsdp = 1  # devices that will also split the weights (full fine-tuning); splits the batch too
+    c.mesh.fsdp = 1  # devices that split large weights and their optimizer state too (full fine-tuning)
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10  # batches between two checkpoints; the last batch always writes one

@@ -313,7 +313,7 @@ def read_pipeline(
     params: dict[str, Any] = {}
 
     def read(reader: Callable[..., tuple[Any, Any]], name: str, **kwargs: Any) -> Any:
-        below = (lambda path: sharding((name, *path))) if callable(sharding) else sharding
+        below = (lambda path, shape: sharding((name, *path), shape)) if callable(sharding) else sharding
         model, params[name] = reader(folder / name, dtype, variant=variant, sharding=below, **kwargs)
         return model
 

@@ -28,8 +28,8 @@ _MAX_INDEX_BYTES = 16 * 2**20
 # Buffers that old checkpoints carry and that hold no information.
 _IGNORED_SUFFIXES = (".position_ids",)
 
-# Where parameters go: all of them the same way, or each by its path in the model's tree.
-Placement = Sharding | Callable[[tuple[str, ...]], Sharding] | None
+# Where parameters go: all of them the same way, or each by its path in the model's tree and its shape.
+Placement = Sharding | Callable[[tuple[str, ...], tuple[int, ...]], Sharding] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ def read_params(source: Path | Weights, shapes: Any, *, prefix: str = "", shardi
             converted = empty(leaf.shape, leaf.dtype)
             np.copyto(converted, array, casting="unsafe")
             array = converted
-        placed[tree_path] = place(array, sharding(tree_path) if callable(sharding) else sharding)
+        placed[tree_path] = place(array, sharding(tree_path, leaf.shape) if callable(sharding) else sharding)
     return flax.traverse_util.unflatten_dict({tree_path: placed[tree_path] for tree_path in flat})
 
 

@@ -298,7 +298,7 @@ def with_identity_time_layers(clip: CLIPModel, plain: Any, key: jax.Array, *, sh
       clip: the step-aware model; the new parameters have its dtype.
       plain: parameters of the plain model of the same config; they become part of the result.
       key: of the time embedding's random weights, which count only once the modulation has learned something.
-      sharding: of the new parameters: one for all, or a function from a parameter's path to its own.
+      sharding: of the new parameters: one for all, or a function from a parameter's path and shape to its own.
     """
 
     def fresh(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
@@ -307,7 +307,9 @@ def with_identity_time_layers(clip: CLIPModel, plain: Any, key: jax.Array, *, sh
         flat = flax.traverse_util.flatten_dict(params)
         return {path: value.astype(clip.dtype) for path, value in flat.items() if is_time_layer(path)}
 
-    shardings = {path: sharding(path) for path in jax.eval_shape(fresh, key)} if callable(sharding) else sharding
+    shardings = sharding
+    if callable(sharding):
+        shardings = {path: sharding(path, leaf.shape) for path, leaf in jax.eval_shape(fresh, key).items()}
     layers = jax.jit(fresh, out_shardings=shardings)(key)  # the compiler drops what is not returned
     return flax.traverse_util.unflatten_dict({**flax.traverse_util.flatten_dict(plain), **layers})
 

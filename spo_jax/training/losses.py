@@ -1,4 +1,4 @@
-"""The objective (SPO, equation 6 with the clipping of the released code), for one pair."""
+"""The objectives, for one pair each: SPO (equation 6 with the clipping of the released code), and its judge's."""
 
 from __future__ import annotations
 
@@ -41,3 +41,17 @@ def spo_loss(
         return ((ratio < low) | (ratio > high)).astype(jnp.float32)
 
     return PairLoss(-jax.nn.log_sigmoid(beta * margin), win, lose, outside(win), outside(lose))
+
+
+def preference_loss(scores: Float[Array, " 2"], labels: Float[Array, " 2"]) -> Float[Array, ""]:
+    """What a preference model learns from: cross-entropy of its two scores with the labels (SPO, section 3.2).
+
+    Args:
+      scores: of the two pictures.
+      labels: 1 and 0, or 0 and 1; 0.5 and 0.5 for a tie.
+
+    Returns:
+      ``-sum(labels log softmax(scores))``; for a tie less log 2, so that equal scores cost nothing.
+    """
+    cross_entropy = -(labels * jax.nn.log_softmax(scores.astype(jnp.float32))).sum()
+    return cross_entropy + jnp.where(labels[0] == labels[1], jnp.log(0.5), 0.0)

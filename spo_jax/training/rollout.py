@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from spo_jax.diffusion.generate import sample
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.pool import draw_pool_noise, sample_pool
 from spo_jax.diffusion.schedule import Schedule
-from spo_jax.distributed.mesh import constrain_batch
+from spo_jax.distributed.mesh import batch_sharding, constrain_batch, replicated
 from spo_jax.preference.pairs import compact, make_pairs
 from spo_jax.preference.scorers import Scorer
 from spo_jax.types import AddedConditions, PoolNoise, PreferencePairs, PromptBatch
@@ -82,6 +83,12 @@ def make_encode(pipeline: Pipeline, scorer: Scorer | None) -> Callable[..., Prom
     return encode
 
 
+def shard_prompts(prompts: PromptBatch, mesh: Mesh) -> PromptBatch:
+    """Splits a batch of prompts over the devices."""
+    everywhere = jax.tree.map(lambda _: replicated(mesh), prompts)
+    return jax.device_put(prompts, everywhere.map_rows(lambda _: batch_sharding(mesh)))
+
+
 def make_decode(pipeline: Pipeline) -> Callable[[Any, jax.Array], jax.Array]:
     """``decode(params, latents [n, h, w, c]) -> images [n, H, W, 3]``, about in [-1, 1], float32."""
     vae = pipeline.vae
@@ -120,6 +127,20 @@ def make_score_latents(
         return scorer.score(params["scorer"], images, text, timesteps).reshape(batch, count)
 
     return score_latents
+
+
+def time_score(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, params: Any, prompts: PromptBatch) -> float:
+    """Seconds to decode and score one step's candidates, measured once by itself.
+
+    Inside the pool, which is one program, the share of the scorer cannot be timed.
+    """
+    options = {"step_aware": config.scorer.step_aware, "chunk": config.scorer.chunk}
+    score_latents = jax.jit(make_score_latents(pipeline, scorer, **options))
+    x0 = jnp.zeros((config.prompts_per_batch, config.sampling.num_candidates, *pipeline.latent_shape))
+    score_latents(params, prompts, x0, jnp.int32(0)).block_until_ready()
+    start = time.time()
+    score_latents(params, prompts, x0, jnp.int32(0)).block_until_ready()
+    return time.time() - start
 
 
 def make_collect(

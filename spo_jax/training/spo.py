@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -32,7 +32,14 @@ from spo_jax.checkpoints.write_pipeline import write_pipeline
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import Schedule, check_trainable, make_schedule
-from spo_jax.distributed.mesh import batch_sharding, check_divisible, constrain_batch, make_mesh, replicated
+from spo_jax.distributed.mesh import (
+    check_divisible,
+    constrain_batch,
+    make_mesh,
+    replicated,
+    weight_sharding,
+    weight_shardings,
+)
 from spo_jax.emoji import resolve
 from spo_jax.images import grid, to_uint8, write_png
 from spo_jax.preference.scorers import Scorer, make_clip_scorer
@@ -42,7 +49,7 @@ from spo_jax.training.evaluation import encode_prompts, make_measure, summarize
 from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, clipped_warning, read_metrics
 from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.report import write_report, write_summary
-from spo_jax.training.rollout import Rollout, make_collect, make_encode, make_score_latents, rollout_metrics
+from spo_jax.training.rollout import Rollout, make_collect, make_encode, rollout_metrics, shard_prompts, time_score
 from spo_jax.training.update import UpdateMetrics, make_loss, make_update, update_metrics
 from spo_jax.types import PromptBatch, TrainState
 
@@ -71,7 +78,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_divisible("config.prompts_per_batch", config.prompts_per_batch, mesh)
     check_divisible("config.train.minibatch_size", config.train.minibatch_size, mesh)
-    everywhere = replicated(mesh)
+
+    def placement(_path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+        return weight_sharding(mesh, shape)
 
     # ---------------------------------------------------------------------------------------------------------- data
     prompts = read_prompts(resolve(config.prompts))
@@ -79,12 +88,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     # -------------------------------------------------------------------------------------------------------- models
     dtype = jnp.dtype(config.dtype)
-    pipeline = read_pipeline(resolve(config.model), dtype, variant=config.variant or None, sharding=everywhere)
+    pipeline = read_pipeline(resolve(config.model), dtype, variant=config.variant or None, sharding=placement)
     if config.vae:
-        pipeline = with_vae(pipeline, resolve(config.vae), dtype, sharding=everywhere)
+        pipeline = with_vae(pipeline, resolve(config.vae), dtype, sharding=placement)
     pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
     pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
-    options: dict[str, Any] = {"dtype": dtype, "sharding": everywhere}
+    options: dict[str, Any] = {"dtype": dtype, "sharding": placement}
     clip, scorer_params = read_clip(resolve(config.scorer.path), step_aware=True, **options)
     judge_clip, judge_params = read_clip(resolve(config.evaluation.judge), step_aware=False, **options)
     scorer, judge = make_clip_scorer(clip), make_clip_scorer(judge_clip)
@@ -102,7 +111,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # A copy, because the update gives the buffers of the old state away.
     average = None if config.train.ema_decay is None else jax.tree.map(jnp.copy, trained)
     state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), average)
-    state = jax.device_put(state, everywhere)
+    state = jax.device_put(state, weight_shardings(mesh, state))
 
     # ------------------------------------------------------------------------------------------------------- restore
     checkpoint.check_workdir(workdir, config.to_dict())
@@ -114,7 +123,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         first_batch, seconds_before = extra["batch"], extra["seconds"]
 
     # ---------------------------------------------------------------------------------------------------------- loop
-    collect, update = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh)
+    collect, update = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
     measure = make_measure(
         pipeline,
         scorer,
@@ -232,8 +241,12 @@ def compile_programs(
     schedule: Schedule,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    state: TrainState,
 ) -> tuple[Callable[..., Rollout], Callable[..., tuple[TrainState, UpdateMetrics]]]:
-    """The two programs of training, each compiled once in a run: the pool with its pairs, and the update."""
+    """The two programs of training, each compiled once in a run: the pool with its pairs, and the update.
+
+    Of ``state`` only the shapes are read, to keep it split over the devices as it is.
+    """
     collect = make_collect(config, pipeline, scorer, schedule, mesh)
     loss_fn = make_loss(
         make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale),
@@ -252,28 +265,8 @@ def compile_programs(
     everywhere = replicated(mesh)
     return (
         jax.jit(collect, out_shardings=everywhere),
-        jax.jit(update, donate_argnums=0, out_shardings=everywhere),
+        jax.jit(update, donate_argnums=0, out_shardings=(weight_shardings(mesh, state), everywhere)),
     )
-
-
-def shard_prompts(prompts: PromptBatch, mesh: Mesh) -> PromptBatch:
-    """Splits a batch of prompts over the devices."""
-    everywhere = jax.tree.map(lambda _: replicated(mesh), prompts)
-    return jax.device_put(prompts, everywhere.map_rows(lambda _: batch_sharding(mesh)))
-
-
-def time_score(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, params: Any, prompts: PromptBatch) -> float:
-    """Seconds to decode and score one step's candidates, measured once by itself.
-
-    Inside the pool, which is one program, the share of the scorer cannot be timed.
-    """
-    options = {"step_aware": config.scorer.step_aware, "chunk": config.scorer.chunk}
-    score_latents = jax.jit(make_score_latents(pipeline, scorer, **options))
-    x0 = jnp.zeros((config.prompts_per_batch, config.sampling.num_candidates, *pipeline.latent_shape))
-    score_latents(params, prompts, x0, jnp.int32(0)).block_until_ready()
-    start = time.time()
-    score_latents(params, prompts, x0, jnp.int32(0)).block_until_ready()
-    return time.time() - start
 
 
 def run_updates(

@@ -1,6 +1,7 @@
 """Every recorded number of the authors' code that concerns SD1.5, within the tolerances of the algorithm page."""
 
 import chex
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from spo_jax.diffusion.pool import sample_pool
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.preference.pairs import compare, make_pairs
 from spo_jax.preference.scorers import make_clip_scorer
+from spo_jax.training.losses import preference_loss
 from spo_jax.training.update import make_loss, pair_losses
 from spo_jax.types import PreferencePairs, PromptBatch
 from tests.golden_data import FOLDER, load, nhwc, pool_noise
@@ -181,3 +183,35 @@ def test_update_has_the_same_ratios_loss_and_gradient_of_every_adapter():
         scale = max(np.abs(theirs).max(), 1e-12)
         np.testing.assert_allclose(gradient, theirs, rtol=1e-3, atol=1e-3 * scale, err_msg=module)
         assert np.linalg.norm(gradient - theirs) <= 1e-3 * np.linalg.norm(theirs), module
+
+
+def test_preference_loss_and_its_gradients():
+    """One batch of the preference model's training: pairs, a tie, prompts of several pairs."""
+    clip, params = read_clip(FOLDER / "spm", step_aware=True)
+    images = [nhwc(GOLDEN[f"crit_pixels_{i}"]) for i in (0, 1)]
+    t, ids = jnp.asarray(GOLDEN["crit_t"]), jnp.asarray(GOLDEN["crit_ids"])
+    labels = jnp.stack([GOLDEN["crit_label_0"], GOLDEN["crit_label_1"]], axis=1)
+    weights = 1 / jnp.asarray(GOLDEN["crit_examples_per_prompt"])
+
+    def unit(x):
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        text = unit(clip.apply({"params": params}, ids, method=clip.text_features))
+        pictures = [unit(clip.apply({"params": params}, x, t, method=clip.image_features)) for x in images]
+        scores = jnp.exp(params["logit_scale"]) * jnp.stack([(x * text).sum(-1) for x in pictures], axis=1)
+        losses = jax.vmap(preference_loss)(scores, labels)
+        return (weights * losses).sum() / weights.sum()
+
+    value, gradients = loss(params)
+    close(value, GOLDEN["crit_loss"], 1e-5)
+    recorded = {k.removeprefix("crit_grad/"): v for k, v in GOLDEN.items() if k.startswith("crit_grad/")}
+    for path, gradient in flax.traverse_util.flatten_dict(gradients).items():
+        theirs = recorded.pop(names.torch_key(path), None)
+        if theirs is not None:
+            ours = names.to_torch(path, np.asarray(gradient))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).max(), err_msg=str(path))
+            assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs), path
+    assert not recorded

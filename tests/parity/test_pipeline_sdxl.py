@@ -25,8 +25,8 @@ from spo_jax.models.lora import init_lora
 from spo_jax.preference.scorers import Scorer
 from spo_jax.training.evaluation import encode_prompts
 from spo_jax.training.optimizer import make_optimizer
-from spo_jax.training.rollout import make_encode, make_generate
-from spo_jax.training.spo import compile_programs, run_updates, shard_prompts
+from spo_jax.training.rollout import make_encode, make_generate, shard_prompts
+from spo_jax.training.spo import compile_programs, run_updates
 from spo_jax.types import TrainState
 from tests.parity.test_live_pytorch import randomize
 
@@ -150,7 +150,7 @@ def test_one_batch_of_training_with_inner_steps(ours):
     optimizer = make_optimizer(config.train)
     trained = {"lora": init_lora(jax.random.key(1), params["unet"], 2)}
     state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
-    collect, update = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh)
+    collect, update = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
 
     rollout = collect(params, trained, prompts, jax.random.key(2))
     pairs, order = rollout.pairs, rollout.order

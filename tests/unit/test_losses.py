@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.training.losses import spo_loss
+from spo_jax.training.losses import preference_loss, spo_loss
 from spo_jax.training.update import make_loss
 from spo_jax.types import PreferencePairs, PromptBatch
 
@@ -146,3 +146,15 @@ def test_network_runs_once_a_pair_and_on_both_starts_only_where_they_may_differ(
         rows.clear()
         loss({"lora": 0.0}, 0.1, prompts, pairs.replace(lose_latents=lose_latents), jnp.ones(5, bool))
         assert rows == [2 * 5 * starts] * 2, "both halves of guidance, for policy and reference"
+
+
+# -------------------------------------------------------------------------------------------- the preference model's
+@given(a=st.floats(-5, 5), b=st.floats(-5, 5))
+def test_preference_loss_of_pairs_and_ties(a, b):
+    scores = jnp.array([a, b])
+    first, second = (preference_loss(scores, jnp.array(labels)) for labels in ([1.0, 0.0], [0.0, 1.0]))
+    np.testing.assert_allclose([first, second], -np.log([1 / (1 + np.exp(b - a)), 1 / (1 + np.exp(a - b))]), rtol=1e-4)
+    tie = preference_loss(scores, jnp.array([0.5, 0.5]))
+    np.testing.assert_allclose(tie, (first + second) / 2 - math.log(2), atol=1e-5)
+    assert tie >= -1e-6
+    np.testing.assert_allclose(preference_loss(jnp.array([a, a]), jnp.array([0.5, 0.5])), 0.0, atol=1e-6)

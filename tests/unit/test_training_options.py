@@ -9,18 +9,22 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common
+from configs import common, tiny
 from spo_jax.checkpoints.pipeline import read_pipeline, with_vae
+from spo_jax.diffusion.schedule import make_schedule
+from spo_jax.distributed.mesh import MIN_SPLIT_SIZE, make_mesh, weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.models import UNet2DConditionModel
 from spo_jax.models.lora import init_lora
 from spo_jax.preference.scorers import Scorer
 from spo_jax.training.config_check import check_config
+from spo_jax.training.evaluation import encode_prompts
 from spo_jax.training.losses import PairLoss
 from spo_jax.training.metrics import CLIPPED_BATCHES, clipped_warning
 from spo_jax.training.optimizer import make_optimizer
-from spo_jax.training.rollout import make_score_latents
+from spo_jax.training.rollout import make_encode, make_score_latents, shard_prompts
+from spo_jax.training.spo import compile_programs, run_updates, starting_point
 from spo_jax.training.update import make_update
 from spo_jax.types import PreferencePairs, PromptBatch, TrainState
 from tests.golden_data import FOLDER
@@ -168,3 +172,43 @@ def test_a_run_that_is_clipped_everywhere_is_warned_about():
     assert "learning_rate" in clipped_warning([good] * 9 + [bad] * CLIPPED_BATCHES)
     assert clipped_warning([bad] * CLIPPED_BATCHES + [good]) is None
     assert clipped_warning([bad] * CLIPPED_BATCHES + [skipped]) is None
+
+
+# -------------------------------------------------------------------------------------------------- split over devices
+def test_split_weights_and_state_give_the_update_of_whole_ones():
+    """Full fine-tuning on eight devices: each holds an eighth of what is large, and the numbers are the same."""
+    config = tiny.get_config()
+    config.lora.rank, config.prompts_per_batch, config.train.minibatch_size, config.pairs.threshold = 0, 8, 8, 0.0
+    config.sampling.num_steps, config.sampling.num_plain_steps, config.sampling.num_candidates = 4, 2, 2
+    optimizer = make_optimizer(config.train)
+    results = []
+    for fsdp in (1, 8):
+        mesh = make_mesh(data=-1, fsdp=fsdp)
+        pipeline = read_pipeline(resolve(config.model), sharding=lambda path, shape, m=mesh: weight_sharding(m, shape))
+        scorer = Scorer(
+            encode_text=lambda params, tokens: jnp.ones((len(tokens), 3)),
+            score=lambda params, images, text, timesteps: 10 * images.mean((1, 2, 3)),
+        )
+        params = pipeline.params | {"scorer": {}}
+        prompts = encode_prompts(
+            make_encode(pipeline, scorer), params, pipeline, pipeline.tokenizer, ["a fox on a teal background"] * 8
+        )
+        prompts = shard_prompts(prompts, mesh)
+        trained = starting_point(config, jax.random.key(0), params["unet"])
+        state = TrainState(jnp.int32(0), trained, optimizer.init(trained))
+        state = jax.device_put(state, weight_shardings(mesh, state))
+        schedule = make_schedule(pipeline.scheduler_config, 4)
+        collect, update = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
+        rollout = collect(params, state.trained, prompts, jax.random.key(2))
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        state, updates = run_updates(config, update, state, params["unet"], prompts, rollout, int(rollout.num_valid))
+        jax.tree.map(lambda x, sharding: chex.assert_equal(x.sharding, sharding), state, shardings)
+        for x in jax.tree.leaves(state):
+            parts = fsdp if x.size >= MIN_SPLIT_SIZE else 1
+            assert x.addressable_shards[0].data.size == x.size / parts
+        results.append(updates)
+    whole, split = results
+    assert len(whole) == len(split) > 1
+    for a, b in zip(whole, split, strict=True):
+        np.testing.assert_allclose(a.sums.loss, b.sums.loss, rtol=1e-5)
+        np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=1e-3)

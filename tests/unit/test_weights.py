@@ -206,7 +206,7 @@ def test_parameters_go_where_they_are_asked_for():
     assert all(x.sharding == replicated(mesh) for x in jax.tree.leaves(params))
     chex.assert_trees_all_equal(params, expected)
 
-    def by_path(path):
+    def by_path(path, _shape=None):
         split = path[-2:] == ("conv_in", "kernel")
         return NamedSharding(mesh, PartitionSpec(None, None, None, "fsdp") if split else PartitionSpec())
 
@@ -221,7 +221,7 @@ def test_parameters_go_where_they_are_asked_for():
 def test_paths_of_a_pipeline_start_with_the_component():
     seen = set()
 
-    def remember(path):
+    def remember(path, _shape):
         seen.add(path)
         return replicated(make_mesh(data=-1, fsdp=1))
 
@@ -310,7 +310,7 @@ def test_step_aware_clip_from_a_plain_one_gives_its_scores_at_every_timestep(pic
 def test_fresh_time_layers_have_the_dtype_and_place_asked_for(pick_score):
     mesh = make_mesh(data=-1, fsdp=1)
     _, exact = read_clip(pick_score, step_aware=True)
-    for sharding in (replicated(mesh), lambda path: replicated(mesh)):
+    for sharding in (replicated(mesh), lambda path, shape: replicated(mesh)):
         _, params = read_clip(pick_score, step_aware=True, dtype=jnp.bfloat16, sharding=sharding)
         assert all(x.sharding == replicated(mesh) for x in jax.tree.leaves(params))
         chex.assert_trees_all_equal(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact))
