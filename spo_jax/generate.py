@@ -13,7 +13,9 @@ from absl import flags
 from spo_jax import cli
 from spo_jax.errors import UserError
 
-MODEL = flags.DEFINE_string("model", "emoji:model", "Diffusers pipeline folder; the emoji model by default.")
+MODEL = flags.DEFINE_string("model", "emoji:model", "Diffusers pipeline: a folder, or org/name@commit on the hub.")
+VARIANT = flags.DEFINE_string("variant", None, "Of the weight files, such as fp16.")
+VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's: a folder, or org/name@commit.")
 LORA = flags.DEFINE_string("lora", None, "LoRA file (diffusers or kohya), or a folder with one (a --workdir).")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "Text file or JSON list of prompts; the pictures form a grid.")
@@ -22,7 +24,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise; picture i of a grid u
 SOLVER = flags.DEFINE_enum("solver", "ddim", ["ddim", "dpmpp_2m"], "dpmpp_2m needs fewer steps.")
 STEPS = flags.DEFINE_integer("steps", 20, "Steps of the solver.", lower_bound=1)
 GUIDANCE_SCALE = flags.DEFINE_float(
-    "guidance_scale", 3.0, "Weight of classifier-free guidance (Stable Diffusion: 5 to 7.5)."
+    "guidance_scale", 2.0, "Weight of classifier-free guidance (Stable Diffusion: 5 to 7.5)."
 )
 ETA = flags.DEFINE_float("eta", 0.0, "DDIM's eta: 0 deterministic, 1 as noisy as DDPM.", lower_bound=0.0)
 HEIGHT = flags.DEFINE_integer("height", None, "Of a picture, in pixels; what the model was trained for by default.")
@@ -47,7 +49,7 @@ def main() -> None:
     import numpy as np
 
     from spo_jax.checkpoints.lora import read_lora
-    from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size
+    from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size, with_vae
     from spo_jax.data.prompts import read_prompts
     from spo_jax.diffusion.dpm_solver import make_dpm_schedule
     from spo_jax.diffusion.schedule import make_schedule
@@ -57,7 +59,10 @@ def main() -> None:
     from spo_jax.training.rollout import make_encode, make_generate
 
     prompts = PROMPT.value or read_prompts(resolve(PROMPTS_FILE.value))
-    pipeline = read_pipeline(resolve(MODEL.value), jnp.dtype(DTYPE.value))
+    dtype = jnp.dtype(DTYPE.value)
+    pipeline = read_pipeline(resolve(MODEL.value), dtype, variant=VARIANT.value)
+    if VAE.value is not None:
+        pipeline = with_vae(pipeline, resolve(VAE.value), dtype)
     pipeline = with_image_size(pipeline, HEIGHT.value, WIDTH.value)
     variables = {"params": pipeline.params["unet"]}
     if LORA.value is not None:

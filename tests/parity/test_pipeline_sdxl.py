@@ -15,13 +15,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, U
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from configs.tiny import get_config
+from spo_jax.checkpoints.lora import FILE_NAME, write_lora
 from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size
+from spo_jax.checkpoints.write_pipeline import write_pipeline
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import make_mesh
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.models import CLIPTextModel as OurCLIPTextModel
-from spo_jax.models.lora import init_lora
+from spo_jax.models.lora import init_lora, merge_lora
 from spo_jax.preference.scorers import Scorer
 from spo_jax.training.evaluation import encode_prompts
 from spo_jax.training.optimizer import make_optimizer
@@ -109,13 +111,36 @@ def test_embeddings_are_those_of_diffusers(theirs, ours, negative_prompt):
 @pytest.mark.parametrize("height, width", [(16, 16), (24, 8)])
 def test_picture_is_that_of_diffusers(theirs, ours, height, width):
     """Also of other sizes than the UNet's own, which its time ids then tell it."""
-    pipeline, steps = with_image_size(ours, height, width), 4
+    check_pictures(theirs[0], with_image_size(ours, height, width), height, width)
+
+
+@pytest.mark.parametrize("form", ["adapters", "pipeline"])
+def test_adapters_make_the_same_picture_in_diffusers(theirs, ours, tmp_path, form):
+    """As a LoRA file that diffusers loads, and merged into a folder that diffusers loads."""
+    fresh = init_lora(jax.random.key(0), ours.params["unet"], 2)
+    lora = jax.tree.map(lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+    folder = theirs[1]
+    if form == "pipeline":
+        folder = tmp_path / "merged"
+        write_pipeline(folder, theirs[1], merge_lora(ours.params["unet"], lora))
+    tuned = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, add_watermarker=False)
+    tuned.set_progress_bar_config(disable=True)
+    if form == "adapters":
+        tuned.load_lora_weights(str(write_lora(tmp_path, lora).parent), weight_name=FILE_NAME)
+    with_adapters = check_pictures(tuned, ours, 16, 16, lora)
+    assert np.abs(with_adapters - check_pictures(theirs[0], ours, 16, 16)).max() > 0.02, "the adapters should show"
+
+
+def check_pictures(theirs, pipeline, height, width, lora=None):
+    """Asserts that diffusers' pipeline and ours make the same pictures from the same latents; returns them."""
+    steps = 4
     assert pipeline.image_size == (height, width)
+    variables = {"params": pipeline.params["unet"]} | ({} if lora is None else {"lora": lora})
     latents = np.random.default_rng(0).standard_normal((2, *pipeline.latent_shape)).astype(np.float32)
     batch = encode_prompts(make_encode(pipeline, scorer=None), pipeline.params, pipeline, None, PROMPTS)
     generate = make_generate(pipeline, make_schedule(pipeline.scheduler_config, steps), guidance_scale=5.0, eta=0.0)
-    images = jax.jit(generate)(pipeline.params, {"params": pipeline.params["unet"]}, batch, jnp.asarray(latents))
-    expected = theirs[0](
+    images = jax.jit(generate)(pipeline.params, variables, batch, jnp.asarray(latents))
+    expected = theirs(
         PROMPTS,
         height=height,
         width=width,
@@ -127,6 +152,7 @@ def test_picture_is_that_of_diffusers(theirs, ours, height, width):
     assert images.shape == (2, height, width, 3)
     np.testing.assert_allclose(np.clip(images / 2 + 0.5, 0, 1), expected, rtol=0, atol=1e-3)
     assert expected.std() > 0.05
+    return expected
 
 
 def test_one_batch_of_training_with_inner_steps(ours):
