@@ -69,7 +69,7 @@ def is_sdxl(shapes: Any) -> bool:
 
 def layers_per_block(shapes: Any) -> int:
     """Resnets of the UNet's first block."""
-    return sum(name.startswith("resnets_") for name in shapes["down_blocks_0"])
+    return sum(name.startswith("resnets_") for name in shapes.get("down_blocks_0", ()))
 
 
 def _kohya_keys(module: str) -> LayerKeys:
