@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from configs import sdxl
 from configs.tiny import get_config
-from spo_jax.checkpoints.lora import FILE_NAME, write_lora
-from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size
+from spo_jax.checkpoints.lora import FILE_NAME, read_lora, write_lora
+from spo_jax.checkpoints.pipeline import read_pipeline, read_unet, with_image_size
 from spo_jax.checkpoints.write_pipeline import write_pipeline
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import make_mesh
@@ -26,9 +28,10 @@ from spo_jax.models import CLIPTextModel as OurCLIPTextModel
 from spo_jax.models.lora import init_lora, merge_lora
 from spo_jax.preference.scorers import Scorer
 from spo_jax.training.evaluation import encode_prompts
+from spo_jax.training.metrics import read_metrics
 from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.rollout import make_encode, make_generate, shard_prompts
-from spo_jax.training.spo import compile_programs, run_updates
+from spo_jax.training.spo import compile_programs, run_updates, train
 from spo_jax.types import TrainState
 from tests.parity.test_live_pytorch import randomize
 
@@ -193,6 +196,25 @@ def test_one_batch_of_training_with_inner_steps(ours):
     assert all(np.isfinite(u.grad_norm) and u.grad_norm > 0 for u in updates)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, jax.device_get(state.trained))
     assert all(leaf > 0 for leaf in jax.tree.leaves(moved))
+
+
+def test_the_recipe_runs_from_prompts_to_adapters_and_report(theirs, tmp_path):
+    """``configs/sdxl.py`` as the command runs it, with small models in the real layouts."""
+    (tmp_path / "prompts.json").write_text(json.dumps([{"caption": prompt} for prompt in PROMPTS]), encoding="utf-8")
+    config = sdxl.get_config()
+    config.model, config.vae, config.dtype = str(theirs[1]), str(theirs[1] / "vae"), "float32"
+    config.prompts = config.evaluation.prompts = str(tmp_path / "prompts.json")
+    config.scorer.path, config.evaluation.judge = "emoji:model/scorer", "emoji:model/clip"
+    config.num_batches, config.sampling.num_steps, config.pairs.threshold = 1, 7, 0.0
+    config.lora.rank, config.evaluation.batch_size, config.validation.every = 2, 2, 0
+    workdir = tmp_path / "w"
+    summary = train(config, workdir)
+    (row,) = read_metrics(workdir / "metrics.jsonl")
+    assert row["num_pairs"] == 3 * 8 and row["num_updates"] == 3, "one segment of three steps for each prompt"
+    assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
+    assert summary["num_prompts"] == 2 and (workdir / "report.html").is_file()
+    lora = read_lora(workdir, read_unet(theirs[1] / "unet")[1])
+    assert any(np.abs(x).max() > 0 for path, x in flax.traverse_util.flatten_dict(lora).items() if path[-1] == "B")
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
