@@ -102,7 +102,8 @@ def index_torch_bin(path: Path) -> dict[str, StoredArray]:
             return arrays
     except _NotTensorsError as error:
         raise UserError(f"Weight file {path} {error}.") from error
-    # Whatever is malformed ends in one of these: the stack, a record or a string is too short, or of another type.
+    # Whatever is malformed ends in one of these: the stack, a record or a string is too short, or of another type. With
+    # the last one zipfile says that it cannot read this kind of archive.
     except (zipfile.BadZipFile, OSError, LookupError, TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"Weight file {path} is damaged or truncated ({error}); download or copy it again.") from error
 
