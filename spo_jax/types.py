@@ -123,13 +123,37 @@ class PreferencePairs:
 
 
 @flax.struct.dataclass
+class JudgedPairs:
+    """B pairs of pictures of one caption each, and which of the two was preferred: what a preference model learns from.
+
+    Attributes:
+      images: uint8 [B, 2, H, W, 3].
+      tokens: of the captions, int32 [B, L] for each text encoder of the base model.
+      scorer_tokens: int32 [B, L], of the preference model.
+      judge_tokens: int32 [B, L], of the model that labels the pairs anew; None if the labels stay.
+      labels: float32 [B, 2], how far each picture was preferred; 1 and 0, or 0.5 and 0.5 for a tie.
+      weights: float32 [B]; a row of weight 0 only fills up the batch.
+      positions: uint32 [B], place in the endless stream of records; names the pair's random numbers.
+    """
+
+    images: jax.Array
+    tokens: tuple[jax.Array, ...]
+    scorer_tokens: jax.Array
+    judge_tokens: jax.Array | None
+    labels: jax.Array
+    weights: jax.Array
+    positions: jax.Array
+
+
+@flax.struct.dataclass
 class TrainState:
     """What changes in training.
 
     Attributes:
       step: int32, minibatches learned from.
-      trained: float32 variables of the UNet that are learned: ``{"lora": adapters}``, or ``{"params": parameters}`` in
-        full fine-tuning. Laid over ``{"params": base}`` they make the policy; without them it is the reference.
+      trained: float32 variables that are learned. In SPO those of the UNet: ``{"lora": adapters}``, or ``{"params":
+        parameters}`` in full fine-tuning. Laid over ``{"params": base}`` they make the policy; without them it is the
+        reference. Of a preference model: its parameters.
       opt_state: of the optimizer.
       average: exponential moving average of ``trained``; None if it is off.
     """

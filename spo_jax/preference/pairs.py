@@ -63,3 +63,13 @@ def compact(key: jax.Array, valid: Bool[Array, " p"]) -> tuple[Int[Array, " p"],
     shuffled = jax.random.permutation(key, valid.shape[0])
     order = shuffled[jnp.argsort(~valid[shuffled], stable=True)]
     return order.astype(jnp.int32), valid.sum(dtype=jnp.int32)
+
+
+def labels_from_scores(scores: Float[Array, " 2"], threshold: float) -> Float[Array, " 2"]:
+    """A judge's labels of a pair: 1 and 0 where ``|p_0 - p_1| > threshold`` with p = softmax(scores), otherwise a tie.
+
+    The released SDXL preference model learned from PickScore's labels of this kind, with a threshold of 0.1.
+    """
+    margin = jnp.tanh((scores[0] - scores[1]) / 2)  # = p_0 - p_1
+    first = jnp.where(jnp.abs(margin) > threshold, (margin > 0).astype(jnp.float32), 0.5)
+    return jnp.stack([first, 1.0 - first])

@@ -1,0 +1,38 @@
+"""The step-aware preference model of SDXL base 1.0, the paper's recipe (arXiv 2406.04314, sections 3.2 and 4).
+
+    python -m spo_jax.prepare --source='pickapic_v1/data/train-*.parquet' --split=train --out=pickapic
+    python -m spo_jax.prepare --source='pickapic_v1/data/validation_unique-*.parquet' --split=validation_unique \\
+        --out=pickapic
+    python -m spo_jax.main --config=configs/spm_sdxl.py --workdir=runs/spm_sdxl
+    python -m spo_jax.main --config=configs/sdxl.py --config.scorer.path=runs/spm_sdxl/best ...
+
+It starts from PickScore_v1, which also labels the training pairs anew: most people who judged Pick-a-Pic's pictures
+saw those of SD1.5-sized models. Validation keeps people's labels. ``configs/spm_sdxl.py:16gb`` is for eight devices of that memory.
+
+Paper: 7,000 steps of 64 pairs on 4 A100; the cost of SPO (234 A100 hours) includes it.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common_spm
+
+PICKSCORE = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"
+
+
+def get_config(device: str = "") -> ConfigDict:
+    """The paper's recipe: 16 pairs on each of 4 devices, pictures of 1024 pixels."""
+    c = common_spm.get_config()
+    c.model = "stabilityai/stable-diffusion-xl-base-1.0@462165984030d82259a11f4367a4eed129e94a7b"
+    c.vae = "madebyollin/sdxl-vae-fp16-fix@207b116dae70ace3637169f1ddd2434b91b3a8cd"  # the own one overflows in fp16
+    c.num_steps = 7000
+    c.scorer.init = PICKSCORE
+    c.labels.judge = PICKSCORE
+    c.train.learning_rate = 1e-6
+    c.validation.batch_size = 16
+    if device == "16gb":
+        c.train.batch_size, c.train.accumulation_steps = 8, 8
+        c.validation.batch_size = 8
+        c.remat = True
+    elif device:
+        raise ValueError(f"configs/spm_sdxl.py:{device} is not known; leave the argument out, or use 16gb.")
+    return c
