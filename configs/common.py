@@ -31,7 +31,10 @@ def get_config() -> ConfigDict:
     c.sampling.continuation = "random"  # which candidate starts the next step; "win" is the paper's ablation
 
     c.scorer = ConfigDict()
-    c.scorer.path = "scorer"  # step-aware preference model: a folder, a weight file of a ViT-H/14, or org/name@commit
+    # The judge: a preference model or a plain CLIP such as PickScore, as a folder, a weight file of a ViT-H/14, or
+    # org/name@commit. Whether it is told the timestep is read from its weights.
+    c.scorer.path = "scorer"
+    c.scorer.fn = ""  # "my_module:score", a function of your own instead of scorer.path; see docs/judges.md
     c.scorer.tokenizer = ""  # its tokenizer; empty: the pipeline's first one
     c.scorer.step_aware = True  # False tells it t = 0 at every step (ablation)
     c.scorer.chunk = 0  # candidates of a prompt that are decoded and scored at a time; 0: all of them

@@ -230,7 +230,7 @@ def clip_shapes(clip: CLIPModel, dtype: Any = jnp.float32) -> Any:
 def read_clip(
     path: str | Path,
     *,
-    step_aware: bool,
+    step_aware: bool | None,
     dtype: Any = jnp.float32,
     variant: str | None = None,
     sharding: Placement = None,
@@ -241,22 +241,25 @@ def read_clip(
       path: a folder with config and weights, or a weight file beside a ``config.json`` (without one it is a ViT-H/14);
         local, or on the hub (see ``resolve_model``).
       step_aware: the model takes timesteps. From the weights of a plain CLIP its time layers start as the identity.
+        None: it takes them if the file has time layers.
       variant: of the weight files, such as ``"fp16"``.
       sharding: where the parameters go, see ``read_params``.
     """
     path = resolve_model(path, variant=variant)
     folder, default = (path.parent, _CLIP_H) if path.is_file() else (path, None)
     with _read_config(folder, default) as config:
-        clip = CLIPModel.from_config(config, step_aware=step_aware, dtype=dtype)
+        clip = CLIPModel.from_config(config, step_aware=step_aware is not False, dtype=dtype)
         shapes = clip_shapes(clip, dtype)
     weights = open_file(path) if path.is_file() else open_weights(folder, TRANSFORMERS_STEM, variant)
     # The preference models were saved inside a module that holds the CLIP as "model".
     prefix = "model." if any(key.startswith("model.") for key in weights.arrays) else ""
-    if not step_aware or any("t_embedder." in key for key in weights.arrays):
+    if not clip.step_aware or any("t_embedder." in key for key in weights.arrays):
         return clip, read_params(weights, shapes, prefix=prefix, sharding=sharding)
     flat = flax.traverse_util.flatten_dict(shapes)
     shapes = flax.traverse_util.unflatten_dict({k: v for k, v in flat.items() if not is_time_layer(k)})
     plain = read_params(weights, shapes, prefix=prefix, sharding=sharding)
+    if step_aware is None:
+        return clip.clone(step_aware=False), plain
     return clip, with_identity_time_layers(clip, plain, jax.random.key(0), sharding=sharding)
 
 

@@ -1,4 +1,4 @@
-"""Preference models: ``score(params, images, text, timesteps) -> scores`` (SPO, section 3.2)."""
+"""Judges of pictures: ``score(params, images, text, timesteps) -> scores`` (SPO, section 3.2)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Scorer(NamedTuple):
-    """A preference model in two halves, so that a prompt's text is encoded once for all its candidates.
+    """A judge in two halves, so that a prompt's text is encoded once for all its candidates.
 
     Attributes:
-      encode_text: ``(params, tokens int [n, L]) -> unit-length text embeddings float32 [n, E]``.
-      score: ``(params, images [n, H, W, 3] in [-1, 1], text [n, E], timesteps [n]) -> float32 [n]``.
+      encode_text: ``(params, tokens int [n, L]) -> text``, an array with a row for each prompt that only ``score``
+        reads: unit-length embeddings float32 [n, E] of a CLIP, the tokens themselves of a user's function.
+      score: ``(params, images [n, H, W, 3] in [-1, 1], text, timesteps int [n]) -> float32 [n]``.
     """
 
     encode_text: Callable[[Any, jax.Array], jax.Array]
@@ -57,6 +58,23 @@ def make_clip_scorer(clip: Any) -> Scorer:
         times = (timesteps,) if clip.step_aware else ()
         image = _unit(clip.apply({"params": params}, pixels, *times, method=clip.image_features))
         return jnp.exp(params["logit_scale"].astype(jnp.float32)) * (image * text).sum(axis=-1)
+
+    return Scorer(encode_text, score)
+
+
+def make_function_scorer(function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> Scorer:
+    """The scorer of a user's function, which has no parameters and reads the prompt's tokens itself.
+
+    Args:
+      function: ``(images float32 [n, H, W, 3] in [-1, 1], tokens int32 [n, L], timesteps int32 [n]) -> float32 [n]``.
+        The decoder's overshoots are clipped before it sees them.
+    """
+
+    def encode_text(_params: Any, tokens: jax.Array) -> jax.Array:
+        return jnp.asarray(tokens, jnp.int32)
+
+    def score(_params: Any, images: jax.Array, text: jax.Array, timesteps: jax.Array) -> jax.Array:
+        return function(jnp.clip(images.astype(jnp.float32), -1.0, 1.0), text, timesteps.astype(jnp.int32))
 
     return Scorer(encode_text, score)
 

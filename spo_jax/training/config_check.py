@@ -5,6 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from spo_jax.errors import UserError
+from spo_jax.training.judges import load_function
 from spo_jax.training.optimizer import OPTIMIZERS
 
 
@@ -44,3 +45,5 @@ def check_config(config: ConfigDict) -> None:
     for name, holds, requirement in rules:
         if not holds:
             raise UserError(f"config.{name} must be {requirement}; see the config file for what it means.")
+    if config.scorer.fn:
+        load_function(config.scorer.fn)

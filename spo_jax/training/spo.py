@@ -46,6 +46,7 @@ from spo_jax.preference.scorers import Scorer, make_clip_scorer
 from spo_jax.training import checkpoint
 from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import encode_prompts, make_measure, summarize
+from spo_jax.training.judges import check_function, make_scorer
 from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, clipped_warning, read_metrics
 from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.report import write_report, write_summary
@@ -94,11 +95,17 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
     pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
     options: dict[str, Any] = {"dtype": dtype, "sharding": placement}
-    clip, scorer_params = read_clip(resolve(config.scorer.path), step_aware=True, **options)
-    judge_clip, judge_params = read_clip(resolve(config.evaluation.judge), step_aware=False, **options)
-    scorer, judge = make_clip_scorer(clip), make_clip_scorer(judge_clip)
     tokenizer = config.scorer.tokenizer
     scorer_tokenizer = read_tokenizer(resolve(tokenizer)) if tokenizer else pipeline.tokenizer
+    check_function(
+        config.scorer.fn,
+        num_images=config.prompts_per_batch * (config.scorer.chunk or config.sampling.num_candidates),
+        image_size=pipeline.image_size,
+        tokenizer=scorer_tokenizer,
+    )
+    scorer, scorer_params = make_scorer(config.scorer.path, config.scorer.fn, **options)
+    judge_clip, judge_params = read_clip(resolve(config.evaluation.judge), step_aware=False, **options)
+    judge = make_clip_scorer(judge_clip)
     params = {**pipeline.params, "scorer": scorer_params, "judge": judge_params}
     schedule = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
     check_trainable(schedule)
