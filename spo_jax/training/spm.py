@@ -84,3 +84,140 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if config.vae:
         pipeline = with_vae(pipeline, resolve(config.vae), dtype, sharding=placement)
     pipeline = with_image_size(pipeline, config.height, config.width)
+    step_aware, sharding = config.scorer.step_aware, {"sharding": placement}
+    clip, start = read_clip(resolve(config.scorer.init), step_aware=step_aware, **sharding)
+    clip = clip.clone(dtype=dtype, remat=config.remat)  # computes in ``dtype``, its parameters are float32
+    scorer = make_clip_scorer(clip)
+    tokenizers = Tokenizers(pipeline, _tokenizer(config.scorer.tokenizer, pipeline))
+    frozen, relabel = dict(pipeline.params), None
+    if config.labels.judge:
+        judge_clip, frozen["judge"] = read_clip(
+            resolve(config.labels.judge), step_aware=False, dtype=dtype, **sharding
+        )
+        relabel = make_relabel(make_clip_scorer(judge_clip), config.labels.threshold)
+        tokenizers = tokenizers._replace(judge=_tokenizer(config.labels.tokenizer, pipeline))
+    # Only the timesteps of training matter; the number of sampling steps plays no part.
+    schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
+    predict_clean = make_predict_clean(pipeline, schedule, config.guidance_scale, config.chunk)
+    encode = make_encode_captions(pipeline)
+
+    # --------------------------------------------------------------------------------------------------------- state
+    root = jax.random.key(config.seed)
+    learning_rate = warmup_linear_decay(config.train.learning_rate, config.train.warmup_steps, config.num_steps)
+    optimizer = make_optimizer(config.train, learning_rate)
+    average = None if config.train.ema_decay is None else jax.tree.map(jnp.copy, start)
+    state = TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start), average)
+    shardings = weight_shardings(mesh, state)
+    state = jax.device_put(state, shardings)
+
+    # ------------------------------------------------------------------------------------------------------- restore
+    checkpoint.check_workdir(workdir, config.to_dict())
+    manager = checkpoint.make_manager(workdir / "checkpoints", config.checkpoint.keep)
+    # Beside the arrays: where the data stand, and the accuracies measured so far by step.
+    done: dict[str, Any] = {"step": 0, "seconds": 0.0, "data": None, "accuracy": {}}
+    restored = checkpoint.restore_latest(manager, state)
+    if restored is not None:
+        state, done = restored
+    first_step, accuracy = done["step"], done["accuracy"]
+
+    # ---------------------------------------------------------------------------------------------------------- loop
+    everywhere = replicated(mesh)
+    update = jax.jit(
+        make_spm_update(
+            encode, predict_clean, scorer, optimizer, relabel=relabel, ema_decay=config.train.ema_decay or 0.0
+        ),
+        donate_argnums=0,
+        out_shardings=(shardings, everywhere),
+    )
+    on_devices = make_to_devices(tokenizers, mesh)
+    local_size = config.train.batch_size // jax.process_count()
+    options = {"size": pipeline.image_size, "num_workers": config.data.num_workers, "strict": config.data.strict}
+    options |= {"keep_only_with_label": config.data.keep_only_with_label, "seed": config.seed}
+    options |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    pairs_key = rng.stream(root, "pairs")
+    window: list[Any] = []
+    training_began = time.time()
+    with (
+        contextlib.closing(PairLoader(source, batch_size=local_size, state=done["data"], **options)) as loader,
+        MetricsWriter(workdir, first_step) as writer,
+        tqdm(total=config.num_steps, initial=first_step, desc="SPM", unit="step", dynamic_ncols=True) as progress,
+    ):
+        if not accuracy:
+            accuracy["0"] = measure(state)
+        for step in range(first_step + 1, config.num_steps + 1):
+            for _ in range(config.train.accumulation_steps):
+                state, metrics = update(state, frozen, on_devices(next(loader)), pairs_key)
+                window.append(metrics)
+            progress.update()
+            last = step == config.num_steps
+            if last or step % config.log_every == 0:
+                row = {**spm_metrics(window), "learning_rate": float(learning_rate(step - 1)), **data_metrics(loader)}
+                check_finite(row, step, workdir)
+                writer.write(step, row)
+                progress.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['accuracy']:.3f}")
+                window = []
+            if last or step % config.validation.every == 0:
+                accuracy[str(step)] = measure(state)
+                if best_step(accuracy) == step:
+                    write_scorer(workdir / "best", clip, state.result, dtype=config.scorer.dtype)
+            if last or step % config.checkpoint.every == 0:
+                write_scorer(workdir / "last", clip, state.result, dtype=config.scorer.dtype)
+                seconds = done["seconds"] + time.time() - training_began
+                extra = {"step": step, "seconds": seconds, "data": loader.state(), "accuracy": accuracy}
+                checkpoint.save(manager, step, state, extra)
+        counts = loader.state()
+    checkpoint.close(manager)
+
+    # ------------------------------------------------------------------------------------------------------ evidence
+    best = best_step(accuracy)
+    summary = {
+        "accuracy": {name: accuracy[str(step)] for name, step in (("start", 0), ("best", best), ("last", config.num_steps))},
+        "best_step": best,
+        "data": counts,
+        "seconds": round(time.time() - began + done["seconds"], 1),
+        "seed": config.seed,
+        "config": config.to_dict(),
+    }
+    write_summary(workdir / "summary.json", summary)
+    print(f"Preference models: {workdir / 'best'} (step {best}) and {workdir / 'last'}\nNumbers: {workdir / 'summary.json'}")
+    return summary
+
+
+# ------------------------------------------------------------------------------------------------------------ pieces
+class Tokenizers(NamedTuple):
+    """What reads the captions: the pipeline's tokenizers, the preference model's, and that of the judge, if there is one."""
+
+    pipeline: Pipeline
+    scorer: Any
+    judge: Any = None
+
+
+def make_encode_captions(pipeline: Pipeline) -> Callable[[Any, tuple[jax.Array, ...]], PromptBatch]:
+    """``encode(params, tokens) -> PromptBatch``, with the empty prompt as the negative one."""
+    encode = make_encode(pipeline, scorer=None)
+    negative = None if pipeline.force_zeros_for_empty_prompt else tokenize_prompts(pipeline, [""])
+    return lambda params, tokens: encode(params, tokens, negative, None)
+
+
+def make_to_devices(tokenizers: Tokenizers, mesh: Mesh) -> Callable[[PairBatch], JudgedPairs]:
+    """A function that tokenizes the captions of this process's share of a batch and places it on its devices."""
+    split = batch_sharding(mesh)
+
+    def to_devices(batch: PairBatch) -> JudgedPairs:
+        pairs = JudgedPairs(
+            images=batch.images,
+            tokens=tokenize_prompts(tokenizers.pipeline, batch.captions),
+            scorer_tokens=tokenize(tokenizers.scorer, batch.captions),
+            judge_tokens=None if tokenizers.judge is None else tokenize(tokenizers.judge, batch.captions),
+            labels=batch.labels,
+            weights=batch.weights,
+            positions=batch.positions.astype(np.uint32),
+        )
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), pairs)
+
+    return to_devices
+
+
+def best_step(accuracy: Mapping[str, Mapping[str, Any]]) -> int:
+    """The measured step, after the start, with the highest mean accuracy; the earliest of equal ones."""
+    return max((int(step) for step in accuracy if step != "0"), key=lambda s: (mean_accuracy(accuracy[str(s)]), -s))
