@@ -35,7 +35,7 @@ class Judge(NamedTuple):
 
 @flax.struct.dataclass
 class PairAccuracy:
-    """Of one timestep: ``accuracy`` by judge, and ``gain`` of the first judge over each other one, on the same pairs."""
+    """Of one timestep: ``accuracy`` by judge, and ``gain`` of the first judge over each other one on the same pairs."""
 
     accuracy: dict[str, Accuracy]
     gain: dict[str, Difference]
@@ -69,12 +69,10 @@ def make_measure_accuracy(
     def measure_pairs(params, images, labels, weights, prompts: PromptBatch, texts, timestep, positions, key):
         timesteps = jnp.full((len(images),), timestep)
         clean = predict_clean(params, images, prompts, timesteps, pair_keys(key, positions))
-        scores = {
-            name: score_pairs(
-                judge.scorer, params["judges"][name], clean, texts[name], timesteps if judge.step_aware else timesteps * 0
-            )
-            for name, judge in judges.items()
-        }
+        scores = {}
+        for name, judge in judges.items():
+            told = timesteps if judge.step_aware else jnp.zeros_like(timesteps)
+            scores[name] = score_pairs(judge.scorer, params["judges"][name], clean, texts[name], told)
         mask = weights > 0
         return PairAccuracy(
             {name: count_accuracy(scores[name], labels, mask) for name in judges},
@@ -100,15 +98,58 @@ def make_measure_accuracy(
             texts = encode_texts(params["judges"], place(tokens))
             images, labels, weights, positions = place((batch.images, batch.labels, batch.weights, batch.positions))
             for timestep in timesteps:
-                sums = program(
-                    params, images, labels, weights, prompts, texts, jnp.int32(timestep), positions, key
-                )  # fmt: skip
+                at = jnp.int32(timestep)
+                sums = program(params, images, labels, weights, prompts, texts, at, positions, key)
                 sums = jax.tree.map(float, jax.device_get(sums))
                 totals[timestep] = jax.tree.map(operator.add, totals[timestep], sums) if timestep in totals else sums
         for timestep, total in totals.items():
             for name, accuracy in total.accuracy.items():
-                if not math.isfinite(float(accuracy.agreed)):
-                    raise UserError(f"A score of the judge {name!r} is not finite at t = {timestep}; check its weights.")
+                if not math.isfinite(accuracy.agreed):
+                    raise UserError(
+                        f"A score of the judge {name!r} is not finite at t = {timestep}; check its weights."
+                    )
         return totals
 
     return measure
+
+
+def accuracy_row(measured: PairAccuracy) -> dict[str, Any]:
+    """One timestep for a JSON file: each judge's accuracy, and the gain of the first over each other one."""
+
+    def of(sums: Accuracy | Difference) -> dict[str, Any]:
+        value, (low, high) = sums.value, sums.interval
+        return {"value": value if math.isfinite(value) else None, "low": low, "high": high}
+
+    return {
+        "accuracy": {name: of(accuracy) for name, accuracy in measured.accuracy.items()},
+        "gain": {name: of(difference) for name, difference in measured.gain.items()},
+    }
+
+
+def accuracy_metrics(measured: Mapping[int, PairAccuracy]) -> dict[str, float]:
+    """The numbers for a log, such as ``accuracy_t251_scorer`` and ``gain_t251_plain``, without intervals."""
+    scalars: dict[str, float] = {}
+    for timestep, result in measured.items():
+        scalars |= {f"accuracy_t{timestep}_{name}": accuracy.value for name, accuracy in result.accuracy.items()}
+        scalars |= {f"gain_t{timestep}_{name}": difference.value for name, difference in result.gain.items()}
+    return scalars
+
+
+def accuracy_table(measured: Mapping[int, PairAccuracy], judges: Sequence[str]) -> str:
+    """A Markdown table: a column for each timestep, a row for each judge and for each gain, with 95 % intervals."""
+    rows = [("pairwise accuracy", [f"t = {timestep}" for timestep in measured])]
+    rows += [(name, [_cell(m.accuracy[name], "") for m in measured.values()]) for name in judges]
+    rows += [(f"gain over {name}", [_cell(m.gain[name], "+") for m in measured.values()]) for name in judges[1:]]
+    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(measured))]
+    label_width = max(len(label) for label, _ in rows)
+    lines = [
+        " | ".join(["| " + label.ljust(label_width), *(c.ljust(w) for c, w in zip(cells, widths, strict=True))]) + " |"
+        for label, cells in rows
+    ]
+    rule = "|".join(["|" + "-" * (label_width + 2), *("-" * (width + 2) for width in widths)]) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _cell(sums: Accuracy | Difference, sign: str) -> str:
+    low, high = sums.interval
+    return f"{sums.value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
