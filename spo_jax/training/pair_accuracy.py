@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize
@@ -96,7 +97,9 @@ def make_measure_accuracy(
             )
             tokens = {name: tokenize(judge.tokenizer, batch.captions) for name, judge in judges.items()}
             texts = encode_texts(params["judges"], place(tokens))
-            images, labels, weights, positions = place((batch.images, batch.labels, batch.weights, batch.positions))
+            # As uint32, because JAX has no wider integers; -1, of rows that fill up, becomes some other key.
+            rows = (batch.images, batch.labels, batch.weights, batch.positions.astype(np.uint32))
+            images, labels, weights, positions = place(rows)
             for timestep in timesteps:
                 at = jnp.int32(timestep)
                 sums = program(params, images, labels, weights, prompts, texts, at, positions, key)
@@ -105,9 +108,8 @@ def make_measure_accuracy(
         for timestep, total in totals.items():
             for name, accuracy in total.accuracy.items():
                 if not math.isfinite(accuracy.agreed):
-                    raise UserError(
-                        f"A score of the judge {name!r} is not finite at t = {timestep}; check its weights."
-                    )
+                    what = f"Scores of the judge {name!r} are not finite at t = {timestep}"
+                    raise UserError(f"{what}; check its weights.")
         return totals
 
     return measure
