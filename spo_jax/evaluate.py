@@ -60,6 +60,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from spo_jax import rng
+    from spo_jax.checkpoints.hub import resolve_model
     from spo_jax.checkpoints.pipeline import read_pipeline, read_tokenizer, with_image_size, with_vae
     from spo_jax.data.preferences import PairLoader, open_pairs
     from spo_jax.diffusion.schedule import make_schedule
@@ -74,6 +75,9 @@ def main() -> None:
     mesh = make_mesh(data=-1, fsdp=1)
     check_divisible("--batch_size", BATCH_SIZE.value, mesh)
     source = open_pairs(PAIRS.value)
+    for path in (SCORER.value, PLAIN.value):
+        if path:
+            resolve_model(resolve(path), weights=False)  # a wrong name should not wait for the base model
     dtype, sharding = jnp.dtype(DTYPE.value), replicated(mesh)
     pipeline = read_pipeline(resolve(MODEL.value), dtype, variant=VARIANT.value, sharding=sharding)
     if VAE.value is not None:
@@ -120,8 +124,9 @@ def main() -> None:
     if not some.count:
         raise UserError(f"--pairs={PAIRS.value} has no pair with a preferred picture among the first {num_pairs}.")
     print(accuracy_table(measured, list(judges)))
-    ties = f", {some.ties:.0f} ties left out" if some.ties else ""
-    print(f"{some.count:.0f} pairs{ties}{''.join(f', {count} {name}' for name, count in skipped.items())}.")
+    left_out = {"ties": int(some.ties)} if some.ties else {}
+    counts = "".join(f", {name} left out: {count}" for name, count in (left_out | skipped).items())
+    print(f"{some.count:.0f} pairs{counts}.")
     if out is not None:
         numbers = {
             **{flag.name: flag.value for flag in (SCORER, FN, PLAIN, PAIRS, MODEL, GUIDANCE_SCALE, SEED)},
