@@ -35,7 +35,7 @@ class Judge(NamedTuple):
 
 @flax.struct.dataclass
 class PairAccuracy:
-    """Of one timestep: ``accuracy`` by judge, and ``gain`` of the first judge over each other one, on the same pairs."""
+    """Of one timestep: ``accuracy`` by judge, and ``gain`` of the first judge over each other, on the same pairs."""
 
     accuracy: dict[str, Accuracy]
     gain: dict[str, Difference]
@@ -71,7 +71,11 @@ def make_measure_accuracy(
         clean = predict_clean(params, images, prompts, timesteps, pair_keys(key, positions))
         scores = {
             name: score_pairs(
-                judge.scorer, params["judges"][name], clean, texts[name], timesteps if judge.step_aware else timesteps * 0
+                judge.scorer,
+                params["judges"][name],
+                clean,
+                texts[name],
+                timesteps if judge.step_aware else timesteps * 0,
             )
             for name, judge in judges.items()
         }
@@ -108,7 +112,9 @@ def make_measure_accuracy(
         for timestep, total in totals.items():
             for name, accuracy in total.accuracy.items():
                 if not math.isfinite(float(accuracy.agreed)):
-                    raise UserError(f"A score of the judge {name!r} is not finite at t = {timestep}; check its weights.")
+                    raise UserError(
+                        f"A score of the judge {name!r} is not finite at t = {timestep}; check its weights."
+                    )
         return totals
 
     return measure

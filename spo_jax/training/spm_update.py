@@ -26,8 +26,8 @@ NUM_TIMESTEPS = 1000  # of training; each pair of a batch gets one of them
 class SPMMetrics:
     """Sums over a batch, and the gradient's norm before clipping.
 
-    ``loss`` is weighted, ``weight`` the sum of the weights; ``agreements`` counts the scores that prefer the picture that
-    the label prefers, of ``num_preferences`` labels that are no tie.
+    ``loss`` is weighted, ``weight`` the sum of the weights; ``agreements`` counts the pairs whose scores prefer the
+    picture that the label prefers, of ``num_preferences`` whose label is no tie.
     """
 
     loss: jax.Array
@@ -56,8 +56,8 @@ def make_spm_loss(
 ) -> Callable[[Any, Float[Array, "b 2 H W 3"], JudgedPairs, jax.Array], tuple[jax.Array, jax.Array]]:
     """``loss(params, clean, pairs, timesteps [B]) -> (mean, scores [B, 2])`` for use with ``jax.grad``.
 
-    ``clean`` are the pictures as ``make_predict_clean`` gives them. The mean is weighted by ``pairs.weights``, normalised
-    over the global batch: the released code's rule, by which a prompt with many pairs counts as one with few.
+    ``clean`` are the pictures as ``make_predict_clean`` gives them. The mean is weighted by ``pairs.weights``,
+    normalised over the global batch: so a prompt with many pairs counts as one with few, as in the released code.
     """
 
     def loss_fn(params: Any, clean: jax.Array, pairs: JudgedPairs, timesteps: jax.Array):
