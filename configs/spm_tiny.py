@@ -1,4 +1,4 @@
-"""The step-aware preference model of the emoji world: trained in minutes on a laptop, from models that ship in the package.
+"""The step-aware preference model of the emoji world: trained in minutes on a laptop, from models in the package.
 
     python -m spo_jax.emoji.pairs --out=runs/emoji_pairs
     python -m spo_jax.prepare --source=runs/emoji_pairs/train.jsonl --split=train --out=runs/emoji_data
