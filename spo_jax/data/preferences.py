@@ -1,0 +1,254 @@
+"""Batches of preference pairs: prepared records, shuffled, decoded in worker processes, resumable to the record.
+
+The stream of a seed is all epochs one after the other, each in its own order. A record's position is its place in this
+stream; process i of n takes positions i, i + n, i + 2n, ... So a state is little more than the next position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import sys
+import threading
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from spo_jax.data.records import FAULTS, Fault, decode_pair
+from spo_jax.errors import UserError
+
+_BUFFER_BYTES = 24 * 2**20  # of decoded pictures that wait in a worker
+
+
+@dataclasses.dataclass(frozen=True)
+class PairBatch:
+    """B preference pairs."""
+
+    captions: list[str]
+    images: np.ndarray  # uint8 [B, 2, H, W, 3]
+    labels: np.ndarray  # float32 [B, 2], preference for each picture; they add up to 1, a tie is (0.5, 0.5)
+    weights: np.ndarray  # float32 [B], 1 / num_example_per_prompt; 0 for rows that only fill up the batch
+    positions: np.ndarray  # int64 [B], place in the stream over all epochs and processes; -1 for rows that fill up
+
+
+def open_pairs(name: str) -> Any:
+    """The records of ``FOLDER@SPLIT``, as ``python -m spo_jax.prepare`` has written them: has a length and an index.
+
+    Raises:
+      UserError: there is no such folder, split or file of it, or its preparation has not come to an end.
+    """
+    from spo_jax.data.builder import INFO, open_builder  # tfds: the loader does not need it
+
+    folder, at, split = name.rpartition("@")
+    if not (at and folder and split):
+        raise UserError(f"Data {name!r} must be written as FOLDER@SPLIT, for example data/pickapic@train.")
+    if not (Path(folder) / INFO).is_file():
+        raise UserError(
+            f"Folder {folder} holds no prepared data (or its preparation was interrupted); "
+            f"run python -m spo_jax.prepare --source=... --split={split} --out={folder}."
+        )
+    builder = open_builder(Path(folder))
+    splits = builder.info.splits
+    if split not in splits:
+        raise UserError(f"Folder {folder} has no split {split!r}, only {', '.join(sorted(splits))}.")
+    for path in splits[split].filepaths:
+        if not path.is_file():
+            raise UserError(f"File {path} of {name!r} is missing; copy it there, or prepare the split again.")
+    return builder.as_data_source(split)
+
+
+class PairLoader:
+    """An iterator of ``PairBatch``.
+
+    With ``num_epochs=None`` it never ends: batches go on across the border of epochs, records that cannot be used are
+    left out, and every good record comes exactly once an epoch. With a number of epochs, every process makes
+    ``num_batches`` batches: a record that cannot be used, or is not there, leaves a row of weight 0.
+
+    Args:
+      source: as ``open_pairs`` gives it.
+      batch_size: B, of this process.
+      size: (H, W) of the pictures.
+      seed: of the order; any integer.
+      state: what ``state()`` of another loader gave: this one goes on with the next record. The number of workers
+        and the batch size may have changed.
+      shuffle: whether each epoch has an order of its own, or that of the source.
+      num_workers: processes that decode; 0 does it here.
+      strict: a fault ends the run.
+      keep_only_with_label: leaves out records whose ``has_label`` is false, which counts as unlabelled, not as a fault.
+      process_index, process_count: which share of the stream this process takes.
+
+    Raises:
+      UserError: a fault with ``strict``; a state of other data or another order; no record that can be used.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        batch_size: int,
+        size: tuple[int, int],
+        seed: int,
+        state: dict[str, Any] | None = None,
+        shuffle: bool = True,
+        num_epochs: int | None = None,
+        num_workers: int = 2,
+        strict: bool = False,
+        keep_only_with_label: bool = True,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if not (batch_size > 0 and num_workers >= 0 and 0 <= process_index < process_count):
+            raise ValueError(f"{batch_size=}, {num_workers=}, {process_index=} of {process_count=} do not make sense.")
+        self._batch_size, self._size, self._strict = batch_size, size, strict
+        self._num_records, self._step = len(source), process_count
+        self._stream = {
+            "num_records": len(source),
+            "seed": seed,
+            "shuffle": shuffle,
+            "keep_only_with_label": keep_only_with_label,
+            "process_index": process_index,
+            "process_count": process_count,
+        }
+        self._position = process_index
+        self._counts = dict.fromkeys(("used", "unlabelled", *FAULTS), 0)
+        if state is not None:
+            self._restore(state)
+        self._in_vain = 0  # records since the last good one
+        self._end = None if num_epochs is None else num_epochs * len(source)
+        self.num_batches = None if self._end is None else -(-self._end // (batch_size * process_count))
+
+        records = grain.MapDataset.range(len(source)).seed(seed % 2**32)
+        records = (records.shuffle() if shuffle else records).repeat(num_epochs)
+        rows = records.map_with_index(_Decode(source, size, keep_only_with_label))[self._position :: process_count]
+        # No threads: each would hold decoded pictures of its own.
+        stream = rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        item = 6 * size[0] * size[1]
+        buffer = max(2, min(batch_size, _BUFFER_BYTES // item))
+        options = grain.experimental.DatasetOptions(min_shm_size=_min_shm_size(num_workers * (buffer + 4) * item))
+        stream = grain.experimental.WithOptionsIterDataset(stream, options)
+        workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=buffer)
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain asks for flags of its own, also where no command has parsed them
+        self._rows = iter(stream.mp_prefetch(workers, worker_init_fn=_start_worker))
+
+    def __iter__(self) -> PairLoader:
+        return self
+
+    def __next__(self) -> PairBatch:
+        """The next batch; StopIteration after ``num_batches``."""
+        if self.num_batches is not None and self._position >= self.num_batches * self._batch_size * self._step:
+            raise StopIteration
+        rows: list[dict[str, Any] | None] = []
+        while len(rows) < self._batch_size:
+            row = self._next_row()
+            if row is not None or self._end is not None:
+                rows.append(row)
+        filler: dict[str, Any] = {
+            "caption": "",
+            "images": np.zeros((2, *self._size, 3), np.uint8),
+            "labels": np.full(2, 0.5, np.float32),
+            "weight": 0.0,
+            "position": -1,
+        }
+        full = [filler if row is None else row for row in rows]
+        return PairBatch(
+            captions=[row["caption"] for row in full],
+            images=np.stack([row["images"] for row in full]),
+            labels=np.stack([row["labels"] for row in full]),
+            weights=np.array([row["weight"] for row in full], np.float32),
+            positions=np.array([row["position"] for row in full], np.int64),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What has been handed out so far, as JSON can hold it: the next position, counts, and which stream it is.
+
+        ``counts`` has ``used``, ``unlabelled`` and the names in ``FAULTS``; together they are the records that this
+        process has gone through.
+        """
+        return {"position": self._position, "counts": dict(self._counts), "stream": dict(self._stream)}
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._rows.close()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for key, value in self._stream.items():
+            if state["stream"].get(key) != value:
+                raise UserError(
+                    f"The saved state of the data has {key} = {state['stream'].get(key)}, this run {value}; "
+                    "go on with the data and settings it was saved with, or start anew."
+                )
+        self._position = state["position"]
+        self._counts |= state["counts"]
+
+    def _next_row(self) -> dict[str, Any] | None:
+        """The record at the next position, or None if it cannot be used or is behind the end."""
+        position = self._position
+        self._position += self._step
+        if self._end is not None and position >= self._end:
+            return None
+        row = next(self._rows)
+        assert row["position"] == position
+        reason = row.get("reason")
+        self._counts[reason or "used"] += 1
+        self._in_vain = self._in_vain + 1 if reason else 0
+        if self._strict and reason in FAULTS:
+            raise UserError(
+                f"Record {row['record']} of the data cannot be used ({reason}: {FAULTS[reason]}); "
+                "mend it and prepare again, or skip such records with config.data.strict=False."
+            )
+        if self._in_vain >= self._num_records:
+            counts = ", ".join(f"{count} {name}" for name, count in self._counts.items() if count)
+            raise UserError(f"None of the {self._num_records} records of the data can be used ({counts}).")
+        return None if reason else row
+
+
+class _Decode:
+    """What a worker does: (position in the stream, record number) to a row, or the reason why there is none."""
+
+    def __init__(self, source: Any, size: tuple[int, int], keep_only_with_label: bool):
+        self._source, self._size, self._keep_only_with_label = source, size, keep_only_with_label
+
+    def __call__(self, position: int, number: int) -> dict[str, Any]:
+        place = {"position": position, "record": number}
+        try:
+            record = self._source[number]
+        except Exception:  # array_record and tfds raise whatever they meet in a damaged file
+            return {**place, "reason": "record_broken"}
+        if self._keep_only_with_label and not record["has_label"]:
+            return {**place, "reason": "unlabelled"}
+        try:
+            return {**place, **decode_pair(record, self._size)}
+        except Fault as fault:
+            return {**place, "reason": str(fault)}
+
+
+def _min_shm_size(needed: int) -> int:
+    # A container's shared memory is often 64 MB, and a worker that writes beyond it dies. Then a pipe has to do: as
+    # fast, but grain may wait half a minute for a worker when it closes.
+    try:
+        return 0 if shutil.disk_usage("/dev/shm").free > 2 * needed else sys.maxsize
+    except OSError:
+        return sys.maxsize
+
+
+def _start_worker(index: int, count: int) -> None:
+    import jax  # grain has imported it already
+
+    jax.config.update("jax_platforms", "cpu")  # the accelerator belongs to the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it as well, and ends its workers
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    # A parent that was killed could not tell grain's workers to stop, and they would wait for it for ever.
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,259 @@
+"""Preference pairs as others have them: Pick-a-Pic's parquet files, or a folder with a CSV or JSONL file and pictures.
+
+Records are streamed; a field that is missing becomes an empty value, which the loader judges. What makes a whole file
+useless is refused.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import glob
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from spo_jax.data.records import MAX_PICTURE_BYTES, Record
+from spo_jax.errors import UserError
+
+COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "num_example_per_prompt")
+KEYS = ("caption", "image_a", "image_b", "label")
+_MAX_LINE = 2**20
+_ROWS = 32  # of a parquet file that are in memory at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """``read`` streams ``num_records`` records, each time from the start."""
+
+    num_records: int
+    read: Callable[[], Iterator[Record]]
+
+
+def open_source(source: str) -> Source:
+    """The records of parquet files (a glob pattern), or of a CSV or JSONL file or the folder that has one.
+
+    Raises:
+      UserError: there is nothing, or a file cannot be read, lacks a column, or names pictures outside of its folder.
+    """
+    if Path(source).is_dir():
+        paths = sorted(p for p in Path(source).iterdir() if p.suffix.lower() in (".csv", ".jsonl"))
+        if len(paths) != 1:
+            raise UserError(
+                f"Folder {source} has {len(paths)} CSV or JSONL files; give it one, name one as --source, "
+                "or name parquet files as in --source='folder/train-*.parquet'."
+            )
+    else:
+        paths = [Path(path) for path in sorted(glob.glob(source, recursive=True))] or [Path(source)]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"No file {path} is there; give parquet files, a CSV or JSONL file, or its folder.")
+    kinds = {path.suffix.lower() for path in paths}
+    if kinds == {".parquet"}:
+        return _open_parquet(paths)
+    if len(paths) == 1 and kinds <= {".csv", ".jsonl"}:
+        return _open_table(paths[0])
+    raise UserError(f"--source={source} must name parquet files, one CSV or JSONL file, or the folder of one.")
+
+
+# ----------------------------------------------------------------------------------------------------------- parquet
+def _open_parquet(paths: list[Path]) -> Source:
+    counts = [_check_parquet(path) for path in paths]
+    return Source(sum(counts), lambda: (record for path in paths for record in _read_parquet(path)))
+
+
+def _parquet_file(path: Path) -> pq.ParquetFile:
+    # A buffer: without it, a row group's whole column is read at once.
+    return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+
+
+def _check_parquet(path: Path) -> int:
+    try:
+        with _parquet_file(path) as file:
+            schema, count = file.schema_arrow, file.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+    for name in COLUMNS:
+        if name not in schema.names:
+            raise UserError(f"File {path} has no column {name!r}; Pick-a-Pic's are {', '.join(COLUMNS)}.")
+        kind = schema.field(name).type
+        fits, wanted = {
+            "caption": (_is_text, "text"),
+            "jpg_0": (_is_picture, 'bytes or a struct with "bytes"'),
+            "jpg_1": (_is_picture, 'bytes or a struct with "bytes"'),
+        }.get(name, (_is_number, "a number"))
+        if not fits(kind):
+            raise UserError(f"File {path}: column {name!r} is {kind}; it must be {wanted}.")
+    return count
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or _is_bytes(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_picture(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind):
+        return _is_bytes(kind)
+    return kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    try:
+        with _parquet_file(path) as file:
+            for batch in file.iter_batches(_ROWS, columns=list(COLUMNS), use_threads=False):
+                columns = [_values(batch.column(name)) for name in COLUMNS]
+                for row in zip(*columns, strict=True):
+                    caption, image_0, image_1, label_0, label_1, has_label, count = row
+                    yield {
+                        "caption": caption or b"",
+                        "image_0": _cut(image_0),
+                        "image_1": _cut(image_1),
+                        "label_0": math.nan if label_0 is None else label_0,
+                        "label_1": math.nan if label_1 is None else label_1,
+                        "has_label": has_label == 1,
+                        "num_example_per_prompt": _count(count),
+                    }
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _values(column: pa.Array) -> list[Any]:
+    if pa.types.is_struct(column.type):
+        column = pc.struct_field(column, "bytes")
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    # Text as bytes: pyarrow does not check it, and one caption that is not UTF-8 must not end everything.
+    column = column.cast(pa.float64(), safe=False) if _is_number(column.type) else column.cast(pa.large_binary())
+    return column.to_pylist()
+
+
+def _count(value: float | None) -> int:
+    return int(value) if value is not None and 0 <= value < 2**31 else 0
+
+
+def _cut(picture: bytes | None) -> bytes:
+    # One byte more than is allowed, so that it still counts as too large.
+    return (picture or b"")[: MAX_PICTURE_BYTES + 1]
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"File {path} cannot be read as parquet ({reason}); download it again.")
+
+
+# --------------------------------------------------------------------------------------------------- CSV and JSONL
+def _open_table(path: Path) -> Source:
+    captions: collections.Counter[str] = collections.Counter()
+    keys: set[str] = set()
+    for number, row in enumerate(_rows(path), start=1):
+        keys.update(row)
+        captions[_text(row.get("caption"))] += 1
+        for key in ("image_a", "image_b"):
+            if (name := _text(row.get(key))) and _inside(path.parent, name) is None:
+                raise UserError(
+                    f"File {path}, record {number}: {key} is {name!r}, which lies outside of {path.parent}; "
+                    "put the pictures below the file and name them relative to it."
+                )
+    for key in KEYS:
+        if key not in keys:
+            raise UserError(f"File {path} has no {key!r}; every record has {', '.join(KEYS)}.")
+
+    def read() -> Iterator[Record]:
+        for row in _rows(path):
+            label = _number(row.get("label"))
+            caption = _text(row.get("caption"))
+            yield {
+                "caption": caption.encode("utf-8", "surrogatepass"),
+                "image_0": _picture(path.parent, _text(row.get("image_a"))),
+                "image_1": _picture(path.parent, _text(row.get("image_b"))),
+                "label_0": label,
+                "label_1": 1 - label,
+                "has_label": True,
+                "num_example_per_prompt": captions[caption],
+            }
+
+    return Source(captions.total(), read)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    lines = _lines(path)
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            yield from reader
+        except csv.Error as error:
+            raise UserError(f"File {path}, line {reader.line_num}: not valid CSV ({error}); mend it.") from error
+        return
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"File {path}, line {number}: not valid JSON ({error}); mend it.") from error
+        if not isinstance(row, dict):
+            raise UserError(f"File {path}, line {number}: not an object with {', '.join(KEYS)}; mend it.")
+        yield row
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number in range(1, 2**63):
+                line = file.readline(_MAX_LINE + 1)
+                if len(line) > _MAX_LINE:
+                    raise UserError(f"File {path}, line {number} is longer than {_MAX_LINE} characters; mend it.")
+                if not line:
+                    return
+                yield line
+    except UnicodeDecodeError as error:
+        raise UserError(f"File {path} is not UTF-8 ({error.reason}); save it with UTF-8 encoding.") from error
+    except OSError as error:
+        raise UserError(f"File {path} cannot be read ({error.strerror}); check its permissions.") from error
+
+
+def _text(value: Any) -> str:
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _inside(folder: Path, name: str) -> Path | None:
+    """The path of a picture, or None if it leads out of the folder, be it by a link."""
+    if "\0" in name:
+        return None
+    path = Path(os.path.realpath(folder / name))
+    return path if path.is_relative_to(os.path.realpath(folder)) else None
+
+
+def _picture(folder: Path, name: str) -> bytes:
+    path = _inside(folder, name) if name else None
+    if path is None or not path.is_file():  # a pipe would wait for ever
+        return b""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_PICTURE_BYTES + 1)
+    except OSError:
+        return b""
