@@ -45,6 +45,8 @@ def check_config(config: ConfigDict) -> None:
         ("evaluation.num_prompts", config.evaluation.num_prompts >= 1, "at least 1"),
     ]
     _refuse(rules)
+    if config.scorer.fn:
+        load_function(config.scorer.fn)
 
 
 def check_spm_config(config: ConfigDict) -> None:
@@ -81,7 +83,11 @@ def check_spm_config(config: ConfigDict) -> None:
             "a multiple of log_every",
         ),
         ("checkpoint.keep", config.checkpoint.keep >= 1, "at least 1"),
-        ("validation.every", config.validation.every >= 1, "at least 1"),
+        (
+            "validation.every",
+            config.validation.every >= 1 and config.validation.every % config.log_every == 0,
+            "a multiple of log_every",
+        ),
         ("validation.num_pairs", config.validation.num_pairs >= 1, "at least 1"),
         ("validation.batch_size", config.validation.batch_size >= 1, "at least 1"),
         (
@@ -97,5 +103,3 @@ def _refuse(rules: list[tuple[str, bool, str]]) -> None:
     for name, holds, requirement in rules:
         if not holds:
             raise UserError(f"config.{name} must be {requirement}; see the config file for what it means.")
-    if config.scorer.fn:
-        load_function(config.scorer.fn)

@@ -29,6 +29,7 @@ from spo_jax.checkpoints.pipeline import (
 )
 from spo_jax.checkpoints.write_scorer import write_scorer
 from spo_jax.data.preferences import PairBatch, PairLoader, open_pairs
+from spo_jax.data.records import FAULTS
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import (
     batch_sharding,
@@ -122,14 +123,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     first_step, accuracy = done["step"], done["accuracy"]
 
     # ---------------------------------------------------------------------------------------------------------- loop
-    everywhere = replicated(mesh)
-    update = jax.jit(
-        make_spm_update(
-            encode, predict_clean, scorer, optimizer, relabel=relabel, ema_decay=config.train.ema_decay or 0.0
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings, everywhere),
+    update = make_spm_update(
+        encode,
+        predict_clean,
+        scorer,
+        optimizer,
+        num_timesteps=len(schedule.alphas_cumprod),
+        relabel=relabel,
+        ema_decay=config.train.ema_decay or 0.0,
     )
+    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     on_devices = make_to_devices(tokenizers, mesh)
     local_size = config.train.batch_size // jax.process_count()
     options = {"size": pipeline.image_size, "num_workers": config.data.num_workers, "strict": config.data.strict}
@@ -166,21 +169,26 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             progress.update()
             last = step == config.num_steps
             if last or step % config.log_every == 0:
-                row = {**spm_metrics(window), "learning_rate": float(learning_rate(step - 1)), **data_metrics(loader)}
+                row = {
+                    **spm_metrics(window),
+                    "learning_rate": float(learning_rate(step - 1)),
+                    **data_metrics(loader.state()["counts"]),
+                }
                 check_finite(row, step, workdir)
-                writer.write(step, row)
                 progress.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['accuracy']:.3f}")
                 window = []
-            if last or step % config.validation.every == 0:
-                accuracy[str(step)] = measure(state)
-                if best_step(accuracy) == step:
-                    write_scorer(workdir / "best", clip, state.result, dtype=config.scorer.dtype)
+                if last or step % config.validation.every == 0:
+                    measured = accuracy[str(step)] = measure(state)
+                    row |= {f"accuracy_t{timestep}": entry["value"] for timestep, entry in measured.items()}
+                    if best_step(accuracy) == step:
+                        write_scorer(workdir / "best", clip, state.result, dtype=config.scorer.dtype)
+                writer.write(step, row)
             if last or step % config.checkpoint.every == 0:
                 write_scorer(workdir / "last", clip, state.result, dtype=config.scorer.dtype)
                 seconds = done["seconds"] + time.time() - training_began
                 extra = {"step": step, "seconds": seconds, "data": loader.state(), "accuracy": accuracy}
                 checkpoint.save(manager, step, state, extra)
-        counts = loader.state()
+        counts = loader.state()["counts"]
     checkpoint.close(manager)
 
     # ------------------------------------------------------------------------------------------------------ evidence
@@ -189,7 +197,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     summary = {
         "accuracy": {name: accuracy[str(step)] for name, step in shown.items()},
         "best_step": best,
-        "data": counts,
+        "records": counts,
         "seconds": round(time.time() - began + done["seconds"], 1),
         "seed": config.seed,
         "config": config.to_dict(),
@@ -223,16 +231,16 @@ def make_to_devices(tokenizers: Tokenizers, mesh: Mesh) -> Callable[[PairBatch],
     split = batch_sharding(mesh)
 
     def to_devices(batch: PairBatch) -> JudgedPairs:
-        pairs = JudgedPairs(
-            images=batch.images,
-            tokens=tokenize_prompts(tokenizers.pipeline, batch.captions),
-            scorer_tokens=tokenize(tokenizers.scorer, batch.captions),
-            judge_tokens=None if tokenizers.judge is None else tokenize(tokenizers.judge, batch.captions),
-            labels=batch.labels,
-            weights=batch.weights,
-            positions=batch.positions.astype(np.uint32),
-        )
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), pairs)
+        rows = {
+            "images": batch.images,
+            "tokens": tokenize_prompts(tokenizers.pipeline, batch.captions),
+            "scorer_tokens": tokenize(tokenizers.scorer, batch.captions),
+            "judge_tokens": None if tokenizers.judge is None else tokenize(tokenizers.judge, batch.captions),
+            "labels": batch.labels,
+            "weights": batch.weights,
+            "positions": batch.positions.astype(np.uint32),
+        }
+        return JudgedPairs(**jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), rows))
 
     return to_devices
 
@@ -260,12 +268,15 @@ def as_json(total: PairAccuracy) -> dict[str, Any]:
     return {"value": accuracy.value, "interval": accuracy.interval, **counts, **gains}
 
 
-def data_metrics(loader: PairLoader) -> dict[str, float]:
-    """Counts of records so far: used, left out because nobody labelled them, and skipped, in all and by fault."""
-    counts = loader.state()
-    skipped = counts["skipped"]
-    by_fault = {f"skipped/{fault}": number for fault, number in skipped.items()}
-    return {"used": counts["used"], "unlabelled": counts["unlabelled"], "skipped": sum(skipped.values()), **by_fault}
+def data_metrics(counts: Mapping[str, int]) -> dict[str, float]:
+    """Records so far: used, left out because nobody labelled them, and skipped, in all and by fault."""
+    skipped = {f"skipped/{fault}": counts[fault] for fault in FAULTS if counts[fault]}
+    return {
+        "records_used": counts["used"],
+        "records_unlabelled": counts["unlabelled"],
+        "records_skipped": sum(skipped.values()),
+        **skipped,
+    }
 
 
 def mean_accuracy(by_timestep: Mapping[str, Any]) -> float:
