@@ -7,6 +7,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     """The config; every key can be set on the command line, as in ``--config.sampling.num_steps=10``."""
     c = ConfigDict()
+    c.method = "spo"  # trains a UNet; "spm", in configs/spm_*.py, the preference model that is used here
     c.seed = 0  # root of every random number of the run
     c.model = (
         "model"  # diffusers pipeline: a local folder, org/name@commit on the hub, or "emoji:..." out of the package

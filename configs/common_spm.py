@@ -1,4 +1,4 @@
-"""Every key of a preference model's config; the values are the paper's recipe for SD1.5. The other files change them."""
+"""Every key of a preference model's config; the values are the paper's recipe for SD1.5. Other files change them."""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
     c.remat = False  # True computes the preference model's activations again in the backward pass: less memory
     c.guidance_scale = 5.0  # w of the base model's one-step prediction
     c.chunk = 0  # pairs that go through the base model at a time, a multiple of the devices; 0: a whole batch
-    c.height = placeholder(int)  # pictures are resized and cropped to this; off: the size the base model was trained for
+    c.height = placeholder(
+        int
+    )  # pictures are resized and cropped to this; off: the size the base model was trained for
     c.width = placeholder(int)
 
     c.scorer = ConfigDict()

@@ -7,7 +7,8 @@
     python -m spo_jax.main --config=configs/sdxl.py --config.scorer.path=runs/spm_sdxl/best ...
 
 It starts from PickScore_v1, which also labels the training pairs anew: most people who judged Pick-a-Pic's pictures
-saw those of SD1.5-sized models. Validation keeps people's labels. ``configs/spm_sdxl.py:16gb`` is for eight devices of that memory.
+saw those of SD1.5-sized models. Validation keeps people's labels. ``configs/spm_sdxl.py:16gb`` is for eight devices of
+that memory.
 
 Paper: 7,000 steps of 64 pairs on 4 A100; the cost of SPO (234 A100 hours) includes it.
 """

@@ -4,7 +4,7 @@
     python -m spo_jax.evaluate --model=sd15 --pairs=data/pickapic@validation_unique --scorer=FOLDER --plain=PickScore_v1
 
 Both pictures of a pair get the same noise, the base model predicts the clean ones in one guided step, and every judge
-scores the same pictures: ``scorer``, the one that is measured; ``told_t0``, the same one, kept from knowing the
+scores the same pictures: ``scorer``, the one that is measured; ``told_0``, the same one, kept from knowing the
 timestep; and with --plain ``plain``, another one that is told t = 0 as well. A gain is the accuracy of ``scorer`` less
 that of another judge on the same pairs. In brackets are 95 % intervals.
 """
@@ -12,7 +12,6 @@ that of another judge on the same pairs. In brackets are 95 % intervals.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the n
 NUM_WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes that decode pictures; 0: none.", lower_bound=0)
 OUT = flags.DEFINE_string("out", None, "JSON file to write the numbers to.")
 
-SCORER_NAME, TOLD_0, PLAIN_NAME = "scorer", "told_t0", "plain"
+SCORER_NAME, TOLD_0, PLAIN_NAME = "scorer", "told_0", "plain"
 
 
 def main() -> None:
@@ -68,7 +67,7 @@ def main() -> None:
     from spo_jax.emoji import resolve
     from spo_jax.training.judges import check_function, load_function, make_scorer
     from spo_jax.training.noisy_pairs import make_predict_clean
-    from spo_jax.training.pair_accuracy import Judge, accuracy_row, accuracy_table, make_measure_accuracy
+    from spo_jax.training.pair_accuracy import Judge, accuracy_row, accuracy_table, first_pairs, make_measure_accuracy
 
     if FN.value:
         load_function(FN.value, "--fn")
@@ -155,21 +154,6 @@ def check_out(out: Path) -> Path:
     except OSError as error:
         raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another place.") from error
     return out
-
-
-def first_pairs(batches: Iterator[Any], num_pairs: int) -> Iterator[Any]:
-    """The batches with the first records of the stream; what is beyond them in the last batch has weight 0."""
-    import dataclasses
-
-    import numpy as np
-
-    done = 0
-    for batch in batches:
-        weights = np.where(done + np.arange(len(batch.weights)) < num_pairs, batch.weights, 0.0).astype(np.float32)
-        yield dataclasses.replace(batch, weights=weights)
-        done += len(batch.weights)
-        if done >= num_pairs:
-            return
 
 
 if __name__ == "__main__":

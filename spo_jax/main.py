@@ -1,6 +1,7 @@
-"""Trains adapters with step-aware preference optimization.
+"""Trains adapters with step-aware preference optimization, or the preference model that it needs.
 
     python -m spo_jax.main --config=configs/tiny.py --workdir=runs/tiny [--config.train.learning_rate=1e-3 ...]
+    python -m spo_jax.main --config=configs/spm_tiny.py --workdir=runs/spm_tiny
 
 Run the same command again to go on after an interruption.
 """
@@ -11,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from spo_jax import cli
+from spo_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/tiny.py.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, adapters and the report.")
@@ -19,9 +21,17 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics,
 def main() -> None:
     """Checks the two flags and hands over."""
     config, workdir = cli.config_of(CONFIG), cli.workdir_of(WORKDIR)
-    from spo_jax.training import spo  # imports JAX models; a wrong flag should not wait for that
+    # These import JAX models; a wrong flag should not wait for that.
+    if config.method == "spo":
+        from spo_jax.training import spo
 
-    spo.train(config, workdir)
+        spo.train(config, workdir)
+    elif config.method == "spm":
+        from spo_jax.training import spm
+
+        spm.train(config, workdir)
+    else:
+        raise UserError(f"config.method must be spo or spm, not {config.method!r}; it belongs to the config file.")
 
 
 if __name__ == "__main__":

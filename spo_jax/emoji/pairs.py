@@ -41,7 +41,7 @@ class Split(NamedTuple):
 
 
 def splits(seed: int) -> dict[str, Split]:
-    """Validation captions are some of the base model's; pairs that only measure share no picture, so they are independent."""
+    """Validation captions are some of the base model's. Pairs that only measure share no picture."""
     captions = world.captions(world.TRAIN_PROMPTS)
     order = np.random.default_rng([seed, 7]).permutation(len(captions))
     validation, training = order[:NUM_VALIDATION_CAPTIONS], order[NUM_VALIDATION_CAPTIONS:]
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def make_sampler():
-    """``sample(captions, count, key) -> (uint8 [n, count, H, W, 3], colourfulness [n, count])`` by the shipped base model."""
+    """``sample(captions, count, key) -> (uint8 [n, count, H, W, 3], colourfulness [n, count])`` by the base model."""
     import jax
     import jax.numpy as jnp
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -14,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize
+from spo_jax.data.preferences import PairBatch
 from spo_jax.distributed.mesh import batch_sharding, replicated
 from spo_jax.errors import UserError
 from spo_jax.preference.accuracy import Accuracy, Difference, count_accuracy, count_difference
@@ -85,7 +87,7 @@ def make_measure_accuracy(
     def place(rows: Any) -> Any:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), rows)
 
-    def measure(params: Any, batches: Iterable[Any], timesteps: Sequence[int], key: jax.Array):
+    def measure(params: Any, batches: Iterable[PairBatch], timesteps: Sequence[int], key: jax.Array):
         totals: dict[int, PairAccuracy] = {}
         for batch in batches:
             prompts = encode_prompts(
@@ -115,26 +117,26 @@ def make_measure_accuracy(
     return measure
 
 
+def first_pairs(batches: Iterable[PairBatch], count: int) -> Iterator[PairBatch]:
+    """The first ``count`` pairs: of the last batch, the others get weight 0."""
+    for batch in batches:
+        rows = len(batch.weights)
+        yield dataclasses.replace(batch, weights=np.where(np.arange(rows) < count, batch.weights, np.float32(0)))
+        count -= rows
+        if count <= 0:
+            return
+
+
 def accuracy_row(measured: PairAccuracy) -> dict[str, Any]:
     """One timestep for a JSON file: each judge's accuracy, and the gain of the first over each other one."""
 
     def of(sums: Accuracy | Difference) -> dict[str, Any]:
-        value, (low, high) = sums.value, sums.interval
-        return {"value": value if math.isfinite(value) else None, "low": low, "high": high}
+        return {"value": sums.value if math.isfinite(sums.value) else None, "interval": sums.interval}
 
     return {
         "accuracy": {name: of(accuracy) for name, accuracy in measured.accuracy.items()},
         "gain": {name: of(difference) for name, difference in measured.gain.items()},
     }
-
-
-def accuracy_metrics(measured: Mapping[int, PairAccuracy]) -> dict[str, float]:
-    """The numbers for a log, such as ``accuracy_t251_scorer`` and ``gain_t251_plain``, without intervals."""
-    scalars: dict[str, float] = {}
-    for timestep, result in measured.items():
-        scalars |= {f"accuracy_t{timestep}_{name}": accuracy.value for name, accuracy in result.accuracy.items()}
-        scalars |= {f"gain_t{timestep}_{name}": difference.value for name, difference in result.gain.items()}
-    return scalars
 
 
 def accuracy_table(measured: Mapping[int, PairAccuracy], judges: Sequence[str]) -> str:

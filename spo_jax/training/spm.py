@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,9 @@ from spo_jax.checkpoints.pipeline import (
     with_image_size,
     with_vae,
 )
+from spo_jax.checkpoints.write_scorer import write_scorer
 from spo_jax.data.preferences import PairBatch, PairLoader, open_pairs
+from spo_jax.data.records import FAULTS
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import (
     batch_sharding,
@@ -40,9 +43,11 @@ from spo_jax.emoji import resolve
 from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training import checkpoint
 from spo_jax.training.config_check import check_spm_config
+from spo_jax.training.judges import make_scorer
 from spo_jax.training.metrics import MetricsWriter, check_finite
 from spo_jax.training.noisy_pairs import make_predict_clean
 from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
+from spo_jax.training.pair_accuracy import Judge, PairAccuracy, make_measure_accuracy
 from spo_jax.training.report import write_summary
 from spo_jax.training.rollout import make_encode
 from spo_jax.training.spm_update import make_relabel, make_spm_update, spm_metrics
@@ -54,8 +59,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     Args:
       config: see ``configs/common_spm.py`` for every key.
-      workdir: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, the preference models ``best``
-        (by accuracy on the validation pairs) and ``last``, and ``summary.json``.
+      workdir: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, the preference models
+        ``last`` and ``best`` (by accuracy on the validation pairs), and ``summary.json``.
 
     Returns:
       What ``summary.json`` holds.
@@ -76,7 +81,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         return weight_sharding(mesh, shape)
 
     # ---------------------------------------------------------------------------------------------------------- data
-    source, validation_source = open_pairs(resolve(config.data.train)), open_pairs(resolve(config.data.validation))
+    source, held_out = open_pairs(config.data.train), open_pairs(config.data.validation)
 
     # -------------------------------------------------------------------------------------------------------- models
     dtype = jnp.dtype(config.dtype)
@@ -84,18 +89,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if config.vae:
         pipeline = with_vae(pipeline, resolve(config.vae), dtype, sharding=placement)
     pipeline = with_image_size(pipeline, config.height, config.width)
-    step_aware, sharding = config.scorer.step_aware, {"sharding": placement}
-    clip, start = read_clip(resolve(config.scorer.init), step_aware=step_aware, **sharding)
-    clip = clip.clone(dtype=dtype, remat=config.remat)  # computes in ``dtype``, its parameters are float32
+    clip, start = read_clip(resolve(config.scorer.init), step_aware=config.scorer.step_aware, sharding=placement)
+    clip = clip.clone(dtype=dtype, remat=config.remat)  # it computes in ``dtype``; its parameters stay float32
     scorer = make_clip_scorer(clip)
-    tokenizers = Tokenizers(pipeline, _tokenizer(config.scorer.tokenizer, pipeline))
+    tokenizers = Tokenizers(pipeline, tokenizer_of(config.scorer.tokenizer, pipeline))
     frozen, relabel = dict(pipeline.params), None
     if config.labels.judge:
-        judge_clip, frozen["judge"] = read_clip(
-            resolve(config.labels.judge), step_aware=False, dtype=dtype, **sharding
-        )
-        relabel = make_relabel(make_clip_scorer(judge_clip), config.labels.threshold)
-        tokenizers = tokenizers._replace(judge=_tokenizer(config.labels.tokenizer, pipeline))
+        judge, frozen["judge"] = make_scorer(config.labels.judge, dtype=dtype, sharding=placement)
+        relabel = make_relabel(judge, config.labels.threshold)
+        tokenizers = tokenizers._replace(judge=tokenizer_of(config.labels.tokenizer, pipeline))
     # Only the timesteps of training matter; the number of sampling steps plays no part.
     schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
     predict_clean = make_predict_clean(pipeline, schedule, config.guidance_scale, config.chunk)
@@ -121,20 +123,36 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     first_step, accuracy = done["step"], done["accuracy"]
 
     # ---------------------------------------------------------------------------------------------------------- loop
-    everywhere = replicated(mesh)
-    update = jax.jit(
-        make_spm_update(
-            encode, predict_clean, scorer, optimizer, relabel=relabel, ema_decay=config.train.ema_decay or 0.0
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings, everywhere),
+    update = make_spm_update(
+        encode,
+        predict_clean,
+        scorer,
+        optimizer,
+        num_timesteps=len(schedule.alphas_cumprod),
+        relabel=relabel,
+        ema_decay=config.train.ema_decay or 0.0,
     )
+    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     on_devices = make_to_devices(tokenizers, mesh)
     local_size = config.train.batch_size // jax.process_count()
     options = {"size": pipeline.image_size, "num_workers": config.data.num_workers, "strict": config.data.strict}
     options |= {"keep_only_with_label": config.data.keep_only_with_label, "seed": config.seed}
     options |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
     pairs_key = rng.stream(root, "pairs")
+    judges = {"scorer": Judge(scorer, tokenizers.scorer)}
+    if config.scorer.step_aware:
+        judges["told_0"] = Judge(scorer, tokenizers.scorer, step_aware=False)
+    measure_accuracy = make_measure_accuracy(pipeline, predict_clean, judges, mesh)
+
+    def measure(state: TrainState) -> dict[str, Any]:
+        """Accuracy by timestep on the validation pairs, always the same pairs with the same noise."""
+        once = {**options, "batch_size": config.validation.batch_size // jax.process_count(), "shuffle": False}
+        params = {**pipeline.params, "judges": dict.fromkeys(judges, state.result)}
+        with contextlib.closing(PairLoader(held_out, num_epochs=1, **once)) as loader:
+            batches = first_pairs(loader, config.validation.num_pairs // jax.process_count())
+            totals = measure_accuracy(params, batches, config.validation.timesteps, rng.stream(root, "validation"))
+        return {str(timestep): as_json(total) for timestep, total in totals.items()}
+
     window: list[Any] = []
     training_began = time.time()
     with (
@@ -151,41 +169,50 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             progress.update()
             last = step == config.num_steps
             if last or step % config.log_every == 0:
-                row = {**spm_metrics(window), "learning_rate": float(learning_rate(step - 1)), **data_metrics(loader)}
+                row = {
+                    **spm_metrics(window),
+                    "learning_rate": float(learning_rate(step - 1)),
+                    **data_metrics(loader.state()["counts"]),
+                }
                 check_finite(row, step, workdir)
-                writer.write(step, row)
                 progress.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['accuracy']:.3f}")
                 window = []
-            if last or step % config.validation.every == 0:
-                accuracy[str(step)] = measure(state)
-                if best_step(accuracy) == step:
-                    write_scorer(workdir / "best", clip, state.result, dtype=config.scorer.dtype)
+                if last or step % config.validation.every == 0:
+                    measured = accuracy[str(step)] = measure(state)
+                    row |= {f"accuracy_t{timestep}": entry["value"] for timestep, entry in measured.items()}
+                    if best_step(accuracy) == step:
+                        write_scorer(workdir / "best", clip, state.result, dtype=config.scorer.dtype)
+                writer.write(step, row)
             if last or step % config.checkpoint.every == 0:
                 write_scorer(workdir / "last", clip, state.result, dtype=config.scorer.dtype)
                 seconds = done["seconds"] + time.time() - training_began
                 extra = {"step": step, "seconds": seconds, "data": loader.state(), "accuracy": accuracy}
                 checkpoint.save(manager, step, state, extra)
-        counts = loader.state()
+        counts = loader.state()["counts"]
     checkpoint.close(manager)
 
     # ------------------------------------------------------------------------------------------------------ evidence
     best = best_step(accuracy)
+    shown = {"start": 0, "best": best, "last": config.num_steps}
     summary = {
-        "accuracy": {name: accuracy[str(step)] for name, step in (("start", 0), ("best", best), ("last", config.num_steps))},
+        "accuracy": {name: accuracy[str(step)] for name, step in shown.items()},
         "best_step": best,
-        "data": counts,
+        "records": counts,
         "seconds": round(time.time() - began + done["seconds"], 1),
         "seed": config.seed,
         "config": config.to_dict(),
     }
     write_summary(workdir / "summary.json", summary)
-    print(f"Preference models: {workdir / 'best'} (step {best}) and {workdir / 'last'}\nNumbers: {workdir / 'summary.json'}")
+    print(
+        f"Preference models: {workdir / 'best'} (step {best}) and {workdir / 'last'}\n"
+        f"Numbers: {workdir / 'summary.json'}"
+    )
     return summary
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
 class Tokenizers(NamedTuple):
-    """What reads the captions: the pipeline's tokenizers, the preference model's, and that of the judge, if there is one."""
+    """What reads the captions: the base model's tokenizers, the preference model's, and the judge's if there is one."""
 
     pipeline: Pipeline
     scorer: Any
@@ -204,18 +231,57 @@ def make_to_devices(tokenizers: Tokenizers, mesh: Mesh) -> Callable[[PairBatch],
     split = batch_sharding(mesh)
 
     def to_devices(batch: PairBatch) -> JudgedPairs:
-        pairs = JudgedPairs(
-            images=batch.images,
-            tokens=tokenize_prompts(tokenizers.pipeline, batch.captions),
-            scorer_tokens=tokenize(tokenizers.scorer, batch.captions),
-            judge_tokens=None if tokenizers.judge is None else tokenize(tokenizers.judge, batch.captions),
-            labels=batch.labels,
-            weights=batch.weights,
-            positions=batch.positions.astype(np.uint32),
-        )
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), pairs)
+        rows = {
+            "images": batch.images,
+            "tokens": tokenize_prompts(tokenizers.pipeline, batch.captions),
+            "scorer_tokens": tokenize(tokenizers.scorer, batch.captions),
+            "judge_tokens": None if tokenizers.judge is None else tokenize(tokenizers.judge, batch.captions),
+            "labels": batch.labels,
+            "weights": batch.weights,
+            "positions": batch.positions.astype(np.uint32),
+        }
+        return JudgedPairs(**jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), rows))
 
     return to_devices
+
+
+def first_pairs(batches: Iterable[PairBatch], count: int) -> Iterator[PairBatch]:
+    """The first ``count`` pairs: of the last batch, the others get weight 0."""
+    for batch in batches:
+        rows = len(batch.weights)
+        yield dataclasses.replace(batch, weights=np.where(np.arange(rows) < count, batch.weights, np.float32(0)))
+        count -= rows
+        if count <= 0:
+            return
+
+
+def tokenizer_of(path: str, pipeline: Pipeline) -> Any:
+    """The tokenizer at ``path``; the pipeline's first one if that is empty."""
+    return read_tokenizer(resolve(path)) if path else pipeline.tokenizer
+
+
+def as_json(total: PairAccuracy) -> dict[str, Any]:
+    """What is recorded of one timestep."""
+    accuracy = total.accuracy["scorer"]
+    gains = {f"gain_over_{name}": {"value": g.value, "interval": g.interval} for name, g in total.gain.items()}
+    counts = {"count": accuracy.count, "ties": accuracy.ties}
+    return {"value": accuracy.value, "interval": accuracy.interval, **counts, **gains}
+
+
+def data_metrics(counts: Mapping[str, int]) -> dict[str, float]:
+    """Records so far: used, left out because nobody labelled them, and skipped, in all and by fault."""
+    skipped = {f"skipped/{fault}": counts[fault] for fault in FAULTS if counts[fault]}
+    return {
+        "records_used": counts["used"],
+        "records_unlabelled": counts["unlabelled"],
+        "records_skipped": sum(skipped.values()),
+        **skipped,
+    }
+
+
+def mean_accuracy(by_timestep: Mapping[str, Any]) -> float:
+    """Over the timesteps."""
+    return float(np.mean([entry["value"] for entry in by_timestep.values()]))
 
 
 def best_step(accuracy: Mapping[str, Mapping[str, Any]]) -> int:

@@ -19,15 +19,13 @@ from spo_jax.training.losses import preference_loss
 from spo_jax.training.noisy_pairs import pair_keys, score_pairs
 from spo_jax.types import JudgedPairs, PromptBatch, TrainState
 
-NUM_TIMESTEPS = 1000  # of training; each pair of a batch gets one of them
-
 
 @flax.struct.dataclass
 class SPMMetrics:
     """Sums over a batch, and the gradient's norm before clipping.
 
-    ``loss`` is weighted, ``weight`` the sum of the weights; ``agreements`` counts the scores that prefer the picture that
-    the label prefers, of ``num_preferences`` labels that are no tie.
+    ``loss`` is weighted, ``weight`` the sum of the weights; ``agreements`` counts the pairs whose scores prefer the
+    picture that the label prefers, of ``num_preferences`` whose label is no tie.
     """
 
     loss: jax.Array
@@ -56,8 +54,8 @@ def make_spm_loss(
 ) -> Callable[[Any, Float[Array, "b 2 H W 3"], JudgedPairs, jax.Array], tuple[jax.Array, jax.Array]]:
     """``loss(params, clean, pairs, timesteps [B]) -> (mean, scores [B, 2])`` for use with ``jax.grad``.
 
-    ``clean`` are the pictures as ``make_predict_clean`` gives them. The mean is weighted by ``pairs.weights``, normalised
-    over the global batch: the released code's rule, by which a prompt with many pairs counts as one with few.
+    ``clean`` are the pictures as ``make_predict_clean`` gives them. The mean is weighted by ``pairs.weights``,
+    normalised over the global batch: so a prompt with many pairs counts as one with few, as in the released code.
     """
 
     def loss_fn(params: Any, clean: jax.Array, pairs: JudgedPairs, timesteps: jax.Array):
@@ -75,6 +73,7 @@ def make_spm_update(
     scorer: Scorer,
     optimizer: optax.GradientTransformation,
     *,
+    num_timesteps: int = 1000,
     relabel: Callable[[Any, JudgedPairs], jax.Array] | None = None,
     ema_decay: float = 0.0,
 ) -> Callable[..., tuple[TrainState, SPMMetrics]]:
@@ -85,6 +84,7 @@ def make_spm_update(
       predict_clean: from ``make_predict_clean``.
       scorer: the preference model.
       optimizer: acts on its parameters.
+      num_timesteps: of the base model's training; each pair gets one of them.
       relabel: gives the pairs new labels, with the parameters ``frozen["judge"]``.
       ema_decay: of the average, where the state has one.
 
@@ -96,7 +96,7 @@ def make_spm_update(
 
     def update(state: TrainState, frozen: Any, pairs: JudgedPairs, key: jax.Array) -> tuple[TrainState, SPMMetrics]:
         keys = pair_keys(key, pairs.positions)
-        timesteps = jax.vmap(lambda k: jax.random.randint(rng.stream(k, "timestep"), (), 0, NUM_TIMESTEPS))(keys)
+        timesteps = jax.vmap(lambda k: jax.random.randint(rng.stream(k, "timestep"), (), 0, num_timesteps))(keys)
         clean = predict_clean(frozen, pairs.images, encode(frozen, pairs.tokens), timesteps, keys)
         if relabel is not None:
             pairs = pairs.replace(labels=relabel(frozen["judge"], pairs))  # type: ignore[attr-defined]

@@ -59,8 +59,8 @@ def test_a_judge_of_ones_own(data, cache, tmp_path):
     assert (numbers["num_pairs"], numbers["num_ties"], numbers["fn"]) == (7, 0, "my_judge:score")
     first, last = numbers["timesteps"]
     assert first["accuracy"]["scorer"]["value"] == 1, "nearly nothing is hidden at t = 0"
-    assert first["accuracy"]["scorer"] == first["accuracy"]["told_t0"], "it does not look at the timestep"
-    assert set(first["gain"]) == {"told_t0", "plain"} and last["gain"]["told_t0"]["value"] == 0
+    assert first["accuracy"]["scorer"] == first["accuracy"]["told_0"], "it does not look at the timestep"
+    assert set(first["gain"]) == {"told_0", "plain"} and last["gain"]["told_0"]["value"] == 0
     assert "| scorer " in result.stdout and "| gain over plain" in result.stdout and "7 pairs" in result.stdout
 
 
@@ -68,7 +68,7 @@ def test_a_step_aware_model_beside_itself_kept_from_knowing_the_timestep(data, c
     result = evaluate(data, cache, "--scorer=emoji:model/scorer", "--timesteps=501", num_devices=2)
     assert result.returncode == 0, result.stderr
     labels = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("|")]
-    assert [labels[0], *labels[2:]] == ["pairwise accuracy", "scorer", "told_t0", "gain over told_t0"]
+    assert [labels[0], *labels[2:]] == ["pairwise accuracy", "scorer", "told_0", "gain over told_0"]
     assert "8 pairs, ties left out: 1." in result.stdout
 
 

@@ -1,0 +1,236 @@
+"""The step of preference model training: what the model is shown, its loss, its schedule, and many devices."""
+
+import chex
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import common_spm
+from spo_jax import rng
+from spo_jax.checkpoints.pipeline import read_clip, read_pipeline, tokenize, tokenize_prompts
+from spo_jax.diffusion.schedule import make_schedule
+from spo_jax.distributed.mesh import MIN_SPLIT_SIZE, batch_sharding, make_mesh, weight_sharding, weight_shardings
+from spo_jax.emoji import resolve
+from spo_jax.preference.pairs import labels_from_scores
+from spo_jax.preference.scorers import Scorer, make_clip_scorer
+from spo_jax.training.losses import preference_loss
+from spo_jax.training.noisy_pairs import make_predict_clean, pair_keys, score_pairs
+from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
+from spo_jax.training.spm import make_encode_captions
+from spo_jax.training.spm_update import make_relabel, make_spm_loss, make_spm_update
+from spo_jax.types import JudgedPairs, TrainState
+
+CAPTIONS = [
+    f"{thing} on a {color} background" for thing in ("a fox", "a lemon") for color in ["red", "teal", "pink", "gray"]
+]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return read_pipeline(resolve("emoji:model"))
+
+
+def some_pairs(pipeline, **changes) -> JudgedPairs:
+    """Eight pairs of smooth random pictures; a tie, and prompts of several pairs."""
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (8, 2, 8, 8, 3), np.uint8)
+    labels = np.array([[1, 0], [0, 1], [0.5, 0.5], [1, 0], [0.8, 0.2], [0, 1], [1, 0], [0, 1]], np.float32)
+    fields = {
+        "images": np.asarray(coarse.repeat(4, axis=2).repeat(4, axis=3)),
+        "tokens": tokenize_prompts(pipeline, CAPTIONS),
+        "scorer_tokens": tokenize(pipeline.tokenizer, CAPTIONS),
+        "judge_tokens": None,
+        "labels": labels,
+        "weights": 1 / np.array([1, 2, 4, 1, 1, 3, 1, 8], np.float32),
+        "positions": np.arange(8, dtype=np.uint32) + 5,
+    }
+    return JudgedPairs(**fields | changes)
+
+
+# ---------------------------------------------------------------------------------------------- what the model is shown
+def shown(pipeline, pairs, timesteps, chunk=0, positions=None, guidance_scale=2.0):
+    schedule = make_schedule(pipeline.scheduler_config, 1)
+    predict = jax.jit(make_predict_clean(pipeline, schedule, guidance_scale, chunk))
+    prompts = make_encode_captions(pipeline)(pipeline.params, pairs.tokens)
+    keys = pair_keys(jax.random.key(3), jnp.asarray(pairs.positions if positions is None else positions))
+    return np.asarray(predict(pipeline.params, pairs.images, prompts, jnp.asarray(timesteps, jnp.int32), keys))
+
+
+def test_it_is_the_one_step_prediction_of_diffusers(pipeline):
+    """Noising, guided prediction and decoding in PyTorch, with the same random numbers; pictures share the noise."""
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(str(resolve("emoji:model")), safety_checker=None)
+    scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    scheduler.set_timesteps(1000)
+    pairs, timesteps = some_pairs(pipeline), [0, 1, 150, 251, 500, 701, 951, 999]
+    ours = shown(pipeline, pairs, timesteps)
+
+    def torch_tensor(x):
+        return torch.tensor(np.moveaxis(np.asarray(x, np.float32), -1, -3))
+
+    with torch.no_grad():
+        context, negative = theirs.encode_prompt(CAPTIONS, "cpu", 1, True)
+        for i, timestep in enumerate(timesteps):
+            key = pair_keys(jax.random.key(3), jnp.asarray(pairs.positions[i : i + 1]))[0]
+            noise = torch_tensor(jax.random.normal(rng.stream(key, "noise"), pipeline.latent_shape))
+            posterior = torch_tensor(jax.random.normal(rng.stream(key, "posterior"), (2, *pipeline.latent_shape)))
+            moments = theirs.vae.encode(torch_tensor(pairs.images[i]) / 127.5 - 1).latent_dist
+            latents = (moments.mean + moments.std * posterior) * theirs.vae.config.scaling_factor
+            t = torch.tensor([timestep])
+            noisy = scheduler.add_noise(latents, torch.stack([noise, noise]), t)
+            halves = [theirs.unet(noisy, t, c[i].expand(2, -1, -1)).sample for c in (negative, context)]
+            prediction = halves[0] + 2.0 * (halves[1] - halves[0])
+            x0 = [scheduler.step(prediction[j], timestep, noisy[j]).pred_original_sample for j in (0, 1)]
+            expected = theirs.vae.decode(torch.stack(x0) / theirs.vae.config.scaling_factor).sample
+            expected = np.moveaxis(expected.numpy(), 1, -1)
+            np.testing.assert_allclose(ours[i], expected, atol=1e-4 * max(1, np.abs(expected).max()), err_msg=str(t))
+
+
+def test_a_pair_does_not_depend_on_its_batch(pipeline):
+    pairs, timesteps = some_pairs(pipeline), np.arange(8) * 125
+    order = np.random.default_rng(1).permutation(8)
+    shuffled = jax.tree.map(lambda x: x[order], pairs)
+    expected = shown(pipeline, pairs, timesteps)
+    np.testing.assert_allclose(shown(pipeline, shuffled, timesteps[order]), expected[order], atol=1e-5)
+    np.testing.assert_allclose(shown(pipeline, pairs, timesteps, chunk=2), expected, atol=1e-5)
+    other = shown(pipeline, pairs, timesteps, positions=np.arange(8))
+    assert np.abs(other[5] - expected[5]).max() > 1e-2, "another place in the stream is another noise"
+
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+BRIGHTNESS = Scorer(
+    encode_text=lambda params, tokens: jnp.zeros((len(tokens), 1)),
+    score=lambda params, images, text, timesteps: params * images.mean((1, 2, 3)),
+)
+
+
+def test_weights_are_normalised_over_the_batch_and_rows_of_weight_zero_do_not_count(pipeline):
+    pairs = some_pairs(pipeline)
+    clean, times = pairs.images.astype(np.float32) / 127.5 - 1, jnp.zeros(8, jnp.int32)
+    loss_fn = make_spm_loss(BRIGHTNESS)
+    loss, scores = loss_fn(3.0, clean, pairs, times)
+    each = np.array([float(preference_loss(s, jnp.asarray(y))) for s, y in zip(scores, pairs.labels, strict=True)])
+    np.testing.assert_allclose(loss, np.average(each, weights=pairs.weights), rtol=1e-6)
+    scaled, _ = loss_fn(3.0, clean, pairs.replace(weights=pairs.weights * 7), times)
+    np.testing.assert_allclose(scaled, loss, rtol=1e-6)
+    some = pairs.replace(weights=np.where(np.arange(8) < 5, pairs.weights, 0).astype(np.float32))
+    np.testing.assert_allclose(
+        loss_fn(3.0, clean, some, times)[0], np.average(each[:5], weights=pairs.weights[:5]), rtol=1e-6
+    )
+
+
+@given(st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=2), st.floats(0, 0.9))
+def test_a_judge_labels_what_it_is_sure_of_and_ties_the_rest(scores, threshold):
+    labels = labels_from_scores(jnp.array(scores), threshold)
+    p = 1 / (1 + np.exp(np.float64(scores[1]) - scores[0]))
+    if abs(abs(2 * p - 1) - threshold) > 1e-5:
+        assert labels.tolist() == ([0.5, 0.5] if abs(2 * p - 1) <= threshold else [float(p > 0.5), float(p < 0.5)])
+    chex.assert_trees_all_close(labels_from_scores(jnp.array(scores[::-1]), threshold), labels[::-1])
+
+
+def test_relabelling_looks_at_the_clean_pictures(pipeline):
+    pairs = some_pairs(pipeline, judge_tokens=tokenize(pipeline.tokenizer, CAPTIONS))
+    means = pairs.images.mean((2, 3, 4)) / 127.5 - 1
+    expected = jax.vmap(lambda s: labels_from_scores(s, 0.1))(5.0 * means)
+    chex.assert_trees_all_close(make_relabel(BRIGHTNESS, 0.1)(5.0, pairs), expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+@pytest.mark.parametrize(("warmup", "total"), [(500, 8000), (500, 7000), (0, 10), (3, 10)])
+def test_the_learning_rate_is_that_of_transformers(warmup, total):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=3e-6)
+    theirs = transformers.get_linear_schedule_with_warmup(optimizer, warmup, total)
+    ours = warmup_linear_decay(3e-6, warmup, total)
+    for step in range(total + 1):
+        assert abs(float(ours(step)) - theirs.get_last_lr()[0]) < 1e-11, step
+        optimizer.step()
+        theirs.step()
+
+
+# ------------------------------------------------------------------------------------------------- update, many devices
+def run_updates(fsdp, num_updates=3, accumulation_steps=1, **clip_changes):
+    """Updates of the emoji CLIP on a mesh; the losses, the last state, and where it lay before and after."""
+    config = common_spm.get_config()
+    config.train.accumulation_steps = accumulation_steps
+    mesh = make_mesh(data=-1, fsdp=fsdp)
+
+    def placement(_path, shape):
+        return weight_sharding(mesh, shape)
+
+    pipeline = read_pipeline(resolve("emoji:model"), sharding=placement)
+    clip, start = read_clip(resolve("emoji:model/clip"), step_aware=True, sharding=placement)
+    scorer = make_clip_scorer(clip.clone(**clip_changes))
+    optimizer = make_optimizer(config.train, warmup_linear_decay(1e-3, 1, 100))
+    state = TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start))
+    shardings = weight_shardings(mesh, state)
+    state = jax.device_put(state, shardings)
+    schedule = make_schedule(pipeline.scheduler_config, 1)
+    predict_clean = make_predict_clean(pipeline, schedule, 2.0)
+    update = make_spm_update(make_encode_captions(pipeline), predict_clean, scorer, optimizer)
+    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+    pairs = jax.device_put(some_pairs(pipeline), batch_sharding(mesh))
+    metrics = []
+    for _ in range(num_updates):
+        state, result = update(state, pipeline.params, pairs, jax.random.key(1))
+        metrics.append(jax.device_get(result))
+    jax.tree.map(lambda x, sharding: chex.assert_equal(x.sharding, sharding), state, shardings)
+    return metrics, state
+
+
+def test_eight_devices_give_the_losses_of_one_and_each_holds_an_eighth_of_the_state():
+    (whole, one), (split, eighth) = run_updates(fsdp=1), run_updates(fsdp=8)
+    for a, b in zip(whole, split, strict=True):
+        np.testing.assert_allclose(a.loss, b.loss, rtol=1e-5)
+        np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=1e-3)
+        assert (a.num_preferences, a.num_pairs) == (b.num_preferences, b.num_pairs) == (7, 8)
+    assert whole[-1].loss < whole[0].loss
+    for x in jax.tree.leaves(eighth):
+        parts = 8 if x.size >= MIN_SPLIT_SIZE else 1
+        assert x.addressable_shards[0].data.size == x.size / parts
+    held = {}
+    for x in jax.tree.leaves(eighth):
+        for shard in x.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    total = sum(x.nbytes for x in jax.tree.leaves(one))
+    assert len(held) == 8 and max(held.values()) < 1.15 * total / 8, "all but the small vectors is split"
+
+
+def test_it_computes_in_bfloat16_and_learns_in_float32():
+    metrics, state = run_updates(fsdp=1, num_updates=2, dtype=jnp.bfloat16)
+    exact, _ = run_updates(fsdp=1, num_updates=1)
+    assert {x.dtype for x in jax.tree.leaves((state.trained, state.opt_state)) if x.ndim} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(metrics[0].loss, exact[0].loss, rtol=0.1)
+    assert metrics[0].loss != exact[0].loss
+
+
+def test_computing_activations_again_changes_nothing():
+    (plain, _), (again, _) = run_updates(fsdp=1, num_updates=2), run_updates(fsdp=1, num_updates=2, remat=True)
+    for a, b in zip(plain, again, strict=True):
+        np.testing.assert_allclose(a.loss, b.loss, rtol=1e-5)
+        np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=1e-4)
+
+
+def test_accumulated_minibatches_make_one_step():
+    metrics, state = run_updates(fsdp=1, num_updates=2, accumulation_steps=2)
+    start = read_clip(resolve("emoji:model/clip"), step_aware=True)[1]
+    assert int(state.step) == 2 and metrics[0].loss == metrics[1].loss
+    chex.assert_trees_all_equal_shapes(state.trained, start)
+
+
+def test_it_starts_as_the_plain_model_at_every_timestep():
+    """Identity at initialisation, of what is trained here."""
+    images = np.random.default_rng(4).uniform(-1, 1, (4, 2, 32, 32, 3)).astype(np.float32)
+    scores = []
+    for step_aware in (True, False):
+        clip, params = read_clip(resolve("emoji:model/clip"), step_aware=step_aware)
+        scorer = make_clip_scorer(clip)
+        tokens = tokenize(read_pipeline(resolve("emoji:model")).tokenizer, CAPTIONS[:4])
+        text = scorer.encode_text(params, jnp.asarray(tokens))
+        scores.append(score_pairs(scorer, params, images, text, jnp.array([0, 251, 701, 999])))
+    np.testing.assert_array_equal(*scores)
