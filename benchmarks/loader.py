@@ -4,8 +4,8 @@
     python -m benchmarks.loader --records=2000 --workers=4 --size=1024
 
 Writes a synthetic Pick-a-Pic (parquet files with the published columns; 200 pictures with a spectrum like that of
-photographs, combined at random), prepares it as a user would, runs one shuffled epoch and prints pairs a second, CPU time,
-and the resident memory of this process and the workers. On a machine that does other work seconds say little.
+photographs, combined at random), prepares it as a user would, runs one shuffled epoch and prints pairs a second, CPU
+time, and the resident memory of this process and the workers. On a machine that does other work, seconds say little.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _POOL, _FILES = 200, 4
 
 
 def picture(seed: int, pixels: int) -> bytes:
-    """A JPEG of a random field with a spectrum like that of photographs (amplitude 1 / frequency), and some grain."""
+    """A JPEG of a random field, the amplitudes of which fall with frequency as in photographs, and some grain."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(pixels)[:, None], np.fft.rfftfreq(pixels)) + 1 / pixels
-    spectrum = np.fft.rfft2(rng.normal(size=(3, pixels, pixels))) / frequency
+    spectrum = np.fft.rfft2(rng.normal(size=(3, pixels, pixels))) / frequency**1.2
     field = np.fft.irfft2(spectrum, s=(pixels, pixels)).transpose(1, 2, 0)
     field = 128 + 50 * field / field.std() + rng.normal(scale=2, size=field.shape)
     data = io.BytesIO()
