@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ _DTYPES = {
     "F32": np.float32,
     "F64": np.float64,
 }
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
 def index_safetensors(path: Path) -> dict[str, StoredArray]:
@@ -64,26 +68,54 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_params(path: Path, params: Any, *, dtype: Any = np.float32, prefix: str = "") -> None:
-    """Writes a parameter tree in PyTorch naming and layout; the file appears complete or not at all."""
-    tensors = {}
-    for tree_path, value in flax.traverse_util.flatten_dict(jax.device_get(params)).items():
-        array = names.to_torch(tree_path, np.asarray(value)).astype(dtype)
-        tensors[prefix + names.torch_key(tree_path)] = np.asarray(array, order="C")
-    write_tensors(path, tensors)
+    """Writes a parameter tree in PyTorch naming and layout; the file appears complete or not at all.
 
-
-def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors by way of a temporary file, so that a reader never sees half of one.
-
-    ``metadata`` goes into the file's header, beside the ``format`` that PyTorch's readers look for.
+    Parameters are fetched, converted and written one at a time: beside the tree, which may be split over devices, the
+    host holds two copies of the largest of them.
     """
+    flat = flax.traverse_util.flatten_dict(params)
+    keys = {prefix + names.torch_key(tree_path): tree_path for tree_path in flat}
+    entries = [(key, tree_path, flat[tree_path]) for key, tree_path in sorted(keys.items())]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    name, end = _NAMES[np.dtype(dtype)], 0
+    for key, tree_path, value in entries:
+        shape = names.torch_shape(tree_path, value.shape)
+        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[key] = {"dtype": name, "shape": shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of eight bytes
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for _, tree_path, value in entries:
+            array = np.ascontiguousarray(names.to_torch(tree_path, _fetch(value)), dtype)
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def _fetch(value: Any) -> np.ndarray:
+    """The values of an array that may be split over devices."""
+    # Of a copy, because JAX keeps what it fetched as long as the array that it was fetched from.
+    return np.asarray(jnp.copy(value) if isinstance(value, jax.Array) else value)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of ``path`` when all went well: a reader never sees half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        safetensors.numpy.save_file(tensors, str(temporary), metadata={"format": "pt"} | (metadata or {}))
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors; the file appears complete or not at all.
+
+    ``metadata`` goes into the file's header, beside the ``format`` that PyTorch's readers look for.
+    """
+    with _replacing(path) as temporary:
+        safetensors.numpy.save_file(tensors, str(temporary), metadata={"format": "pt"} | (metadata or {}))
 
 
 def param_shapes(module: Any, *inputs: Any, dtype: Any = jnp.float32, **kwargs: Any) -> Any:

@@ -32,7 +32,7 @@ class Accuracy:
 
     @property
     def value(self) -> float:
-        """The accuracy, in [0, 1]; NaN without a pair, or if a score was not finite."""
+        """The accuracy, in [0, 1]; NaN without a pair, or where scores have no order."""
         return float(self.agreed) / float(self.count) if self.count else math.nan
 
     @property
@@ -51,7 +51,7 @@ class Difference:
 
     @property
     def value(self) -> float:
-        """The difference of the two accuracies, in [-1, 1]; NaN without a pair, or if a score was not finite."""
+        """The difference of the two accuracies, in [-1, 1]; NaN without a pair, or where scores have no order."""
         return float(self.total) / float(self.count) if self.count else math.nan
 
     @property
@@ -63,7 +63,7 @@ class Difference:
 def agreement(scores: Float[Array, "n 2"], labels: Float[Array, "n 2"]) -> Float[Array, " n"]:
     """1 where the picture with the larger label has the higher score, 0 where it has the lower, else 1/2.
 
-    Labels may be hard (1 and 0), soft, or a tie. A score that is not finite gives NaN.
+    Labels may be hard (1 and 0), soft, or a tie. Scores that have no order (NaN, or both infinite) give NaN.
     """
     return 0.5 + 0.5 * jnp.sign(scores[:, 0] - scores[:, 1]) * jnp.sign(labels[:, 0] - labels[:, 1])
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize
+from spo_jax.data.preferences import PairBatch
 from spo_jax.distributed.mesh import batch_sharding, replicated
 from spo_jax.errors import UserError
 from spo_jax.preference.accuracy import Accuracy, Difference, count_accuracy, count_difference
@@ -35,7 +38,7 @@ class Judge(NamedTuple):
 
 @flax.struct.dataclass
 class PairAccuracy:
-    """Of one timestep: ``accuracy`` by judge, and ``gain`` of the first judge over each other, on the same pairs."""
+    """Of one timestep: ``accuracy`` by judge, and ``gain`` of the first judge over each other one on the same pairs."""
 
     accuracy: dict[str, Accuracy]
     gain: dict[str, Difference]
@@ -69,16 +72,10 @@ def make_measure_accuracy(
     def measure_pairs(params, images, labels, weights, prompts: PromptBatch, texts, timestep, positions, key):
         timesteps = jnp.full((len(images),), timestep)
         clean = predict_clean(params, images, prompts, timesteps, pair_keys(key, positions))
-        scores = {
-            name: score_pairs(
-                judge.scorer,
-                params["judges"][name],
-                clean,
-                texts[name],
-                timesteps if judge.step_aware else timesteps * 0,
-            )
-            for name, judge in judges.items()
-        }
+        scores = {}
+        for name, judge in judges.items():
+            told = timesteps if judge.step_aware else jnp.zeros_like(timesteps)
+            scores[name] = score_pairs(judge.scorer, params["judges"][name], clean, texts[name], told)
         mask = weights > 0
         return PairAccuracy(
             {name: count_accuracy(scores[name], labels, mask) for name in judges},
@@ -90,7 +87,7 @@ def make_measure_accuracy(
     def place(rows: Any) -> Any:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), rows)
 
-    def measure(params: Any, batches: Iterable[Any], timesteps: Sequence[int], key: jax.Array):
+    def measure(params: Any, batches: Iterable[PairBatch], timesteps: Sequence[int], key: jax.Array):
         totals: dict[int, PairAccuracy] = {}
         for batch in batches:
             prompts = encode_prompts(
@@ -102,19 +99,61 @@ def make_measure_accuracy(
             )
             tokens = {name: tokenize(judge.tokenizer, batch.captions) for name, judge in judges.items()}
             texts = encode_texts(params["judges"], place(tokens))
-            images, labels, weights, positions = place((batch.images, batch.labels, batch.weights, batch.positions))
+            # As uint32, because JAX has no wider integers; -1, of rows that fill up, becomes some other key.
+            rows = (batch.images, batch.labels, batch.weights, batch.positions.astype(np.uint32))
+            images, labels, weights, positions = place(rows)
             for timestep in timesteps:
-                sums = program(
-                    params, images, labels, weights, prompts, texts, jnp.int32(timestep), positions, key
-                )  # fmt: skip
+                at = jnp.int32(timestep)
+                sums = program(params, images, labels, weights, prompts, texts, at, positions, key)
                 sums = jax.tree.map(float, jax.device_get(sums))
                 totals[timestep] = jax.tree.map(operator.add, totals[timestep], sums) if timestep in totals else sums
         for timestep, total in totals.items():
             for name, accuracy in total.accuracy.items():
-                if not math.isfinite(float(accuracy.agreed)):
-                    raise UserError(
-                        f"A score of the judge {name!r} is not finite at t = {timestep}; check its weights."
-                    )
+                if not math.isfinite(accuracy.agreed):
+                    what = f"Scores of the judge {name!r} are not finite at t = {timestep}"
+                    raise UserError(f"{what}; check its weights.")
         return totals
 
     return measure
+
+
+def first_pairs(batches: Iterable[PairBatch], count: int) -> Iterator[PairBatch]:
+    """The first ``count`` pairs: of the last batch, the others get weight 0."""
+    for batch in batches:
+        rows = len(batch.weights)
+        yield dataclasses.replace(batch, weights=np.where(np.arange(rows) < count, batch.weights, np.float32(0)))
+        count -= rows
+        if count <= 0:
+            return
+
+
+def accuracy_row(measured: PairAccuracy) -> dict[str, Any]:
+    """One timestep for a JSON file: each judge's accuracy, and the gain of the first over each other one."""
+
+    def of(sums: Accuracy | Difference) -> dict[str, Any]:
+        return {"value": sums.value if math.isfinite(sums.value) else None, "interval": sums.interval}
+
+    return {
+        "accuracy": {name: of(accuracy) for name, accuracy in measured.accuracy.items()},
+        "gain": {name: of(difference) for name, difference in measured.gain.items()},
+    }
+
+
+def accuracy_table(measured: Mapping[int, PairAccuracy], judges: Sequence[str]) -> str:
+    """A Markdown table: a column for each timestep, a row for each judge and for each gain, with 95 % intervals."""
+    rows = [("pairwise accuracy", [f"t = {timestep}" for timestep in measured])]
+    rows += [(name, [_cell(m.accuracy[name], "") for m in measured.values()]) for name in judges]
+    rows += [(f"gain over {name}", [_cell(m.gain[name], "+") for m in measured.values()]) for name in judges[1:]]
+    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(measured))]
+    label_width = max(len(label) for label, _ in rows)
+    lines = [
+        " | ".join(["| " + label.ljust(label_width), *(c.ljust(w) for c, w in zip(cells, widths, strict=True))]) + " |"
+        for label, cells in rows
+    ]
+    rule = "|".join(["|" + "-" * (label_width + 2), *("-" * (width + 2) for width in widths)]) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _cell(sums: Accuracy | Difference, sign: str) -> str:
+    low, high = sums.interval
+    return f"{sums.value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"

@@ -1,0 +1,160 @@
+"""Pairwise accuracy of a judge: how often it prefers the picture that people preferred, at several timesteps.
+
+    python -m spo_jax.evaluate --model=emoji:model --guidance_scale=2 --pairs=runs/pairs@test --scorer=runs/spm/best
+    python -m spo_jax.evaluate --model=sd15 --pairs=data/pickapic@validation_unique --scorer=FOLDER --plain=PickScore_v1
+
+Both pictures of a pair get the same noise, the base model predicts the clean ones in one guided step, and every judge
+scores the same pictures: ``scorer``, the one that is measured; ``told_0``, the same one, kept from knowing the
+timestep; and with --plain ``plain``, another one that is told t = 0 as well. A gain is the accuracy of ``scorer`` less
+that of another judge on the same pairs. In brackets are 95 % intervals.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from spo_jax import cli
+from spo_jax.errors import UserError
+
+SCORER = flags.DEFINE_string(
+    "scorer", None, "The judge: a preference model or a CLIP; a folder, file or org/name@commit."
+)
+FN = flags.DEFINE_string("fn", None, "The judge as a function, my_module:score, instead of --scorer.")
+PLAIN = flags.DEFINE_string("plain", None, "A model without the time input to compare with, such as PickScore_v1.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Of the judges; the model's first one by default.")
+PAIRS = flags.DEFINE_string("pairs", None, "FOLDER@SPLIT, as spo_jax.prepare has written it.")
+NUM_PAIRS = flags.DEFINE_integer("num_pairs", None, "The first so many of them; all by default.", lower_bound=1)
+MODEL = flags.DEFINE_string("model", None, "Base model: a diffusers pipeline folder, or org/name@commit on the hub.")
+VARIANT = flags.DEFINE_string("variant", None, "Of the base model's weight files, such as fp16.")
+VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's: a folder, or org/name@commit.")
+HEIGHT = flags.DEFINE_integer("height", None, "Of the pictures, in pixels; what the model was trained for by default.")
+WIDTH = flags.DEFINE_integer("width", None, "Of the pictures, in pixels; what the model was trained for by default.")
+TIMESTEPS = flags.DEFINE_list("timesteps", ["0", "251", "501", "701", "951"], "Where to measure.")
+GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 5.0, "Of the base model's one-step prediction (emoji: 2).")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pairs at a time, over all devices together.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the networks.")
+NUM_WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes that decode pictures; 0: none.", lower_bound=0)
+OUT = flags.DEFINE_string("out", None, "JSON file to write the numbers to.")
+
+SCORER_NAME, TOLD_0, PLAIN_NAME = "scorer", "told_0", "plain"
+
+
+def main() -> None:
+    """Checks the flags, reads the models and measures."""
+    if bool(SCORER.value) == bool(FN.value):
+        raise UserError("Give either --scorer (for example --scorer=runs/spm/best) or --fn=my_module:score.")
+    for flag, example in ((PAIRS, "data/pickapic@validation_unique"), (MODEL, "emoji:model")):
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing; for example --{flag.name}={example}.")
+    timesteps = parse_timesteps(TIMESTEPS.value)
+    out = None if OUT.value is None else check_out(Path(OUT.value))
+
+    import jax
+    import jax.numpy as jnp
+    from tqdm import tqdm
+
+    from spo_jax import rng
+    from spo_jax.checkpoints.hub import resolve_model
+    from spo_jax.checkpoints.pipeline import read_pipeline, read_tokenizer, with_image_size, with_vae
+    from spo_jax.data.preferences import PairLoader, open_pairs
+    from spo_jax.diffusion.schedule import make_schedule
+    from spo_jax.distributed.mesh import check_divisible, make_mesh, replicated
+    from spo_jax.emoji import resolve
+    from spo_jax.training.judges import check_function, load_function, make_scorer
+    from spo_jax.training.noisy_pairs import make_predict_clean
+    from spo_jax.training.pair_accuracy import Judge, accuracy_row, accuracy_table, first_pairs, make_measure_accuracy
+
+    if FN.value:
+        load_function(FN.value, "--fn")
+    mesh = make_mesh(data=-1, fsdp=1)
+    check_divisible("--batch_size", BATCH_SIZE.value, mesh)
+    source = open_pairs(PAIRS.value)
+    for path in (SCORER.value, PLAIN.value):
+        if path:
+            resolve_model(resolve(path), weights=False)  # a wrong name should not wait for the base model
+    dtype, sharding = jnp.dtype(DTYPE.value), replicated(mesh)
+    pipeline = read_pipeline(resolve(MODEL.value), dtype, variant=VARIANT.value, sharding=sharding)
+    if VAE.value is not None:
+        pipeline = with_vae(pipeline, resolve(VAE.value), dtype, sharding=sharding)
+    pipeline = with_image_size(pipeline, HEIGHT.value, WIDTH.value)
+    schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
+    if max(timesteps) >= len(schedule.alphas_cumprod):
+        raise UserError(f"--timesteps={max(timesteps)} is beyond the model's last, {len(schedule.alphas_cumprod) - 1}.")
+    tokenizer = read_tokenizer(resolve(TOKENIZER.value)) if TOKENIZER.value else pipeline.tokenizer
+    options: dict[str, Any] = {"key": "--fn"}
+    shape = {"num_images": 2 * BATCH_SIZE.value, "image_size": pipeline.image_size, "tokenizer": tokenizer}
+    check_function(FN.value or "", **shape, **options)
+    options |= {"dtype": dtype, "sharding": sharding}
+    scorer, scorer_params = make_scorer(SCORER.value or "", FN.value or "", **options)
+    judges, params = {SCORER_NAME: Judge(scorer, tokenizer)}, {SCORER_NAME: scorer_params}
+    if FN.value or "t_embedder" in scorer_params:  # to a plain CLIP the timestep makes no difference
+        judges[TOLD_0], params[TOLD_0] = Judge(scorer, tokenizer, step_aware=False), scorer_params
+    if PLAIN.value is not None:
+        plain, params[PLAIN_NAME] = make_scorer(PLAIN.value, **options)
+        judges[PLAIN_NAME] = Judge(plain, tokenizer, step_aware=False)
+
+    predict_clean = make_predict_clean(pipeline, schedule, GUIDANCE_SCALE.value)
+    measure = make_measure_accuracy(pipeline, predict_clean, judges, mesh)
+    num_pairs = min(NUM_PAIRS.value or len(source), len(source))
+    loader = PairLoader(
+        source,
+        batch_size=BATCH_SIZE.value,
+        size=pipeline.image_size,
+        seed=0,
+        shuffle=False,
+        num_epochs=1,
+        num_workers=NUM_WORKERS.value,
+    )
+    try:
+        num_batches = -(-num_pairs // BATCH_SIZE.value)
+        batches = tqdm(first_pairs(loader, num_pairs), "pairs", num_batches, unit="batch", dynamic_ncols=True)
+        key = rng.stream(jax.random.key(SEED.value), "accuracy")
+        measured = measure({**pipeline.params, "judges": params}, batches, timesteps, key)
+        skipped = {name: count for name, count in loader.state()["counts"].items() if count and name != "used"}
+    finally:
+        loader.close()
+
+    some = measured[timesteps[0]].accuracy[SCORER_NAME]
+    if not some.count:
+        raise UserError(f"--pairs={PAIRS.value} has no pair with a preferred picture among the first {num_pairs}.")
+    print(accuracy_table(measured, list(judges)))
+    left_out = {"ties": int(some.ties)} if some.ties else {}
+    counts = "".join(f", {name} left out: {count}" for name, count in (left_out | skipped).items())
+    print(f"{some.count:.0f} pairs{counts}.")
+    if out is not None:
+        numbers = {
+            **{flag.name: flag.value for flag in (SCORER, FN, PLAIN, PAIRS, MODEL, GUIDANCE_SCALE, SEED)},
+            "num_pairs": int(some.count),
+            "num_ties": int(some.ties),
+            "skipped": skipped,
+            "timesteps": [{"timestep": timestep, **accuracy_row(measured[timestep])} for timestep in timesteps],
+        }
+        out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        print(f"Numbers: {out}")
+
+
+def parse_timesteps(texts: list[str]) -> list[int]:
+    """Timesteps in ascending order, each once; UserError if one is no number from 0."""
+    if not texts or not all(text.strip().isdecimal() for text in texts):
+        raise UserError(f"--timesteps={','.join(texts)} must be numbers from 0 with commas between, such as 0,251,501.")
+    return sorted({int(text) for text in texts})
+
+
+def check_out(out: Path) -> Path:
+    """The file to write; its folder is made. UserError if it is no .json file or cannot be there."""
+    if out.suffix != ".json" or out.is_dir():
+        raise UserError(f"--out={out} must name a JSON file, for example --out=accuracy.json.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another place.") from error
+    return out
+
+
+if __name__ == "__main__":
+    cli.run(main)

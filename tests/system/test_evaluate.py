@@ -1,0 +1,102 @@
+"""The evaluation command: its table, its numbers, and a user's mistakes."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from spo_jax.images import write_png
+from tests.system.commands import ROOT, environment, run
+
+NUM_PAIRS = 9
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compilation_cache")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, cache):
+    """Grey and colourful flat pictures, of which people prefer the colourful ones; the last pair is a tie."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    lines = []
+    for i in range(NUM_PAIRS):
+        colour = np.roll([250, 30, generator.integers(30, 250)], i)
+        pictures = [colour, np.full(3, generator.integers(60, 200))]
+        label = 1.0 if i % 2 else 0.0
+        for name, picture in zip("ab", pictures if label else pictures[::-1], strict=True):
+            write_png(folder / f"{i}{name}.png", np.broadcast_to(picture, (40, 40, 3)).astype(np.uint8))
+        label = 0.5 if i == NUM_PAIRS - 1 else label
+        line = {"caption": "a red apple", "image_a": f"{i}a.png", "image_b": f"{i}b.png", "label": label}
+        lines.append(json.dumps(line))
+    (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    out = folder / "prepared"
+    prepare = [sys.executable, "-m", "spo_jax.prepare", f"--source={folder}", "--split=test", f"--out={out}"]
+    result = run(prepare, environment(cache))
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def evaluate(data, cache, *arguments, split="test", num_devices=1):
+    common = [f"--pairs={data}@{split}", "--model=emoji:model", "--guidance_scale=2", "--num_workers=0"]
+    env = environment(cache, num_devices) | {"PYTHONPATH": f"{ROOT}:{data.parent}"}
+    return run([sys.executable, "-m", "spo_jax.evaluate", *common, *arguments], env)
+
+
+def test_a_judge_of_ones_own(data, cache, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "judges.md").read_text(encoding="utf-8"), re.DOTALL)
+    (data.parent / "my_judge.py").write_text(code, encoding="utf-8")
+    out = tmp_path / "new" / "accuracy.json"
+    arguments = ["--fn=my_judge:score", "--timesteps=951,0", "--num_pairs=7", "--batch_size=4", f"--out={out}"]
+    result = evaluate(data, cache, *arguments, "--plain=emoji:model/clip")
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["timestep"] for row in numbers["timesteps"]] == [0, 951]
+    assert (numbers["num_pairs"], numbers["num_ties"], numbers["fn"]) == (7, 0, "my_judge:score")
+    first, last = numbers["timesteps"]
+    assert first["accuracy"]["scorer"]["value"] == 1, "nearly nothing is hidden at t = 0"
+    assert first["accuracy"]["scorer"] == first["accuracy"]["told_0"], "it does not look at the timestep"
+    assert set(first["gain"]) == {"told_0", "plain"} and last["gain"]["told_0"]["value"] == 0
+    assert "| scorer " in result.stdout and "| gain over plain" in result.stdout and "7 pairs" in result.stdout
+
+
+def test_a_step_aware_model_beside_itself_kept_from_knowing_the_timestep(data, cache):
+    result = evaluate(data, cache, "--scorer=emoji:model/scorer", "--timesteps=501", num_devices=2)
+    assert result.returncode == 0, result.stderr
+    labels = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("|")]
+    assert [labels[0], *labels[2:]] == ["pairwise accuracy", "scorer", "told_0", "gain over told_0"]
+    assert "8 pairs, ties left out: 1." in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "Give either --scorer (for example --scorer=runs/spm/best) or --fn=my_module:score"),
+        (["--scorer=a", "--fn=b:c"], "Give either --scorer"),
+        (["--scorer=a", "--pairs="], "--pairs is missing; for example --pairs="),
+        (["--scorer=a", "--model="], "--model is missing; for example --model=emoji:model"),
+        (["--scorer=a", "--timesteps=0,x"], "--timesteps=0,x must be numbers from 0"),
+        (["--scorer=a", "--num_pairs=0"], "--num_pairs"),
+        (["--scorer=a", "--scores=b"], "Unknown command line flag 'scores'"),
+        (["--scorer=a", "--out=accuracy.csv"], "--out=accuracy.csv must name a JSON file"),
+        (["--fn=absent:score"], "--fn=absent:score: there is no module absent"),
+        (["--scorer=a", "--pairs=b"], "Data 'b' must be written as FOLDER@SPLIT"),
+        (["--scorer=no/such/scorer"], "Model 'no/such/scorer' does not exist here"),
+        (["--scorer=emoji:model/scorer", "--timesteps=0,1000"], "--timesteps=1000 is beyond the model's last, 999"),
+        (["--fn=builtins:print"], "--fn=builtins:print gives no array"),
+    ],
+)
+def test_a_mistake_ends_with_one_sentence(data, cache, arguments, words):
+    result = evaluate(data, cache, *arguments)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and last.startswith("spo_jax: error: ") and words in last, result.stderr
+    assert "Traceback" not in result.stderr and not result.stdout.strip().startswith("|")
+
+
+def test_a_split_that_is_not_there(data, cache):
+    result = evaluate(data, cache, "--scorer=emoji:model/scorer", split="train")
+    assert result.returncode == 2 and "has no split 'train', only test." in result.stderr, result.stderr

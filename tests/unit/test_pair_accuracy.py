@@ -1,0 +1,156 @@
+"""Measuring judges on pairs at several timesteps: what each judge is told, what does not matter, what is shown."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spo_jax.checkpoints.pipeline import read_pipeline
+from spo_jax.data.preferences import PairBatch
+from spo_jax.distributed.mesh import AXES, make_mesh
+from spo_jax.emoji import resolve
+from spo_jax.errors import UserError
+from spo_jax.preference.scorers import Scorer
+from spo_jax.training.pair_accuracy import (
+    Judge,
+    accuracy_row,
+    accuracy_table,
+    first_pairs,
+    make_measure_accuracy,
+)
+
+NUM_PAIRS = 20
+TIMESTEPS = (0, 400, 951)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return read_pipeline(resolve("emoji:model"))
+
+
+def brightness_judge(tokenizer, step_aware=True, sign=1.0):
+    """Prefers bright pictures, below t = 500 times ``sign`` of its parameters; equal ones where ``sign`` is 0."""
+
+    def score(params, images, text, timesteps):
+        assert text.shape == (len(images), 1)
+        return images.mean((1, 2, 3)) * jnp.where(timesteps < 500, 1.0, params["above"]) * params["sign"]
+
+    scorer = Scorer(lambda params, tokens: tokens[:, :1], score)
+    return Judge(scorer, tokenizer, step_aware), {"above": jnp.float32(-1), "sign": jnp.float32(sign)}
+
+
+def pairs(batch_size):
+    """Flat grey pictures and labels that agree with their brightness on three of four pairs; every tenth is a tie."""
+    generator = np.random.default_rng(0)
+    images = np.zeros((NUM_PAIRS, 2, 8, 8, 3), np.uint8) + generator.choice(200, (NUM_PAIRS, 2, 1, 1, 1)).astype("u1")
+    brighter = images[:, 0, 0, 0, 0] > images[:, 1, 0, 0, 0]
+    first = np.where(np.arange(NUM_PAIRS) % 4 == 3, ~brighter, brighter).astype(np.float32)
+    labels = np.stack([first, 1 - first], 1)
+    labels[::10] = 0.5
+    for begin in range(0, NUM_PAIRS, batch_size):
+        rows = np.minimum(np.arange(begin, begin + batch_size), NUM_PAIRS - 1)
+        real = np.arange(begin, begin + batch_size) < NUM_PAIRS
+        yield PairBatch(
+            captions=["a red apple"] * batch_size,
+            images=images[rows],
+            labels=labels[rows],
+            weights=np.where(real, 0.25, 0).astype(np.float32),
+            positions=np.where(real, rows, -1).astype(np.int64),
+        )
+
+
+def noisy(params, images, prompts, timesteps, keys):
+    """Stands for the base model: the same noise for both pictures, another one for each pair."""
+    assert prompts.embeddings.shape[0] == len(images)
+    shift = jax.vmap(lambda key: jax.random.normal(key))(keys)[:, None, None, None, None]
+    return images / 127.5 - 1.0 + 0.3 * shift + 0 * timesteps[:, None, None, None, None]
+
+
+def measured(pipeline, judges, batch_size=8, mesh=None, key=0, predict_clean=noisy):
+    measure = make_measure_accuracy(
+        pipeline, predict_clean, {name: judge for name, (judge, _) in judges.items()}, mesh or make_mesh(-1, 1)
+    )
+    params = {**pipeline.params, "judges": {name: params for name, (_, params) in judges.items()}}
+    return measure(params, pairs(batch_size), TIMESTEPS, jax.random.key(key))
+
+
+@pytest.fixture(scope="module")
+def result(pipeline):
+    tokenizer = pipeline.tokenizer
+    # Not in alphabetical order: the first is the one that is measured.
+    judges = {"zeal": brightness_judge(tokenizer), "blind": brightness_judge(tokenizer, step_aware=False)}
+    return measured(pipeline, judges | {"equal": brightness_judge(tokenizer, sign=0.0)})
+
+
+def test_each_judge_is_told_what_it_should_and_rows_that_fill_up_do_not_count(result):
+    agreed, count = 13, 18  # 15 of 20 agree, two of these are ties
+    for timestep in TIMESTEPS:
+        accuracy = result[timestep].accuracy
+        assert all((a.count, a.ties) == (count, 2) for a in accuracy.values())
+        assert accuracy["zeal"].agreed == (agreed if timestep < 500 else count - agreed)
+        assert accuracy["blind"].agreed == agreed and accuracy["equal"].agreed == count / 2
+        gain = result[timestep].gain
+        assert set(gain) == {"blind", "equal"}
+        np.testing.assert_allclose(gain["blind"].value, 0 if timestep < 500 else 1 - 2 * agreed / count, atol=1e-7)
+        np.testing.assert_allclose(gain["equal"].value, accuracy["zeal"].value - 0.5, atol=1e-7)
+
+
+def sensitive_judge(tokenizer):
+    """Its order of two pictures depends on their noise."""
+    scorer = Scorer(lambda params, tokens: tokens[:, :1], lambda params, images, text, t: images.mean((1, 2, 3)) ** 2)
+    return Judge(scorer, tokenizer), {}
+
+
+@pytest.mark.parametrize("batch_size, data", [(16, 8), (5, 1)])
+def test_the_batch_and_the_devices_do_not_matter(pipeline, batch_size, data):
+    judges = {"scorer": sensitive_judge(pipeline.tokenizer)}
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:data]).reshape(data, 1), AXES)
+    expected = measured(pipeline, judges)
+    assert measured(pipeline, judges, batch_size, mesh) == expected
+
+
+def test_the_key_decides_the_noise(pipeline):
+    judges = {"scorer": sensitive_judge(pipeline.tokenizer)}
+    first, again, other = (measured(pipeline, judges, key=key) for key in (0, 0, 1))
+    assert first == again and first != other
+
+
+def test_all_timesteps_are_one_program(pipeline):
+    count = 0
+
+    def counting(*arguments):
+        nonlocal count
+        count += 1
+        return noisy(*arguments)
+
+    measured(pipeline, {"scorer": sensitive_judge(pipeline.tokenizer)}, predict_clean=counting)
+    assert count == 1
+
+
+def test_a_judge_that_does_not_give_numbers_is_named(pipeline):
+    judge, params = brightness_judge(pipeline.tokenizer)
+    judges = {"scorer": (judge, params), "plain": (judge, params | {"sign": jnp.float32(np.nan)})}
+    with pytest.raises(UserError, match="judge 'plain' are not finite at t = 0; check its weights"):
+        measured(pipeline, judges)
+
+
+def test_what_is_shown(result):
+    lines = accuracy_table(result, ["zeal", "blind", "equal"]).splitlines()
+    assert len({len(line) for line in lines}) == 1, "columns are aligned"
+    labels = [line.split("|")[1].strip() for line in lines]
+    assert labels[2:] == ["zeal", "blind", "equal", "gain over blind", "gain over equal"]
+    assert lines[0].count("t = ") == 3 and "0.722 [0.491, 0.875]" in lines[2] and "+0.222 [" in lines[6]
+    row = json.loads(json.dumps(accuracy_row(result[951])))
+    accuracy = result[951].accuracy["zeal"]
+    assert row["accuracy"]["zeal"] == {"value": 5 / 18, "interval": list(accuracy.interval)}
+    assert row["gain"]["blind"]["value"] == pytest.approx(-8 / 18) and row["gain"]["blind"]["interval"][1] < 0
+
+
+def test_the_first_pairs_are_those_of_any_batch_size():
+    for batch_size in (3, 8, 20):
+        batches = list(first_pairs(pairs(batch_size), 7))
+        assert len(batches) == -(-7 // batch_size)
+        weights = np.concatenate([batch.weights for batch in batches])
+        assert weights.dtype == np.float32 and weights.tolist() == [0.25] * 7 + [0] * (len(weights) - 7)
