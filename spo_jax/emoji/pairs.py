@@ -34,7 +34,7 @@ OUT = flags.DEFINE_string("out", None, "A new folder.")
 
 
 class Split(NamedTuple):
-    """A split: its captions, pictures of each, whether every two of them make a pair or each is in one, votes a pair."""
+    """Captions, pictures of each, whether every two of them make a pair or each is in one only, votes on a pair."""
 
     captions: list[str]
     pictures: int
