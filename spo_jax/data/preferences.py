@@ -119,6 +119,7 @@ class PairLoader:
         self._counts = dict.fromkeys(("used", "unlabelled", *FAULTS), 0)
         if state is not None:
             self._restore(state)
+        self._handed_out = (self._position, dict(self._counts))
         self._end = None if num_epochs is None else num_epochs * len(source)
         # Records since the last good one; the only good one may come first in one epoch and last in the next.
         self._in_vain, self._max_in_vain = 0, self._end or 2 * len(source)
@@ -158,6 +159,8 @@ class PairLoader:
             "position": -1,
         }
         full = [filler if row is None else row for row in rows]
+        # Not before: what an interruption finds half collected has not been handed out.
+        self._handed_out = (self._position, dict(self._counts))
         return PairBatch(
             captions=[row["caption"] for row in full],
             images=np.stack([row["images"] for row in full]),
@@ -172,7 +175,8 @@ class PairLoader:
         ``counts`` has ``used``, ``unlabelled`` and the names in ``FAULTS``; together they are the records that this
         process has gone through.
         """
-        return {"position": self._position, "counts": dict(self._counts), "stream": dict(self._stream)}
+        position, counts = self._handed_out
+        return {"position": position, "counts": dict(counts), "stream": dict(self._stream)}
 
     def close(self) -> None:
         """Ends the worker processes."""

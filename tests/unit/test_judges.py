@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from spo_jax.checkpoints.pipeline import read_clip
+from spo_jax.checkpoints.pipeline import read_clip, read_pipeline
+from spo_jax.diffusion.schedule import make_schedule
+from spo_jax.distributed.mesh import make_mesh
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.models.clip import is_time_layer
 from spo_jax.preference.scorers import make_clip_scorer, make_function_scorer
 from spo_jax.training.config_check import check_config
+from spo_jax.training.evaluation import encode_prompts
 from spo_jax.training.judges import check_function, load_function, make_scorer
+from spo_jax.training.rollout import make_collect, make_encode
 
 
 class Tokenizer:
@@ -39,6 +43,12 @@ def inputs(count=3, size=32):
     return images, jnp.asarray(generator.integers(1, 60, (count, 16)), jnp.int32)
 
 
+def score_of(scorer):
+    return jax.jit(
+        lambda params, images, tokens, t: scorer.score(params, images, scorer.encode_text(params, tokens), t)
+    )
+
+
 # -------------------------------------------------------------------------------------------------- preference models
 def test_a_step_aware_model_is_told_the_timestep_and_a_plain_clip_has_no_time_layers():
     images, tokens = inputs()
@@ -46,11 +56,11 @@ def test_a_step_aware_model_is_told_the_timestep_and_a_plain_clip_has_no_time_la
         scorer, params = make_scorer(path)
         paths = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         assert any(is_time_layer(path) for path in paths) == moves
-        text = scorer.encode_text(params, tokens)
-        first, second = (scorer.score(params, images, text, jnp.full(3, t)) for t in (0, 951))
+        score = score_of(scorer)
+        first, second = (score(params, images, tokens, jnp.full(3, t)) for t in (0, 951))
         assert bool((first != second).any()) == moves
     with_identity = read_clip(resolve("emoji:model/clip"), step_aware=True)
-    as_before = make_clip_scorer(with_identity[0]).score(with_identity[1], images, text, jnp.full(3, 951))
+    as_before = score_of(make_clip_scorer(with_identity[0]))(with_identity[1], images, tokens, jnp.full(3, 951))
     np.testing.assert_allclose(second, as_before, rtol=0, atol=1e-4)
 
 
@@ -140,3 +150,18 @@ def test_a_functions_scores_are_its_own():
     scorer = make_function_scorer(lambda images, tokens, timesteps: images[:, 0, 0, 0])
     images = jnp.linspace(-1, 1, 5)[:, None, None, None] * jnp.ones((5, 4, 4, 3))
     np.testing.assert_array_equal(scorer.score({}, images, None, jnp.zeros(5)), images[:, 0, 0, 0])
+
+
+# -------------------------------------------------------------------------------------------------------- in training
+def test_a_plain_clip_fits_into_the_sampling_program():
+    """Its shapes only; runs with the other two kinds of judges are in tests/system."""
+    config = tiny.get_config()
+    config.sampling.num_steps = 4
+    pipeline = read_pipeline(resolve(config.model))
+    scorer, scorer_params = make_scorer("emoji:model/clip")
+    params = {**pipeline.params, "scorer": scorer_params}
+    encode = jax.jit(make_encode(pipeline, scorer))
+    prompts = encode_prompts(encode, params, pipeline, pipeline.tokenizer, ["a fox on a teal background"] * 8)
+    collect = make_collect(config, pipeline, scorer, make_schedule(pipeline.scheduler_config, 4), make_mesh(1, 8))
+    rollout = jax.eval_shape(collect, params, {}, prompts, jax.random.key(0))
+    assert rollout.pairs.valid.shape == (16,)

@@ -117,6 +117,21 @@ def test_a_state_goes_on_with_the_next_record(source, before, sizes, count):
     assert second.state() == whole.state()
 
 
+def test_what_an_interruption_finds_half_collected_is_not_lost():
+    class Interrupted(list):
+        def __getitem__(self, index):
+            if index == numbers(expected)[6]:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    expected = take(make(MIXED), 4)
+    loader = make(Interrupted(MIXED))
+    first = take(loader, 1)
+    with pytest.raises(KeyboardInterrupt):
+        next(loader)
+    assert numbers(first + take(make(MIXED, state=loader.state()), 3)) == numbers(expected)
+
+
 def test_counts_add_up_to_the_records_gone_through():
     loader = make(MIXED)
     for _ in range(30):

@@ -297,6 +297,23 @@ def test_interrupted_preparation_leaves_nothing_that_looks_complete(tmp_path):
     write_split(out, "validation", map(record, range(2)))
     assert len(open_pairs(f"{out}@train")) == 3 and len(open_pairs(f"{out}@validation")) == 2
     assert not list(out.glob(".incomplete*"))
+    (out / "dataset_info.json").unlink()  # the last file that is written
+    refused("interrupted", open_pairs, f"{out}@train")
+    write_split(out, "train", map(record, range(3)))
+    assert len(open_pairs(f"{out}@train")) == 3
+
+
+def test_a_full_disk(tmp_path):
+    script = (
+        "import resource, signal, sys; from pathlib import Path; from spo_jax.data.builder import write_split;"
+        "from tests.preference_data import record\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
+        "write_split(Path(sys.argv[1]), 'train', [record(i, image_0=bytes(100_000)) for i in range(20)])"
+    )
+    arguments = [sys.executable, "-c", script, str(tmp_path / "out")]
+    result = subprocess.run(arguments, cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert "UserError: --out=" in result.stderr and "File too large); make space or choose another" in result.stderr
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_large_splits_have_several_files(tmp_path, monkeypatch):
