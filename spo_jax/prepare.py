@@ -1,7 +1,7 @@
 """Preference pairs for training: reads them as they are published or collected, and writes what the loader reads.
 
     python -m spo_jax.prepare --source='pickapic/data/train-*.parquet' --split=train --out=data/pickapic
-    python -m spo_jax.prepare --source='pickapic/data/validation_unique-*' --split=validation --out=data/pickapic
+    python -m spo_jax.prepare --source='pickapic/data/validation_unique-*.parquet' --split=valid --out=data/pickapic
     python -m spo_jax.prepare --source=my_pairs --out=data/mine    # a folder with one CSV or JSONL file and pictures
 
 Nothing is dropped or changed. Formats, and what training skips: docs/data.md.

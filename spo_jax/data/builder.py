@@ -21,6 +21,7 @@ from spo_jax.errors import UserError
 NAME = "preference_pairs"
 INFO = "dataset_info.json"
 _SHARD_BYTES = 256 * 2**20
+_LEFT_OVER = re.compile(rf"\.incomplete-|{NAME}-|features\.json")  # of an interrupted preparation
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 
 
@@ -107,7 +108,7 @@ def check_output(out: Path, split: str) -> None:
     if (out / INFO).is_file():
         if split in open_builder(out).info.splits:
             raise UserError(f"--out={out} has a split {split!r} already; choose another --out or --split.")
-    elif out.is_dir() and any(not path.name.startswith(".incomplete-") for path in out.iterdir()):
+    elif out.is_dir() and not all(_LEFT_OVER.match(path.name) for path in out.iterdir()):
         raise UserError(f"--out={out} has other files in it; choose a new folder.")
 
 
@@ -150,7 +151,8 @@ def write_split(out: Path, split: str, records: Iterable[Record]) -> None:
             builder.info.write_to_directory(written)
         os.replace(written / "features.json", out / "features.json")
         os.replace(written / INFO, out / INFO)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written ({error.strerror or error}); choose another place.") from error
+    except (OSError, RuntimeError) as error:  # array_record raises the latter when the disk is full
+        reason = getattr(error, "strerror", None) or str(error).partition(";")[0]
+        raise UserError(f"--out={out} cannot be written ({reason}); make space or choose another place.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

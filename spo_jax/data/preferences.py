@@ -119,8 +119,10 @@ class PairLoader:
         self._counts = dict.fromkeys(("used", "unlabelled", *FAULTS), 0)
         if state is not None:
             self._restore(state)
-        self._in_vain = 0  # records since the last good one
+        self._handed_out = (self._position, dict(self._counts))
         self._end = None if num_epochs is None else num_epochs * len(source)
+        # Records since the last good one; the only good one may come first in one epoch and last in the next.
+        self._in_vain, self._max_in_vain = 0, self._end or 2 * len(source)
         self.num_batches = None if self._end is None else -(-self._end // (batch_size * process_count))
 
         records = grain.MapDataset.range(len(source)).seed(seed % 2**32)
@@ -157,6 +159,8 @@ class PairLoader:
             "position": -1,
         }
         full = [filler if row is None else row for row in rows]
+        # Not before: what an interruption finds half collected has not been handed out.
+        self._handed_out = (self._position, dict(self._counts))
         return PairBatch(
             captions=[row["caption"] for row in full],
             images=np.stack([row["images"] for row in full]),
@@ -171,7 +175,8 @@ class PairLoader:
         ``counts`` has ``used``, ``unlabelled`` and the names in ``FAULTS``; together they are the records that this
         process has gone through.
         """
-        return {"position": self._position, "counts": dict(self._counts), "stream": dict(self._stream)}
+        position, counts = self._handed_out
+        return {"position": position, "counts": dict(counts), "stream": dict(self._stream)}
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -203,7 +208,7 @@ class PairLoader:
                 f"Record {row['record']} of the data cannot be used ({reason}: {FAULTS[reason]}); "
                 "mend it and prepare again, or skip such records with config.data.strict=False."
             )
-        if self._in_vain >= self._num_records:
+        if self._in_vain >= self._max_in_vain:
             counts = ", ".join(f"{count} {name}" for name, count in self._counts.items() if count)
             raise UserError(f"None of the {self._num_records} records of the data can be used ({counts}).")
         return None if reason else row

@@ -199,7 +199,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         try:
             yield from reader
         except csv.Error as error:
-            raise UserError(f"File {path}, line {reader.line_num}: not valid CSV ({error}); mend it.") from error
+            raise UserError(f"File {path}, line {reader.reader.line_num}: not valid CSV ({error}); mend it.") from error
         return
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -2,11 +2,12 @@
 
     python -m spo_jax.emoji.pairs --out=runs/emoji_pairs
 
-The shipped base model draws several pictures of each caption, and a simulated person prefers the more colourful one of
-two (Hasler and Suesstrunk 2003), with the noise of the Bradley-Terry model: ``P(a preferred) =
-sigmoid((colourfulness(a) - colourfulness(b)) / TEMPERATURE)``. Each split is a JSONL file beside its pictures, as a
-user's own pairs would be; ``python -m spo_jax.prepare`` reads it. Captions of ``test`` are those that neither the base
-model nor SPO has seen.
+The shipped base model draws several pictures of each caption, and simulated people prefer the more colourful one of two
+(Hasler and Suesstrunk 2003), with the noise of the Bradley-Terry model: ``P(a preferred) =
+sigmoid((colourfulness(a) - colourfulness(b)) / TEMPERATURE)``. A pair of ``train`` has the votes of eight people as its
+label, one of ``validation`` and ``test`` the choice of one. Each split is a JSONL file beside its pictures, as a user's
+own pairs would be; ``python -m spo_jax.prepare`` reads it. Captions of ``test`` are those that neither the base model
+nor SPO has seen.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ OUT = flags.DEFINE_string("out", None, "A new folder.")
 
 
 class Split(NamedTuple):
-    """Captions of a split, pictures of each, and whether every two of them make a pair or each is in one only."""
+    """Captions, pictures of each, whether every two of them make a pair or each is in one only, votes on a pair."""
 
     captions: list[str]
     pictures: int
     all_pairs: bool
+    votes: int
 
 
 def splits(seed: int) -> dict[str, Split]:
@@ -46,9 +48,9 @@ def splits(seed: int) -> dict[str, Split]:
     order = np.random.default_rng([seed, 7]).permutation(len(captions))
     validation, training = order[:NUM_VALIDATION_CAPTIONS], order[NUM_VALIDATION_CAPTIONS:]
     return {
-        "train": Split([captions[i] for i in training], 4, all_pairs=True),
-        "validation": Split([captions[i] for i in validation], 8, all_pairs=False),
-        "test": Split(world.captions(world.HELD_OUT_PROMPTS), 16, all_pairs=False),
+        "train": Split([captions[i] for i in training], 4, all_pairs=True, votes=8),
+        "validation": Split([captions[i] for i in validation], 4, all_pairs=False, votes=1),
+        "test": Split(world.captions(world.HELD_OUT_PROMPTS), 12, all_pairs=False, votes=1),
     }
 
 
@@ -86,8 +88,8 @@ def main() -> None:
                 captions = split.captions[start : start + CAPTIONS_PER_BATCH]
                 images, colors = sample(captions, split.pictures, rng.stream(rng.stream(root, name), "batch", start))
                 difference = colors[:, first] - colors[:, second]
-                labels = generator.random(difference.shape) < 1 / (1 + np.exp(-difference / TEMPERATURE))
-                agreements.append((difference > 0) == labels)
+                labels = generator.binomial(split.votes, 1 / (1 + np.exp(-difference / TEMPERATURE))) / split.votes
+                agreements.append(((difference > 0) == (labels > 0.5))[labels != 0.5])
                 for row, caption in enumerate(captions):
                     files = [f"{name}/{start + row:04d}_{i:02d}.png" for i in range(split.pictures)]
                     for file, image in zip(files, images[row], strict=True):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +39,7 @@ from spo_jax.distributed.mesh import (
     weight_shardings,
 )
 from spo_jax.emoji import resolve
+from spo_jax.errors import UserError
 from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training import checkpoint
 from spo_jax.training.config_check import check_spm_config
@@ -47,11 +47,13 @@ from spo_jax.training.judges import make_scorer
 from spo_jax.training.metrics import MetricsWriter, check_finite
 from spo_jax.training.noisy_pairs import make_predict_clean
 from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
-from spo_jax.training.pair_accuracy import Judge, PairAccuracy, make_measure_accuracy
+from spo_jax.training.pair_accuracy import Judge, accuracy_row, first_pairs, make_measure_accuracy
 from spo_jax.training.report import write_summary
 from spo_jax.training.rollout import make_encode
 from spo_jax.training.spm_update import make_relabel, make_spm_update, spm_metrics
 from spo_jax.types import JudgedPairs, PromptBatch, TrainState
+
+SCORER, TOLD_0 = "scorer", "told_0"  # judges that are measured: the model, and the same one kept from knowing t
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -139,9 +141,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     options |= {"keep_only_with_label": config.data.keep_only_with_label, "seed": config.seed}
     options |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
     pairs_key = rng.stream(root, "pairs")
-    judges = {"scorer": Judge(scorer, tokenizers.scorer)}
+    judges = {SCORER: Judge(scorer, tokenizers.scorer)}
     if config.scorer.step_aware:
-        judges["told_0"] = Judge(scorer, tokenizers.scorer, step_aware=False)
+        judges[TOLD_0] = Judge(scorer, tokenizers.scorer, step_aware=False)
     measure_accuracy = make_measure_accuracy(pipeline, predict_clean, judges, mesh)
 
     def measure(state: TrainState) -> dict[str, Any]:
@@ -151,7 +153,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         with contextlib.closing(PairLoader(held_out, num_epochs=1, **once)) as loader:
             batches = first_pairs(loader, config.validation.num_pairs // jax.process_count())
             totals = measure_accuracy(params, batches, config.validation.timesteps, rng.stream(root, "validation"))
-        return {str(timestep): as_json(total) for timestep, total in totals.items()}
+        if not next(iter(totals.values())).accuracy[SCORER].count:
+            raise UserError(
+                f"None of the first {config.validation.num_pairs} records of {config.data.validation} is a pair with a "
+                "preferred picture; nothing can be measured there, choose another config.data.validation."
+            )
+        return {str(timestep): accuracy_row(total) for timestep, total in totals.items()}
 
     window: list[Any] = []
     training_began = time.time()
@@ -179,7 +186,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 window = []
                 if last or step % config.validation.every == 0:
                     measured = accuracy[str(step)] = measure(state)
-                    row |= {f"accuracy_t{timestep}": entry["value"] for timestep, entry in measured.items()}
+                    row |= {
+                        f"accuracy_t{timestep}": entry["accuracy"][SCORER]["value"]
+                        for timestep, entry in measured.items()
+                    }
                     if best_step(accuracy) == step:
                         write_scorer(workdir / "best", clip, state.result, dtype=config.scorer.dtype)
                 writer.write(step, row)
@@ -245,27 +255,9 @@ def make_to_devices(tokenizers: Tokenizers, mesh: Mesh) -> Callable[[PairBatch],
     return to_devices
 
 
-def first_pairs(batches: Iterable[PairBatch], count: int) -> Iterator[PairBatch]:
-    """The first ``count`` pairs: of the last batch, the others get weight 0."""
-    for batch in batches:
-        rows = len(batch.weights)
-        yield dataclasses.replace(batch, weights=np.where(np.arange(rows) < count, batch.weights, np.float32(0)))
-        count -= rows
-        if count <= 0:
-            return
-
-
 def tokenizer_of(path: str, pipeline: Pipeline) -> Any:
     """The tokenizer at ``path``; the pipeline's first one if that is empty."""
     return read_tokenizer(resolve(path)) if path else pipeline.tokenizer
-
-
-def as_json(total: PairAccuracy) -> dict[str, Any]:
-    """What is recorded of one timestep."""
-    accuracy = total.accuracy["scorer"]
-    gains = {f"gain_over_{name}": {"value": g.value, "interval": g.interval} for name, g in total.gain.items()}
-    counts = {"count": accuracy.count, "ties": accuracy.ties}
-    return {"value": accuracy.value, "interval": accuracy.interval, **counts, **gains}
 
 
 def data_metrics(counts: Mapping[str, int]) -> dict[str, float]:
@@ -279,11 +271,10 @@ def data_metrics(counts: Mapping[str, int]) -> dict[str, float]:
     }
 
 
-def mean_accuracy(by_timestep: Mapping[str, Any]) -> float:
-    """Over the timesteps."""
-    return float(np.mean([entry["value"] for entry in by_timestep.values()]))
-
-
 def best_step(accuracy: Mapping[str, Mapping[str, Any]]) -> int:
-    """The measured step, after the start, with the highest mean accuracy; the earliest of equal ones."""
-    return max((int(step) for step in accuracy if step != "0"), key=lambda s: (mean_accuracy(accuracy[str(s)]), -s))
+    """The measured step, after the start, with the highest accuracy over all timesteps; the earliest of equal ones."""
+
+    def mean(step: int) -> float:
+        return float(np.mean([row["accuracy"][SCORER]["value"] for row in accuracy[str(step)].values()]))
+
+    return max((int(step) for step in accuracy if step != "0"), key=lambda step: (mean(step), -step))

@@ -64,7 +64,9 @@ def shown(pipeline, pairs, timesteps, chunk=0, positions=None, guidance_scale=2.
 
 def test_it_is_the_one_step_prediction_of_diffusers(pipeline):
     """Noising, guided prediction and decoding in PyTorch, with the same random numbers; pictures share the noise."""
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(str(resolve("emoji:model")), safety_checker=None)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(
+        resolve("emoji:model"), local_files_only=True, torch_dtype=torch.float32
+    )
     scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
     scheduler.set_timesteps(1000)
     pairs, timesteps = some_pairs(pipeline), [0, 1, 150, 251, 500, 701, 951, 999]

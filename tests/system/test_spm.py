@@ -1,0 +1,209 @@
+"""Training of a preference model by the command: what it writes, that it survives SIGKILL and damaged records."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spo_jax.checkpoints.pipeline import read_clip
+from spo_jax.checkpoints.safetensors_io import read_tensors
+from spo_jax.data.builder import write_split
+from spo_jax.data.preferences import PairLoader, open_pairs
+from spo_jax.data.records import FAULTS
+from spo_jax.emoji import resolve
+from spo_jax.training.metrics import read_metrics
+from tests.preference_data import DAMAGE, damage, record
+from tests.system.commands import ROOT, command, environment, run
+
+BATCH, GOOD = 48, 960  # twenty steps are an epoch
+TEN_WAYS = list(DAMAGE)[:10]
+SMALL = {
+    "num_steps": 40,
+    "train.batch_size": BATCH,
+    "train.warmup_steps": 4,
+    "log_every": 2,
+    "checkpoint.every": 4,
+    "validation.every": 20,
+    "validation.num_pairs": 50,
+    "validation.batch_size": 24,
+    "validation.timesteps": "(0, 701)",
+}
+SHORT = {"num_steps": 4, "validation.every": 4, "checkpoint.every": 2}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compilation_cache")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """One per cent of the training records are damaged, in ten ways; 50 good ones to validate, a third of them ties."""
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    records = [record(i) for i in range(GOOD + 10)]
+    for i, how in enumerate(TEN_WAYS):
+        records[97 * i] = damage(records[97 * i], how)
+    write_split(folder, "train", records)
+    write_split(folder, "validation", [record(i) for i in range(2000, 2060)])
+    return folder
+
+
+def spm_command(workdir, data, **overrides):
+    options = SMALL | {"data.train": f"{data}@train", "data.validation": f"{data}@validation"} | overrides
+    flags = [f"--config.{key}={value}" for key, value in options.items()]
+    return [sys.executable, "-m", "spo_jax.main", "--config=configs/spm_tiny.py", f"--workdir={workdir}", *flags]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache, data):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    result = run(spm_command(workdir, data), environment(cache) | {"JAX_LOG_COMPILES": "1"})
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory, cache, data):
+    workdir = tmp_path_factory.mktemp("short")
+    result = run(spm_command(workdir, data, **SHORT), environment(cache))
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def numbers(workdir):
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in read_metrics(workdir / "metrics.jsonl")]
+
+
+def test_evidence_is_written_and_the_update_compiles_once(undisturbed):
+    workdir, result = undisturbed
+    summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+    assert summary["best_step"] in (20, 40)
+    for model in ("start", "best", "last"):
+        assert list(summary["accuracy"][model]) == ["0", "701"]
+        row = summary["accuracy"][model]["701"]
+        low, high = row["accuracy"]["scorer"]["interval"]
+        assert low <= row["accuracy"]["scorer"]["value"] <= high
+        assert set(row["gain"]) == {"told_0"}
+    # The start knows no timestep yet, so that telling it makes no difference.
+    assert summary["accuracy"]["start"]["701"]["gain"]["told_0"]["value"] == 0
+    rows = read_metrics(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(2, 41, 2))
+    expected = "loss accuracy grad_norm learning_rate records_used records_skipped records_unlabelled num_pairs"
+    assert set(expected.split()) <= set(rows[0])
+    assert [row["step"] for row in rows if "accuracy_t701" in row] == [20, 40]
+    assert rows[-1]["learning_rate"] < rows[1]["learning_rate"] == pytest.approx(3e-4)
+    assert list((workdir / "tensorboard").glob("events.*"))
+    assert len(list((workdir / "checkpoints").iterdir())) == 2
+    assert result.stderr.count("Finished XLA compilation of jit(update)") == 1
+
+
+def test_damaged_records_are_counted_and_every_good_one_is_used_once_an_epoch(undisturbed, data):
+    workdir, _ = undisturbed
+    records = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))["records"]
+    assert records["used"] == 40 * BATCH == 2 * GOOD
+    # The run ends with the last good record of the second epoch; damaged ones may come after it.
+    loader = PairLoader(open_pairs(f"{data}@train"), batch_size=BATCH, size=(32, 32), seed=0, num_workers=0)
+    seen = np.concatenate([next(loader).positions for _ in range(40)])
+    good = np.setdiff1d(np.arange(GOOD + 10), [97 * i for i in range(10)])
+    assert records == loader.state()["counts"]
+    assert sum(records.values()) == loader.state()["position"]
+    loader.close()
+    # Each epoch is a permutation of the records: as many positions of it were used as there are good records.
+    for epoch in (0, 1):
+        assert ((seen >= epoch * (GOOD + 10)) & (seen < (epoch + 1) * (GOOD + 10))).sum() == len(good)
+    assert len(set(seen.tolist())) == len(seen)
+    first_epoch = PairLoader(
+        open_pairs(f"{data}@train"), batch_size=1, size=(32, 32), seed=0, num_workers=0, num_epochs=1
+    )
+    for _ in first_epoch:
+        pass
+    faults = {name: n for name, n in first_epoch.state()["counts"].items() if name in FAULTS and n}
+    assert faults == {name: [DAMAGE[how][1] for how in TEN_WAYS].count(name) for name in faults}
+    assert sum(faults.values()) == 10
+
+
+def test_killed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, cache, data):
+    """SIGKILL in the first and in the second epoch, then the same command to the end; decoding in worker processes."""
+    workdir, _ = undisturbed
+    # The config must be that of the run, and the number of workers is part of it.
+    arguments, env = spm_command(tmp_path, data), environment(cache)
+    for rows_before_kill in (5, 13):
+        process = subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(read_metrics(tmp_path / "metrics.jsonl")) < rows_before_kill:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) < 20
+    result = run(arguments, env)
+    assert result.returncode == 0, result.stderr
+    for file in ("best/model.safetensors", "last/model.safetensors"):
+        assert (tmp_path / file).read_bytes() == (workdir / file).read_bytes()
+    assert numbers(tmp_path) == numbers(workdir)
+    ours, theirs = (json.loads((w / "summary.json").read_text(encoding="utf-8")) for w in (tmp_path, workdir))
+    assert ours["accuracy"] == theirs["accuracy"] and ours["records"] == theirs["records"]
+
+
+def test_eight_devices_that_split_the_weights_give_the_numbers_of_one(short, tmp_path, cache, data):
+    changes = {"mesh.fsdp": 8, "chunk": 24, "data.num_workers": 1}
+    result = run(spm_command(tmp_path, data, **SHORT, **changes), environment(cache, num_devices=8))
+    assert result.returncode == 0, result.stderr
+    for ours, theirs in zip(numbers(tmp_path), numbers(short), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4 if key == "grad_norm" else 1e-5), key
+
+
+def test_spo_takes_the_model_by_its_path(short, tmp_path, cache):
+    arguments = command(tmp_path, scorer__path=short / "best", num_batches=1)
+    result = run(arguments, environment(cache))
+    assert result.returncode == 0, result.stderr
+    keys = read_tensors(short / "best" / "model.safetensors")
+    assert "model.t_embedder.mlp.0.weight" in keys and "model.vision_model.adaLN_modulation.1.bias" in keys
+    clip, params = read_clip(short / "last", step_aware=True)
+    start = read_clip(resolve("emoji:model/clip"), step_aware=True)[1]
+    moved = params["vision_model"]["encoder"]["layers_0"]["adaLN_modulation_1"]["kernel"]
+    assert clip.step_aware and jnp.abs(moved).max() > 0, "the time layers learn"
+    assert jnp.abs(params["visual_projection"]["kernel"] - start["visual_projection"]["kernel"]).max() > 1e-4
+
+
+def test_a_model_without_the_timestep_from_labels_of_a_judge(tmp_path, cache, data):
+    """The other half of the options at once; the result is a plain CLIP folder."""
+    changes = {"scorer.step_aware": False, "labels.judge": "emoji:model/clip", "train.accumulation_steps": 2}
+    changes |= {"remat": True, "train.ema_decay": 0.5, "scorer.dtype": "float32", "num_steps": 2, "log_every": 1}
+    changes |= {"validation.every": 2, "checkpoint.every": 2, "train.warmup_steps": 1, "dtype": "bfloat16"}
+    result = run(spm_command(tmp_path, data, **changes), environment(cache))
+    assert result.returncode == 0, result.stderr
+    assert [row["num_pairs"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2 * BATCH, 2 * BATCH]
+    assert "visual_projection.weight" in read_tensors(tmp_path / "best" / "model.safetensors")
+    assert not read_clip(tmp_path / "best", step_aware=None)[0].step_aware
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data.train": "nowhere@train"}, ["nowhere", "spo_jax.prepare"]),
+        ({"data.validation": "{data}@test"}, ["test", "train, validation"]),
+        ({"checkpoint.every": 3}, ["config.checkpoint.every", "multiple of log_every"]),
+        ({"train.warmup_steps": 40}, ["config.train.warmup_steps"]),
+        ({"chunk": 7}, ["config.chunk", "divisor"]),
+        ({"validation.timesteps": "(0, 1000)"}, ["config.validation.timesteps", "999"]),
+        ({"scorer.init": "nowhere"}, ["nowhere"]),
+        ({"method": "dpo"}, ["config.method", "dpo"]),
+        ({"data.strict": True}, ["Record", "config.data.strict"]),
+    ],
+)
+def test_a_mistake_ends_with_one_sentence(tmp_path, cache, data, changes, words):
+    changes = {key: value.format(data=data) if isinstance(value, str) else value for key, value in changes.items()}
+    result = run(spm_command(tmp_path / "w", data, **changes), environment(cache))
+    assert result.returncode == 2, result.stderr
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("spo_jax: error: ") and "Traceback" not in result.stderr
+    for word in words:
+        assert word in message
+    assert "data.strict" in changes or not (tmp_path / "w").exists()
