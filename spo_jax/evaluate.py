@@ -134,7 +134,10 @@ def main() -> None:
             "skipped": skipped,
             "timesteps": [{"timestep": timestep, **accuracy_row(measured[timestep])} for timestep in timesteps],
         }
-        out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        try:
+            out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another place.") from error
         print(f"Numbers: {out}")
 
 
