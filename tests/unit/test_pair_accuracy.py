@@ -68,12 +68,11 @@ def noisy(params, images, prompts, timesteps, keys):
     return images / 127.5 - 1.0 + 0.3 * shift + 0 * timesteps[:, None, None, None, None]
 
 
-def measured(pipeline, judges, batch_size=8, mesh=None, key=0, predict_clean=noisy):
-    measure = make_measure_accuracy(
-        pipeline, predict_clean, {name: judge for name, (judge, _) in judges.items()}, mesh or make_mesh(-1, 1)
-    )
+def measured(pipeline, judges, predict_clean=noisy):
+    only_judges = {name: judge for name, (judge, _) in judges.items()}
+    measure = make_measure_accuracy(pipeline, predict_clean, only_judges, make_mesh(-1, 1))
     params = {**pipeline.params, "judges": {name: params for name, (_, params) in judges.items()}}
-    return measure(params, pairs(batch_size), TIMESTEPS, jax.random.key(key))
+    return measure(params, pairs(8), TIMESTEPS, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -103,18 +102,15 @@ def sensitive_judge(tokenizer):
     return Judge(scorer, tokenizer), {}
 
 
-@pytest.mark.parametrize("batch_size, data", [(16, 8), (5, 1)])
-def test_the_batch_and_the_devices_do_not_matter(pipeline, batch_size, data):
-    judges = {"scorer": sensitive_judge(pipeline.tokenizer)}
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:data]).reshape(data, 1), AXES)
-    expected = measured(pipeline, judges)
-    assert measured(pipeline, judges, batch_size, mesh) == expected
-
-
-def test_the_key_decides_the_noise(pipeline):
-    judges = {"scorer": sensitive_judge(pipeline.tokenizer)}
-    first, again, other = (measured(pipeline, judges, key=key) for key in (0, 0, 1))
-    assert first == again and first != other
+def test_batch_and_devices_do_not_decide_the_noise_but_the_key(pipeline):
+    judge, params = sensitive_judge(pipeline.tokenizer)
+    params = {**pipeline.params, "judges": {"scorer": params}}
+    results = []
+    for num_devices, batch_size in ((8, 8), (1, 5)):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]).reshape(num_devices, 1), AXES)
+        measure = make_measure_accuracy(pipeline, noisy, {"scorer": judge}, mesh)
+        results += [measure(params, pairs(batch_size), TIMESTEPS, jax.random.key(key)) for key in (0, 1)]
+    assert results[0] == results[2] != results[1] == results[3]
 
 
 def test_all_timesteps_are_one_program(pipeline):
