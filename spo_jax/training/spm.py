@@ -43,7 +43,6 @@ from spo_jax.errors import UserError
 from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training import checkpoint
 from spo_jax.training.config_check import check_spm_config
-from spo_jax.training.judges import make_scorer
 from spo_jax.training.metrics import MetricsWriter, check_finite
 from spo_jax.training.noisy_pairs import make_predict_clean
 from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
@@ -97,8 +96,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     tokenizers = Tokenizers(pipeline, tokenizer_of(config.scorer.tokenizer, pipeline))
     frozen, relabel = dict(pipeline.params), None
     if config.labels.judge:
-        judge, frozen["judge"] = make_scorer(config.labels.judge, dtype=dtype, sharding=placement)
-        relabel = make_relabel(judge, config.labels.threshold)
+        judge, frozen["judge"] = read_clip(
+            resolve(config.labels.judge), step_aware=None, dtype=dtype, sharding=placement
+        )
+        # It sees the pictures themselves, as CLIP's own image processor would show them.
+        relabel = make_relabel(make_clip_scorer(judge, antialias=True), config.labels.threshold)
         tokenizers = tokenizers._replace(judge=tokenizer_of(config.labels.tokenizer, pipeline))
     # Only the timesteps of training matter; the number of sampling steps plays no part.
     schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
