@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     c.dtype = "bfloat16"  # networks compute in it; the trained weights and their optimizer stay float32
     c.remat = False  # True computes the preference model's activations again in the backward pass: less memory
     c.guidance_scale = 5.0  # w of the base model's one-step prediction
+    c.timesteps = (0, 1000)  # training draws t from the first up to the second, not included; (0, 1): hardly any noise
     c.chunk = 0  # pairs that go through the base model at a time, a multiple of the devices; 0: a whole batch
     c.height = placeholder(
         int

@@ -104,6 +104,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         tokenizers = tokenizers._replace(judge=tokenizer_of(config.labels.tokenizer, pipeline))
     # Only the timesteps of training matter; the number of sampling steps plays no part.
     schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
+    check_timesteps(config, len(schedule.alphas_cumprod))
     predict_clean = make_predict_clean(pipeline, schedule, config.guidance_scale, config.chunk)
     encode = make_encode_captions(pipeline)
 
@@ -132,7 +133,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         predict_clean,
         scorer,
         optimizer,
-        num_timesteps=len(schedule.alphas_cumprod),
+        timesteps=config.timesteps,
         relabel=relabel,
         ema_decay=config.train.ema_decay or 0.0,
     )
@@ -255,6 +256,16 @@ def make_to_devices(tokenizers: Tokenizers, mesh: Mesh) -> Callable[[PairBatch],
         return JudgedPairs(**jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), rows))
 
     return to_devices
+
+
+def check_timesteps(config: ConfigDict, count: int) -> None:
+    """Raises UserError if the config names a timestep that the base model, which has ``count``, does not have."""
+    for name, highest in (
+        ("timesteps", config.timesteps[1] - 1),
+        ("validation.timesteps", max(config.validation.timesteps)),
+    ):
+        if highest >= count:
+            raise UserError(f"config.{name} goes up to {highest}, but the base model's last timestep is {count - 1}.")
 
 
 def tokenizer_of(path: str, pipeline: Pipeline) -> Any:
