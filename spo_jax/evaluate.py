@@ -1,7 +1,7 @@
 """Pairwise accuracy of a judge: how often it prefers the picture that people preferred, at several timesteps.
 
     python -m spo_jax.evaluate --model=emoji:model --guidance_scale=2 --pairs=runs/pairs@test --scorer=runs/spm/best
-    python -m spo_jax.evaluate --model=sd15 --pairs=data/pickapic@validation_unique --scorer=FOLDER --plain=PickScore_v1
+    python -m spo_jax.evaluate --model=sd15 --pairs=data/pickapic@validation --scorer=FOLDER --plain=PickScore_v1
 
 Both pictures of a pair get the same noise, the base model predicts the clean ones in one guided step, and every judge
 scores the same pictures: ``scorer``, the one that is measured; ``told_0``, the same one, kept from knowing the
@@ -48,7 +48,7 @@ def main() -> None:
     """Checks the flags, reads the models and measures."""
     if bool(SCORER.value) == bool(FN.value):
         raise UserError("Give either --scorer (for example --scorer=runs/spm/best) or --fn=my_module:score.")
-    for flag, example in ((PAIRS, "data/pickapic@validation_unique"), (MODEL, "emoji:model")):
+    for flag, example in ((PAIRS, "data/pickapic@validation"), (MODEL, "emoji:model")):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing; for example --{flag.name}={example}.")
     timesteps = parse_timesteps(TIMESTEPS.value)
@@ -134,7 +134,10 @@ def main() -> None:
             "skipped": skipped,
             "timesteps": [{"timestep": timestep, **accuracy_row(measured[timestep])} for timestep in timesteps],
         }
-        out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        try:
+            out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another place.") from error
         print(f"Numbers: {out}")
 
 

@@ -25,8 +25,6 @@ from spo_jax.training.noisy_pairs import pair_keys, score_pairs
 from spo_jax.training.rollout import make_encode
 from spo_jax.types import PromptBatch
 
-TIMESTEPS = (0, 251, 501, 701, 951)  # the paper's
-
 
 class Judge(NamedTuple):
     """A scorer with the tokenizer of its captions; without ``step_aware`` it is told t = 0 at every timestep."""

@@ -1,5 +1,8 @@
 """Which judge a config names, and what becomes of a user's own function."""
 
+from functools import partial
+
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 
 from configs import tiny
 from spo_jax.checkpoints.pipeline import read_clip, read_pipeline
+from spo_jax.checkpoints.write_scorer import write_scorer
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import make_mesh
 from spo_jax.emoji import resolve
@@ -17,6 +21,7 @@ from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import encode_prompts
 from spo_jax.training.judges import check_function, load_function, make_scorer
 from spo_jax.training.rollout import make_collect, make_encode
+from tests.golden_data import FOLDER
 
 
 class Tokenizer:
@@ -50,17 +55,20 @@ def score_of(scorer):
 
 
 # -------------------------------------------------------------------------------------------------- preference models
-def test_a_step_aware_model_is_told_the_timestep_and_a_plain_clip_has_no_time_layers():
+def test_a_step_aware_model_is_told_the_timestep_and_a_plain_clip_has_no_time_layers(tmp_path):
     images, tokens = inputs()
-    for path, moves in (("emoji:model/scorer", True), ("emoji:model/clip", False)):
-        scorer, params = make_scorer(path)
-        paths = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        assert any(is_time_layer(path) for path in paths) == moves
+    clip, params = read_clip(FOLDER / "spm", step_aware=None)
+    flat = flax.traverse_util.flatten_dict(params)
+    plain = flax.traverse_util.unflatten_dict({path: x for path, x in flat.items() if not is_time_layer(path)})
+    write_scorer(tmp_path, clip.clone(step_aware=False), plain)
+    for path, moves in ((FOLDER / "spm", True), (tmp_path, False)):
+        scorer, params = make_scorer(str(path))
+        assert any(is_time_layer(path) for path in flax.traverse_util.flatten_dict(params)) == moves
         score = score_of(scorer)
         first, second = (score(params, images, tokens, jnp.full(3, t)) for t in (0, 951))
         assert bool((first != second).any()) == moves
-    with_identity = read_clip(resolve("emoji:model/clip"), step_aware=True)
-    as_before = score_of(make_clip_scorer(with_identity[0]))(with_identity[1], images, tokens, jnp.full(3, 951))
+    with_identity, params = read_clip(tmp_path, step_aware=True)
+    as_before = score_of(make_clip_scorer(with_identity))(params, images, tokens, jnp.full(3, 951))
     np.testing.assert_allclose(second, as_before, rtol=0, atol=1e-4)
 
 
@@ -160,8 +168,10 @@ def test_a_plain_clip_fits_into_the_sampling_program():
     pipeline = read_pipeline(resolve(config.model))
     scorer, scorer_params = make_scorer("emoji:model/clip")
     params = {**pipeline.params, "scorer": scorer_params}
-    encode = jax.jit(make_encode(pipeline, scorer))
-    prompts = encode_prompts(encode, params, pipeline, pipeline.tokenizer, ["a fox on a teal background"] * 8)
+    encode = make_encode(pipeline, scorer)
+    prompts = encode_prompts(
+        partial(jax.eval_shape, encode), params, pipeline, pipeline.tokenizer, ["a fox on a teal background"] * 8
+    )
     collect = make_collect(config, pipeline, scorer, make_schedule(pipeline.scheduler_config, 4), make_mesh(1, 8))
     rollout = jax.eval_shape(collect, params, {}, prompts, jax.random.key(0))
     assert rollout.pairs.valid.shape == (16,)
