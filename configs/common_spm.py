@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.train = "data/pickapic@train"  # FOLDER@SPLIT of pairs that spo_jax.prepare has written
     c.data.validation = "data/pickapic@validation_unique"  # the same; never trained on
-    c.data.keep_only_with_label = True  # leave out records whose has_label is false
+    c.data.keep_only_with_label = False  # True leaves out records whose has_label is false, as validation always does
     c.data.strict = False  # True stops at the first damaged record; otherwise it is skipped and counted
     c.data.num_workers = 2  # processes that decode pictures; 0: none, in this one
 

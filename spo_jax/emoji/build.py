@@ -5,7 +5,7 @@
     python -m spo_jax.emoji.build --stage=unet --workdir=runs/emoji
 
 They draw their pictures with the Debian package fonts-noto-color-emoji. Each stage is resumable: run the same command
-again. The result is ``workdir/model``: a diffusers pipeline folder with the folder of a CLIP beside its parts, ``clip``,
+again. The result is ``workdir/model``: a diffusers pipeline folder with a CLIP beside its parts, ``clip``,
 which measures alignment and which the preference model, ``scorer``, starts from (``configs/spm_tiny.py``).
 """
 

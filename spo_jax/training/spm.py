@@ -151,7 +151,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     def measure(state: TrainState) -> dict[str, Any]:
         """Accuracy by timestep on the validation pairs, always the same pairs with the same noise."""
-        once = {**options, "batch_size": config.validation.batch_size // jax.process_count(), "shuffle": False}
+        once = {**options, "batch_size": config.validation.batch_size // jax.process_count()}
+        once |= {"shuffle": False, "keep_only_with_label": True}
         params = {**pipeline.params, "judges": dict.fromkeys(judges, state.result)}
         with contextlib.closing(PairLoader(held_out, num_epochs=1, **once)) as loader:
             batches = first_pairs(loader, config.validation.num_pairs // jax.process_count())
