@@ -10,6 +10,7 @@ time, and the resident memory of this process and the workers. On a machine that
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -80,11 +81,13 @@ def write_parquet(folder: Path, records: int, pixels: int) -> None:
 
 def processes() -> list[int]:
     """This process and grain's workers."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    for task in Path("/proc/self/task").iterdir():  # grain starts workers from threads
-        children += (task / "children").read_text().split()
-    workers = [int(c) for c in set(children) if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
-    return [os.getpid(), *sorted(workers)]
+    found = [os.getpid()]
+    for path in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # gone already
+            if path.name.isdigit() and b"spawn_main" in (path / "cmdline").read_bytes():
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                found += [int(path.name)] * (parent == os.getpid())
+    return sorted(found)
 
 
 def resident(pid: int) -> float:
