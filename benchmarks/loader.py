@@ -10,9 +10,11 @@ time, and the resident memory of this process and the workers. On a machine that
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -79,17 +81,20 @@ def write_parquet(folder: Path, records: int, pixels: int) -> None:
 
 def processes() -> list[int]:
     """This process and grain's workers."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    for task in Path("/proc/self/task").iterdir():  # grain starts workers from threads
-        children += (task / "children").read_text().split()
-    workers = [int(c) for c in set(children) if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
-    return [os.getpid(), *sorted(workers)]
+    found = [os.getpid()]
+    for path in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # gone already
+            if path.name.isdigit() and b"spawn_main" in (path / "cmdline").read_bytes():
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                found += [int(path.name)] * (parent == os.getpid())
+    return sorted(found)
 
 
 def resident(pid: int) -> float:
-    """MB of a process; pages that it shares with others are divided among them."""
+    """MB of a process without shared memory files; pages that it shares with others are divided among them."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    kilobytes = {line.split()[0]: int(line.split()[1]) for line in lines[1:]}
+    return (kilobytes["Pss:"] - kilobytes.get("Pss_Shmem:", 0)) / 1024
 
 
 def cpu_seconds(pid: int) -> float:
@@ -138,11 +143,14 @@ def run_epoch(name: str) -> None:
         pairs += BATCH.value
         if pairs >= marks[0]:
             marks = [mark for mark in marks if mark > pairs]
-            samples.append((time.time() - start, [resident(pid) for pid in processes()]))
+            sizes = [resident(pid) for pid in processes()]
+            # Pictures on their way between the processes; of this whole machine.
+            sizes.append(shutil.disk_usage("/dev/shm").used / 2**20)
+            samples.append((time.time() - start, sizes))
     seconds, cpu = time.time() - start, sum(map(cpu_seconds, processes())) - cpu
     counts = {name: count for name, count in loader.state()["counts"].items() if count}
     loader.close()
-    print("seconds   MB of this process, of the workers")
+    print("seconds   MB of this process, of the workers, in shared memory")
     for when, sizes in samples[:: max(1, len(samples) // 10)]:
         print(f"{when:7.1f}   " + " ".join(f"{size:6.0f}" for size in sizes))
     totals = np.array([sum(sizes) for _, sizes in samples])

@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     c.dtype = "bfloat16"  # networks compute in it; the trained weights and their optimizer stay float32
     c.remat = False  # True computes the preference model's activations again in the backward pass: less memory
     c.guidance_scale = 5.0  # w of the base model's one-step prediction
+    c.timesteps = (0, 1000)  # training draws t from the first up to the second, not included; (0, 1): hardly any noise
     c.chunk = 0  # pairs that go through the base model at a time, a multiple of the devices; 0: a whole batch
     c.height = placeholder(
         int
@@ -29,9 +30,9 @@ def get_config() -> ConfigDict:
     c.scorer.dtype = "float32"  # of the written weights
 
     c.data = ConfigDict()
-    c.data.train = "pickapic@train"  # FOLDER@SPLIT of pairs that spo_jax.prepare has written
-    c.data.validation = "pickapic@validation_unique"  # the same; never trained on
-    c.data.keep_only_with_label = True  # leave out records whose has_label is false
+    c.data.train = "data/pickapic@train"  # FOLDER@SPLIT of pairs that spo_jax.prepare has written
+    c.data.validation = "data/pickapic@validation_unique"  # the same; never trained on
+    c.data.keep_only_with_label = False  # True leaves out records whose has_label is false, as validation always does
     c.data.strict = False  # True stops at the first damaged record; otherwise it is skipped and counted
     c.data.num_workers = 2  # processes that decode pictures; 0: none, in this one
 

@@ -1,8 +1,8 @@
 """The step-aware preference model of Stable Diffusion 1.5, the paper's recipe (arXiv 2406.04314, sections 3.2 and 4).
 
-    python -m spo_jax.prepare --source='pickapic_v1/data/train-*.parquet' --split=train --out=pickapic
-    python -m spo_jax.prepare --source='pickapic_v1/data/validation_unique-*.parquet' --split=validation_unique \\
-        --out=pickapic
+    python -m spo_jax.prepare --source='pickapic/data/train-*.parquet' --split=train --out=data/pickapic
+    python -m spo_jax.prepare --source='pickapic/data/validation_unique-*.parquet' --split=validation_unique \\
+        --out=data/pickapic
     python -m spo_jax.main --config=configs/spm_sd15.py --workdir=runs/spm_sd15
     python -m spo_jax.main --config=configs/sd15.py --config.scorer.path=runs/spm_sd15/best ...
 

@@ -1,8 +1,8 @@
 """The step-aware preference model of SDXL base 1.0, the paper's recipe (arXiv 2406.04314, sections 3.2 and 4).
 
-    python -m spo_jax.prepare --source='pickapic_v1/data/train-*.parquet' --split=train --out=pickapic
-    python -m spo_jax.prepare --source='pickapic_v1/data/validation_unique-*.parquet' --split=validation_unique \\
-        --out=pickapic
+    python -m spo_jax.prepare --source='pickapic/data/train-*.parquet' --split=train --out=data/pickapic
+    python -m spo_jax.prepare --source='pickapic/data/validation_unique-*.parquet' --split=validation_unique \\
+        --out=data/pickapic
     python -m spo_jax.main --config=configs/spm_sdxl.py --workdir=runs/spm_sdxl
     python -m spo_jax.main --config=configs/sdxl.py --config.scorer.path=runs/spm_sdxl/best ...
 

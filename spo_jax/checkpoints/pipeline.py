@@ -39,7 +39,7 @@ from spo_jax.types import AddedConditions
 
 _MAX_JSON_BYTES = 16 * 2**20
 # The released step-aware preference models are bare weight files of this CLIP, PickScore_v1's.
-_CLIP_H = {
+CLIP_H = {
     "projection_dim": 1024,
     "text_config": {
         "hidden_size": 1024,
@@ -246,7 +246,7 @@ def read_clip(
       sharding: where the parameters go, see ``read_params``.
     """
     path = resolve_model(path, variant=variant)
-    folder, default = (path.parent, _CLIP_H) if path.is_file() else (path, None)
+    folder, default = (path.parent, CLIP_H) if path.is_file() else (path, None)
     with _read_config(folder, default) as config:
         clip = CLIPModel.from_config(config, step_aware=step_aware is not False, dtype=dtype)
         shapes = clip_shapes(clip, dtype)

@@ -23,7 +23,7 @@ from absl import flags
 from spo_jax.data.records import FAULTS, Fault, decode_pair
 from spo_jax.errors import UserError
 
-_BUFFER_BYTES = 24 * 2**20  # of decoded pictures that wait in a worker
+_BUFFER_BYTES = 12 * 2**20  # of decoded pictures that wait in a worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,9 @@ class PairLoader:
         stream = rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         item = 6 * size[0] * size[1]
         buffer = max(2, min(batch_size, _BUFFER_BYTES // item))
-        options = grain.experimental.DatasetOptions(min_shm_size=_min_shm_size(num_workers * (buffer + 4) * item))
+        # In a worker, in grain's thread for it, in the batch; and grain frees up to 50 behind our back.
+        in_flight = 2 * num_workers * (buffer + 2) + batch_size + 50
+        options = grain.experimental.DatasetOptions(min_shm_size=_min_shm_size(in_flight * item))
         stream = grain.experimental.WithOptionsIterDataset(stream, options)
         workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=buffer)
         if not flags.FLAGS.is_parsed():

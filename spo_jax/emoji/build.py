@@ -1,13 +1,12 @@
 """Trains the shipped emoji models from scratch, one stage after the other; ``docs/emoji.md`` has the commands.
 
-    python -m spo_jax.emoji.build --stage=clip   --workdir=runs/emoji
-    python -m spo_jax.emoji.build --stage=vae    --workdir=runs/emoji
-    python -m spo_jax.emoji.build --stage=unet   --workdir=runs/emoji
-    python -m spo_jax.emoji.build --stage=scorer --workdir=runs/emoji
+    python -m spo_jax.emoji.build --stage=clip --workdir=runs/emoji
+    python -m spo_jax.emoji.build --stage=vae  --workdir=runs/emoji
+    python -m spo_jax.emoji.build --stage=unet --workdir=runs/emoji
 
-The first three draw their pictures with the Debian package fonts-noto-color-emoji. Each stage is resumable: run the
-same command again. The result is ``workdir/model``: a diffusers pipeline folder with two CLIP folders beside its parts,
-``clip`` (plain, for measuring alignment) and ``scorer`` (the step-aware preference model).
+They draw their pictures with the Debian package fonts-noto-color-emoji. Each stage is resumable: run the same command
+again. The result is ``workdir/model``: a diffusers pipeline folder with a CLIP beside its parts, ``clip``,
+which measures alignment and which the preference model, ``scorer``, starts from (``configs/spm_tiny.py``).
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ from pathlib import Path
 
 from absl import app, flags
 
-from spo_jax.emoji import base_stages, scorer_stage
+from spo_jax.emoji import base_stages
 from spo_jax.errors import UserError
 
 _STAGES = {
     "clip": base_stages.train_clip,
     "vae": base_stages.train_vae,
     "unet": base_stages.train_unet,
-    "scorer": scorer_stage.train_scorer,
 }
 STAGE = flags.DEFINE_enum("stage", None, list(_STAGES), "Which model to train.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where models, checkpoints and logs go.", required=True)

@@ -26,35 +26,40 @@ class Scorer(NamedTuple):
     score: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def preprocess_images(images: Float[Array, "n H W 3"], size: int) -> Float[Array, "n s s 3"]:
+def preprocess_images(
+    images: Float[Array, "n H W 3"], size: int, *, antialias: bool = False
+) -> Float[Array, "n s s 3"]:
     """Images in [-1, 1] to CLIP's pixels: shorter side to ``size``, centre crop, clip to [0, 1], normalise.
 
     The resize is PyTorch's bicubic kernel (a = -0.75) without antialiasing, as the preference model was trained with;
-    JAX's defaults differ from it by several standard deviations on noise.
+    JAX's defaults differ from it by several standard deviations on noise. With ``antialias`` it is Pillow's (a = -0.5),
+    as CLIP's own image processor has it.
     """
     count, height, width, channels = images.shape
     images = images.astype(jnp.float32)
     scale = size / min(height, width)
-    new_height, new_width = int(height * scale + 0.5), int(width * scale + 0.5)
+    # The longer side is rounded; CLIP's image processor rounds it down.
+    new_height, new_width = (max(size, int(side * scale + (0 if antialias else 0.5))) for side in (height, width))
     if (new_height, new_width) != (height, width):
         shape = (count, new_height, new_width, channels)
-        images = jax.image.resize(images, shape, method="bicubic-pytorch", antialias=False)
+        method = "bicubic" if antialias else "bicubic-pytorch"
+        images = jax.image.resize(images, shape, method=method, antialias=antialias)
     top, left = (new_height - size) // 2, (new_width - size) // 2
     images = images[:, top : top + size, left : left + size]
     return (jnp.clip(images / 2 + 0.5, 0.0, 1.0) - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
 
 
-def make_clip_scorer(clip: Any) -> Scorer:
+def make_clip_scorer(clip: Any, *, antialias: bool = False) -> Scorer:
     """The scorer of a CLIP, step-aware or plain: ``exp(logit_scale) * cosine(image, text)``.
 
-    A plain CLIP is given the timesteps too, and does not look at them.
+    A plain CLIP is given the timesteps too, and does not look at them. ``antialias``: see ``preprocess_images``.
     """
 
     def encode_text(params: Any, tokens: jax.Array) -> jax.Array:
         return _unit(clip.apply({"params": params}, tokens, method=clip.text_features))
 
     def score(params: Any, images: jax.Array, text: jax.Array, timesteps: jax.Array) -> jax.Array:
-        pixels = preprocess_images(images, clip.image_size)
+        pixels = preprocess_images(images, clip.image_size, antialias=antialias)
         times = (timesteps,) if clip.step_aware else ()
         image = _unit(clip.apply({"params": params}, pixels, *times, method=clip.image_features))
         return jnp.exp(params["logit_scale"].astype(jnp.float32)) * (image * text).sum(axis=-1)

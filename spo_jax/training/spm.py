@@ -43,7 +43,6 @@ from spo_jax.errors import UserError
 from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training import checkpoint
 from spo_jax.training.config_check import check_spm_config
-from spo_jax.training.judges import make_scorer
 from spo_jax.training.metrics import MetricsWriter, check_finite
 from spo_jax.training.noisy_pairs import make_predict_clean
 from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
@@ -97,11 +96,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     tokenizers = Tokenizers(pipeline, tokenizer_of(config.scorer.tokenizer, pipeline))
     frozen, relabel = dict(pipeline.params), None
     if config.labels.judge:
-        judge, frozen["judge"] = make_scorer(config.labels.judge, dtype=dtype, sharding=placement)
-        relabel = make_relabel(judge, config.labels.threshold)
+        judge, frozen["judge"] = read_clip(
+            resolve(config.labels.judge), step_aware=None, dtype=dtype, sharding=placement
+        )
+        # It sees the pictures themselves, as CLIP's own image processor would show them.
+        relabel = make_relabel(make_clip_scorer(judge, antialias=True), config.labels.threshold)
         tokenizers = tokenizers._replace(judge=tokenizer_of(config.labels.tokenizer, pipeline))
     # Only the timesteps of training matter; the number of sampling steps plays no part.
     schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
+    check_timesteps(config, len(schedule.alphas_cumprod))
     predict_clean = make_predict_clean(pipeline, schedule, config.guidance_scale, config.chunk)
     encode = make_encode_captions(pipeline)
 
@@ -130,7 +133,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         predict_clean,
         scorer,
         optimizer,
-        num_timesteps=len(schedule.alphas_cumprod),
+        timesteps=config.timesteps,
         relabel=relabel,
         ema_decay=config.train.ema_decay or 0.0,
     )
@@ -148,7 +151,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     def measure(state: TrainState) -> dict[str, Any]:
         """Accuracy by timestep on the validation pairs, always the same pairs with the same noise."""
-        once = {**options, "batch_size": config.validation.batch_size // jax.process_count(), "shuffle": False}
+        once = {**options, "batch_size": config.validation.batch_size // jax.process_count()}
+        once |= {"shuffle": False, "keep_only_with_label": True}
         params = {**pipeline.params, "judges": dict.fromkeys(judges, state.result)}
         with contextlib.closing(PairLoader(held_out, num_epochs=1, **once)) as loader:
             batches = first_pairs(loader, config.validation.num_pairs // jax.process_count())
@@ -253,6 +257,16 @@ def make_to_devices(tokenizers: Tokenizers, mesh: Mesh) -> Callable[[PairBatch],
         return JudgedPairs(**jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), rows))
 
     return to_devices
+
+
+def check_timesteps(config: ConfigDict, count: int) -> None:
+    """Raises UserError if the config names a timestep that the base model, which has ``count``, does not have."""
+    for name, highest in (
+        ("timesteps", config.timesteps[1] - 1),
+        ("validation.timesteps", max(config.validation.timesteps)),
+    ):
+        if highest >= count:
+            raise UserError(f"config.{name} goes up to {highest}, but the base model's last timestep is {count - 1}.")
 
 
 def tokenizer_of(path: str, pipeline: Pipeline) -> Any:

@@ -73,7 +73,7 @@ def make_spm_update(
     scorer: Scorer,
     optimizer: optax.GradientTransformation,
     *,
-    num_timesteps: int = 1000,
+    timesteps: tuple[int, int] = (0, 1000),
     relabel: Callable[[Any, JudgedPairs], jax.Array] | None = None,
     ema_decay: float = 0.0,
 ) -> Callable[..., tuple[TrainState, SPMMetrics]]:
@@ -84,7 +84,7 @@ def make_spm_update(
       predict_clean: from ``make_predict_clean``.
       scorer: the preference model.
       optimizer: acts on its parameters.
-      num_timesteps: of the base model's training; each pair gets one of them.
+      timesteps: each pair gets one of them, from the first up to the second, not included.
       relabel: gives the pairs new labels, with the parameters ``frozen["judge"]``.
       ema_decay: of the average, where the state has one.
 
@@ -96,11 +96,11 @@ def make_spm_update(
 
     def update(state: TrainState, frozen: Any, pairs: JudgedPairs, key: jax.Array) -> tuple[TrainState, SPMMetrics]:
         keys = pair_keys(key, pairs.positions)
-        timesteps = jax.vmap(lambda k: jax.random.randint(rng.stream(k, "timestep"), (), 0, num_timesteps))(keys)
-        clean = predict_clean(frozen, pairs.images, encode(frozen, pairs.tokens), timesteps, keys)
+        times = jax.vmap(lambda k: jax.random.randint(rng.stream(k, "timestep"), (), *timesteps))(keys)
+        clean = predict_clean(frozen, pairs.images, encode(frozen, pairs.tokens), times, keys)
         if relabel is not None:
             pairs = pairs.replace(labels=relabel(frozen["judge"], pairs))  # type: ignore[attr-defined]
-        (loss, scores), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trained, clean, pairs, timesteps)
+        (loss, scores), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trained, clean, pairs, times)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         average = state.average

@@ -15,11 +15,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from configs import sdxl
+from configs import sdxl, spm_sdxl
 from configs.tiny import get_config
 from spo_jax.checkpoints.lora import FILE_NAME, read_lora, write_lora
-from spo_jax.checkpoints.pipeline import read_pipeline, read_unet, with_image_size
+from spo_jax.checkpoints.pipeline import read_clip, read_pipeline, read_unet, with_image_size
 from spo_jax.checkpoints.write_pipeline import write_pipeline
+from spo_jax.data.builder import write_split
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import make_mesh
 from spo_jax.emoji import resolve
@@ -27,6 +28,7 @@ from spo_jax.errors import UserError
 from spo_jax.models import CLIPTextModel as OurCLIPTextModel
 from spo_jax.models.lora import init_lora, merge_lora
 from spo_jax.preference.scorers import Scorer
+from spo_jax.training import spm
 from spo_jax.training.evaluation import encode_prompts
 from spo_jax.training.metrics import read_metrics
 from spo_jax.training.optimizer import make_optimizer
@@ -34,6 +36,7 @@ from spo_jax.training.rollout import make_encode, make_generate, shard_prompts
 from spo_jax.training.spo import compile_programs, run_updates, train
 from spo_jax.types import TrainState
 from tests.parity.test_live_pytorch import randomize
+from tests.preference_data import record
 
 PROMPTS = ["a red apple on a teal background", "a fox!"]
 SCHEDULER = dict(
@@ -215,6 +218,25 @@ def test_the_recipe_runs_from_prompts_to_adapters_and_report(theirs, tmp_path):
     assert summary["num_prompts"] == 2 and (workdir / "report.html").is_file()
     lora = read_lora(workdir, read_unet(theirs[1] / "unet")[1])
     assert any(np.abs(x).max() > 0 for path, x in flax.traverse_util.flatten_dict(lora).items() if path[-1] == "B")
+
+
+def test_the_recipe_of_its_preference_model_runs_from_pairs_to_the_model(theirs, tmp_path):
+    """``configs/spm_sdxl.py``: guided prediction by two text encoders with time ids, labels of a judge."""
+    write_split(tmp_path / "data", "train", [record(i) for i in range(12)])
+    write_split(tmp_path / "data", "validation_unique", [record(i) for i in range(12, 20)])
+    config = spm_sdxl.get_config()
+    config.model, config.vae, config.dtype = str(theirs[1]), str(theirs[1] / "vae"), "float32"
+    config.scorer.init = config.labels.judge = "emoji:model/clip"
+    config.data.train, config.data.validation = (f"{tmp_path / 'data'}@{s}" for s in ("train", "validation_unique"))
+    config.num_steps, config.train.warmup_steps, config.log_every, config.data.num_workers = 2, 1, 1, 0
+    config.train.batch_size, config.validation.batch_size = 8, 8
+    config.checkpoint.every = config.validation.every = 2
+    summary = spm.train(config, tmp_path / "w")
+    rows = read_metrics(tmp_path / "w" / "metrics.jsonl")
+    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    # Of the eight records six have a preference of people, whose labels validation keeps.
+    assert summary["records"]["used"] == 16 and list(summary["accuracy"]["best"]) == ["0", "251", "501", "701", "951"]
+    assert read_clip(tmp_path / "w" / "best", step_aware=None)[0].step_aware
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

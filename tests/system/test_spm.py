@@ -192,7 +192,7 @@ def test_a_model_without_the_timestep_from_labels_of_a_judge(tmp_path, cache, da
         ({"checkpoint.every": 3}, ["config.checkpoint.every", "multiple of log_every"]),
         ({"train.warmup_steps": 40}, ["config.train.warmup_steps"]),
         ({"chunk": 7}, ["config.chunk", "divisor"]),
-        ({"validation.timesteps": "(0, 1000)"}, ["config.validation.timesteps", "999"]),
+        ({"validation.timesteps": "(0, 1000)"}, ["config.validation.timesteps", "last timestep is 999"]),
         ({"scorer.init": "nowhere"}, ["nowhere"]),
         ({"method": "dpo"}, ["config.method", "dpo"]),
         ({"data.strict": True}, ["Record", "config.data.strict"]),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -85,3 +86,13 @@ def test_score_is_the_scaled_cosine(step_aware):
     other = scorer.score(params, images, text, times + 100)
     assert (np.asarray(other == scores)).all() == (not step_aware)
     assert jax.jit(scorer.score)(params, images, text, times).shape == (4,)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (60, 97), (33, 20)])
+def test_with_antialias_the_pixels_are_those_of_clips_own_image_processor(shape):
+    """Which judges that look at pictures themselves were trained with. Pillow rounds and clips to 8 bits in between."""
+    images = np.random.default_rng(0).integers(64, 192, (2, *shape, 3), np.uint8)
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    theirs = np.moveaxis(processor(list(images), return_tensors="np")["pixel_values"], 1, -1)
+    ours = preprocess_images(jnp.asarray(images / 127.5 - 1, jnp.float32), 24, antialias=True)
+    assert np.abs(np.asarray(ours) - theirs).max() * min(CLIP_STD) < 2 / 255

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from configs import common_spm
 from spo_jax import rng
-from spo_jax.checkpoints.pipeline import read_clip, read_pipeline, tokenize, tokenize_prompts
+from spo_jax.checkpoints.pipeline import CLIP_H, clip_shapes, read_clip, read_pipeline, tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import MIN_SPLIT_SIZE, batch_sharding, make_mesh, weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
+from spo_jax.models import CLIPModel
 from spo_jax.preference.pairs import labels_from_scores
 from spo_jax.preference.scorers import Scorer, make_clip_scorer
 from spo_jax.training.losses import preference_loss
@@ -201,6 +202,19 @@ def test_eight_devices_give_the_losses_of_one_and_each_holds_an_eighth_of_the_st
             held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
     total = sum(x.nbytes for x in jax.tree.leaves(one))
     assert len(held) == 8 and max(held.values()) < 1.15 * total / 8, "all but the small vectors is split"
+
+
+def test_of_the_published_model_each_of_eight_devices_holds_an_eighth():
+    """CLIP ViT-H/14 with its time layers, from the shardings alone: 21 GB of weights, moments and gradients in all."""
+    clip = CLIPModel.from_config(CLIP_H, step_aware=True)
+    params = clip_shapes(clip)
+    assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(1.306e9, rel=1e-3)
+    optimizer = make_optimizer(common_spm.get_config().train, warmup_linear_decay(3e-6, 500, 8000))
+    state = jax.eval_shape(lambda p: TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p)), params)
+    shardings = jax.tree.leaves(weight_shardings(make_mesh(data=1, fsdp=8), state))
+    held = [np.prod(s.shard_shape(x.shape)) * 4 for x, s in zip(jax.tree.leaves(state), shardings, strict=True)]
+    total = sum(x.size * 4 for x in jax.tree.leaves(state))
+    assert total > 15e9 and sum(held) < 1.01 * total / 8
 
 
 def test_it_computes_in_bfloat16_and_learns_in_float32():

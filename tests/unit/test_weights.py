@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spo_jax.checkpoints.pipeline import (
-    _CLIP_H,
+    CLIP_H,
     clip_shapes,
     read_clip,
     read_pipeline,
@@ -334,6 +334,6 @@ def test_released_preference_model_is_read_from_its_file(tmp_path, config_beside
 
 
 def test_clip_without_a_config_has_the_size_of_vit_h_14():
-    clip = CLIPModel.from_config(_CLIP_H, step_aware=False)
+    clip = CLIPModel.from_config(CLIP_H, step_aware=False)
     assert sum(x.size for x in jax.tree.leaves(clip_shapes(clip))) == 986_109_441
     assert clip.image_size == 224
