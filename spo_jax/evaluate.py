@@ -1,7 +1,7 @@
 """Pairwise accuracy of a judge: how often it prefers the picture that people preferred, at several timesteps.
 
     python -m spo_jax.evaluate --model=emoji:model --guidance_scale=2 --pairs=runs/pairs@test --scorer=runs/spm/best
-    python -m spo_jax.evaluate --model=sd15 --pairs=data/pickapic@validation --scorer=FOLDER --plain=PickScore_v1
+    python -m spo_jax.evaluate --model=sd15 --pairs=data/pickapic@validation_unique --scorer=FOLDER --plain=PickScore_v1
 
 Both pictures of a pair get the same noise, the base model predicts the clean ones in one guided step, and every judge
 scores the same pictures: ``scorer``, the one that is measured; ``told_0``, the same one, kept from knowing the
@@ -11,9 +11,9 @@ that of another judge on the same pairs. In brackets are 95 % intervals.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
@@ -27,7 +27,9 @@ FN = flags.DEFINE_string("fn", None, "The judge as a function, my_module:score, 
 PLAIN = flags.DEFINE_string("plain", None, "A model without the time input to compare with, such as PickScore_v1.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Of the judges; the model's first one by default.")
 PAIRS = flags.DEFINE_string("pairs", None, "FOLDER@SPLIT, as spo_jax.prepare has written it.")
-NUM_PAIRS = flags.DEFINE_integer("num_pairs", None, "The first so many of them; all by default.", lower_bound=1)
+NUM_PAIRS = flags.DEFINE_integer(
+    "num_pairs", None, "The first so many that can be used; all by default.", lower_bound=1
+)
 MODEL = flags.DEFINE_string("model", None, "Base model: a diffusers pipeline folder, or org/name@commit on the hub.")
 VARIANT = flags.DEFINE_string("variant", None, "Of the base model's weight files, such as fp16.")
 VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's: a folder, or org/name@commit.")
@@ -48,7 +50,7 @@ def main() -> None:
     """Checks the flags, reads the models and measures."""
     if bool(SCORER.value) == bool(FN.value):
         raise UserError("Give either --scorer (for example --scorer=runs/spm/best) or --fn=my_module:score.")
-    for flag, example in ((PAIRS, "data/pickapic@validation"), (MODEL, "emoji:model")):
+    for flag, example in ((PAIRS, "data/pickapic@validation_unique"), (MODEL, "emoji:model")):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing; for example --{flag.name}={example}.")
     timesteps = parse_timesteps(TIMESTEPS.value)
@@ -86,13 +88,12 @@ def main() -> None:
     if max(timesteps) >= len(schedule.alphas_cumprod):
         raise UserError(f"--timesteps={max(timesteps)} is beyond the model's last, {len(schedule.alphas_cumprod) - 1}.")
     tokenizer = read_tokenizer(resolve(TOKENIZER.value)) if TOKENIZER.value else pipeline.tokenizer
-    options: dict[str, Any] = {"key": "--fn"}
+    fn, options = FN.value or "", {"dtype": dtype, "sharding": sharding}
     shape = {"num_images": 2 * BATCH_SIZE.value, "image_size": pipeline.image_size, "tokenizer": tokenizer}
-    check_function(FN.value or "", **shape, **options)
-    options |= {"dtype": dtype, "sharding": sharding}
-    scorer, scorer_params = make_scorer(SCORER.value or "", FN.value or "", **options)
+    check_function(fn, key="--fn", **shape)
+    scorer, scorer_params = make_scorer(SCORER.value or "", fn, key="--fn", **options)
     judges, params = {SCORER_NAME: Judge(scorer, tokenizer)}, {SCORER_NAME: scorer_params}
-    if FN.value or "t_embedder" in scorer_params:  # to a plain CLIP the timestep makes no difference
+    if fn or "t_embedder" in scorer_params:  # to a plain CLIP the timestep makes no difference
         judges[TOLD_0], params[TOLD_0] = Judge(scorer, tokenizer, step_aware=False), scorer_params
     if PLAIN.value is not None:
         plain, params[PLAIN_NAME] = make_scorer(PLAIN.value, **options)
@@ -101,23 +102,15 @@ def main() -> None:
     predict_clean = make_predict_clean(pipeline, schedule, GUIDANCE_SCALE.value)
     measure = make_measure_accuracy(pipeline, predict_clean, judges, mesh)
     num_pairs = min(NUM_PAIRS.value or len(source), len(source))
-    loader = PairLoader(
-        source,
-        batch_size=BATCH_SIZE.value,
-        size=pipeline.image_size,
-        seed=0,
-        shuffle=False,
-        num_epochs=1,
-        num_workers=NUM_WORKERS.value,
-    )
-    try:
+    once = {"seed": 0, "shuffle": False, "num_epochs": 1, "num_workers": NUM_WORKERS.value}
+    with contextlib.closing(
+        PairLoader(source, batch_size=BATCH_SIZE.value, size=pipeline.image_size, **once)
+    ) as loader:
         num_batches = -(-num_pairs // BATCH_SIZE.value)
         batches = tqdm(first_pairs(loader, num_pairs), "pairs", num_batches, unit="batch", dynamic_ncols=True)
         key = rng.stream(jax.random.key(SEED.value), "accuracy")
         measured = measure({**pipeline.params, "judges": params}, batches, timesteps, key)
         skipped = {name: count for name, count in loader.state()["counts"].items() if count and name != "used"}
-    finally:
-        loader.close()
 
     some = measured[timesteps[0]].accuracy[SCORER_NAME]
     if not some.count:

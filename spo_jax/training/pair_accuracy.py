@@ -116,11 +116,11 @@ def make_measure_accuracy(
 
 
 def first_pairs(batches: Iterable[PairBatch], count: int) -> Iterator[PairBatch]:
-    """The first ``count`` pairs: of the last batch, the others get weight 0."""
+    """The first ``count`` pairs that have a weight: all behind them get weight 0."""
     for batch in batches:
-        rows = len(batch.weights)
-        yield dataclasses.replace(batch, weights=np.where(np.arange(rows) < count, batch.weights, np.float32(0)))
-        count -= rows
+        real = batch.weights > 0
+        yield dataclasses.replace(batch, weights=np.where(np.cumsum(real) <= count, batch.weights, np.float32(0)))
+        count -= int(real.sum())
         if count <= 0:
             return
 

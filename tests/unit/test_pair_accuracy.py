@@ -1,5 +1,6 @@
 """Measuring judges on pairs at several timesteps: what each judge is told, what does not matter, what is shown."""
 
+import dataclasses
 import json
 
 import jax
@@ -146,7 +147,10 @@ def test_what_is_shown(result):
 
 def test_the_first_pairs_are_those_of_any_batch_size():
     for batch_size in (3, 8, 20):
-        batches = list(first_pairs(pairs(batch_size), 7))
-        assert len(batches) == -(-7 // batch_size)
+        unusable = (dataclasses.replace(b, weights=np.where(b.positions == 2, 0, b.weights)) for b in pairs(batch_size))
+        batches = list(first_pairs(unusable, 7))
+        assert len(batches) == -(-8 // batch_size)
         weights = np.concatenate([batch.weights for batch in batches])
-        assert weights.dtype == np.float32 and weights.tolist() == [0.25] * 7 + [0] * (len(weights) - 7)
+        expected = [0.25] * 2 + [0] + [0.25] * 5
+        assert weights.tolist() == expected + [0] * (len(weights) - len(expected))
+    assert sum((b.weights > 0).sum() for b in first_pairs(pairs(8), 1000)) == NUM_PAIRS
