@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from spo_jax import rng
@@ -19,9 +20,10 @@ from spo_jax.checkpoints.pipeline import Pipeline
 from spo_jax.diffusion.ddim import predict_x0_and_noise
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import Schedule
+from spo_jax.distributed.mesh import replicated
 from spo_jax.preference.scorers import Scorer
 from spo_jax.training.rollout import make_decode
-from spo_jax.types import PromptBatch
+from spo_jax.types import JudgedPairs, PromptBatch
 
 
 def make_predict_clean(
@@ -105,3 +107,17 @@ def score_pairs(
 def pair_keys(root: jax.Array, positions: Int[Array, " b"]) -> jax.Array:
     """A key for each pair, by its place in the stream of records: the same in any batch and on any device."""
     return jax.vmap(lambda position: jax.random.fold_in(root, position))(positions)
+
+
+def make_look(
+    encode: Callable[..., PromptBatch], predict_clean: Callable[..., jax.Array], scorer: Scorer, mesh: Mesh
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """``look(frozen, params, pairs, timestep, key) -> (images [B, 2, H, W, 3], scores [B, 2])``, compiled."""
+
+    def look(frozen: Any, params: Any, pairs: JudgedPairs, timestep: jax.Array, key: jax.Array):
+        timesteps = jnp.full((len(pairs.images),), timestep)
+        prompts, keys = encode(frozen, pairs.tokens), pair_keys(key, pairs.positions)
+        clean = predict_clean(frozen, pairs.images, prompts, timesteps, keys)
+        return clean, score_pairs(scorer, params, clean, scorer.encode_text(params, pairs.scorer_tokens), timesteps)
+
+    return jax.jit(look, out_shardings=replicated(mesh))

@@ -73,7 +73,7 @@ code { font-size: .8rem; overflow-wrap: anywhere; }
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
     """Writes the summary as JSON, complete or not at all; a number that is not finite becomes null."""
-    _write(Path(path), json.dumps(_finite(summary), indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_whole(Path(path), json.dumps(_finite(summary), indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_report(
@@ -92,12 +92,12 @@ def write_report(
       samples: prompt, and uint8 pictures [H, W, 3] of base and tuned model from the same noise.
     """
     pictures = "".join(_pair(*sample) for sample in samples)
-    curves = "".join(_curve(title, hint, names, metrics) for title, hint, names in _CURVES)
+    curves = "".join(curve(title, hint, names, metrics) for title, hint, names in _CURVES)
     sections = [
         "<h1>Step-aware preference optimization</h1>",
         f'<p class="lead">A text-to-image model before (base) and after (tuned) learning from a preference model, '
-        f"compared on {_text(summary['num_prompts'])} prompts that it was not trained on. "
-        f"Seed {_text(summary['seed'])}, {_duration(summary['seconds'])} in all.</p>",
+        f"compared on {escaped(summary['num_prompts'])} prompts that it was not trained on. "
+        f"Seed {escaped(summary['seed'])}, {duration(summary['seconds'])} in all.</p>",
         _headline(summary),
         "<h2>Base and tuned model, same prompts, same noise</h2>",
         f'<p class="lead">The first {len(samples)} prompts of the file, not a selection.</p>',
@@ -109,36 +109,40 @@ def write_report(
         _times(summary, metrics),
         "<h2>Settings</h2>",
         '<p class="lead">Each can be set on the command line, as <code>--config.KEY=VALUE</code>.</p>',
-        f'<div class="settings">{_settings(summary["config"])}</div>',
+        f'<div class="settings">{settings(summary["config"])}</div>',
     ]
-    page = (
+    write_whole(Path(path), page("SPO report", sections))
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """The whole HTML page."""
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>SPO report</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escaped(title)}</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )
-    _write(Path(path), page)
 
 
 def _headline(summary: Mapping[str, Any]) -> str:
     base, tuned, spread = summary["base"], summary["tuned"], summary["base_std"]
 
     def change(name: str, form: str) -> str:
-        return f"{_number(base[name], form)} → {_number(tuned[name], form)}"
+        return f"{number(base[name], form)} → {number(tuned[name], form)}"
 
     def gain(name: str) -> str:
         before, after, deviation = base[name], tuned[name], spread.get(name)
-        if not (deviation and _is_finite(before) and _is_finite(after)):
+        if not (deviation and is_finite(before) and is_finite(after)):
             return ""
         return f" That is {(after - before) / deviation:+.2f} standard deviations of the base model's pictures."
 
     cards = (
         (
-            _number(summary["win_rate"], ".1%"),
+            number(summary["win_rate"], ".1%"),
             "Win rate: on so many prompts the tuned picture is the more colourful one. Colourfulness is the "
             "true preference, which training knows only through the preference model.",
         ),
         (
-            _number(summary["win_rate_preference_score"], ".1%"),
+            number(summary["win_rate_preference_score"], ".1%"),
             "Win rate by score: on so many prompts the preference model scores the tuned picture higher.",
         ),
         (change("colorfulness", ".1f"), f"Colourfulness, mean, base → tuned.{gain('colorfulness')}"),
@@ -149,19 +153,24 @@ def _headline(summary: Mapping[str, Any]) -> str:
             "It should hardly drop.",
         ),
     )
-    body = "".join(f'<div class="card"><b>{_text(value)}</b>{_text(meaning)}</div>' for value, meaning in cards)
+    return show_cards(cards)
+
+
+def show_cards(cards: Sequence[tuple[str, str]]) -> str:
+    """Numbers and what each means."""
+    body = "".join(f'<div class="card"><b>{escaped(value)}</b>{escaped(meaning)}</div>' for value, meaning in cards)
     return f'<div class="cards">{body}</div>'
 
 
 def _pair(prompt: str, base: np.ndarray, tuned: np.ndarray) -> str:
     images = "".join(
-        f'<div><img alt="{name}: {_text(prompt)}" src="{_data_uri(image)}">{name}</div>'
+        f'<div><img alt="{name}: {escaped(prompt)}" src="{data_uri(image)}">{name}</div>'
         for name, image in (("base", base), ("tuned", tuned))
     )
-    return f'<figure><div class="pair">{images}</div><figcaption>{_text(prompt)}</figcaption></figure>'
+    return f'<figure><div class="pair">{images}</div><figcaption>{escaped(prompt)}</figcaption></figure>'
 
 
-def _curve(
+def curve(
     title: str,
     hint: str,
     names: Sequence[str],
@@ -170,7 +179,7 @@ def _curve(
     height: int = 150,
 ) -> str:
     """One picture with a line for each of ``names``; a row without a number leaves no point."""
-    found = {name: [(row["step"], row[name]) for row in metrics if _is_finite(row.get(name))] for name in names}
+    found = {name: [(row["step"], row[name]) for row in metrics if is_finite(row.get(name))] for name in names}
     series = {name: np.array(points, float).T for name, points in found.items() if points}
     if not series:
         return ""
@@ -188,12 +197,12 @@ def _curve(
         legend = f'<span class="{kind}">{_LEGEND[kind]}</span> ' if len(names) > 1 else ""
         ends.append(f"{legend}{y[0]:.4g} → {y[-1]:.4g}")
     return (
-        f"<figure><figcaption><b>{_text(title)}</b>"
-        f'<span class="hint">{"; ".join(ends)}. {_text(hint)}</span></figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(title)}">'
+        f"<figure><figcaption><b>{escaped(title)}</b>"
+        f'<span class="hint">{"; ".join(ends)}. {escaped(hint)}</span></figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escaped(title)}">'
         f'<line x1="0" y1="{top}" x2="{width}" y2="{top}"/><line x1="0" y1="{bottom}" x2="{width}" y2="{bottom}"/>'
         f'{"".join(lines)}<text x="0" y="{top - 5}">{high:.4g}</text><text x="0" y="{height - 6}">{low:.4g}</text>'
-        f'<text x="{width}" y="{height - 6}" text-anchor="end">batch {int(first)} to {int(last)}</text></svg></figure>'
+        f'<text x="{width}" y="{height - 6}" text-anchor="end">step {int(first)} to {int(last)}</text></svg></figure>'
     )
 
 
@@ -203,33 +212,33 @@ def _times(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, float | No
         times["Training, with checkpoints and validation pictures"] = summary["seconds_training"]
     for key, label in _TIMES.items():
         times[f"of it {label}"] = sum(row.get(key) or 0.0 for row in metrics)
-    rows = (f'<tr><td>{_text(label)}</td><td class="n">{_duration(value)}</td></tr>' for label, value in times.items())
+    rows = (f'<tr><td>{escaped(label)}</td><td class="n">{duration(value)}</td></tr>' for label, value in times.items())
     return f"<table>{''.join(rows)}</table>"
 
 
-def _settings(config: Mapping[str, Any], prefix: str = "") -> str:
+def settings(config: Mapping[str, Any], prefix: str = "") -> str:
     """A table of this level's keys with their full names, then those of the levels below."""
     rows = [
-        f"<tr><td><code>{_text(prefix + key)}</code></td><td><code>{_text(value)}</code></td></tr>"
+        f"<tr><td><code>{escaped(prefix + key)}</code></td><td><code>{escaped(value)}</code></td></tr>"
         for key, value in config.items()
         if not isinstance(value, Mapping)
     ]
-    below = [_settings(value, f"{prefix}{key}.") for key, value in config.items() if isinstance(value, Mapping)]
+    below = [settings(value, f"{prefix}{key}.") for key, value in config.items() if isinstance(value, Mapping)]
     return (f"<table>{''.join(rows)}</table>" if rows else "") + "".join(below)
 
 
-def _data_uri(image: np.ndarray) -> str:
+def data_uri(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -241,15 +250,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _number(value: Any, form: str) -> str:
-    return format(value, form) if _is_finite(value) else "not finite"
+def number(value: Any, form: str) -> str:
+    return format(value, form) if is_finite(value) else "not finite"
 
 
-def _text(value: Any) -> str:
+def escaped(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _write(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(content, encoding="utf-8")

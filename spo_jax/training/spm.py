@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spo_jax import rng
 from spo_jax.checkpoints.pipeline import (
-    Pipeline,
     read_clip,
     read_pipeline,
-    read_tokenizer,
-    tokenize,
-    tokenize_prompts,
     with_image_size,
     with_vae,
 )
@@ -31,7 +27,6 @@ from spo_jax.data.preferences import PairBatch, PairLoader, open_pairs
 from spo_jax.data.records import FAULTS
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import (
-    batch_sharding,
     check_divisible,
     make_mesh,
     replicated,
@@ -40,18 +35,21 @@ from spo_jax.distributed.mesh import (
 )
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
+from spo_jax.images import to_uint8
 from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training import checkpoint
 from spo_jax.training.config_check import check_spm_config
-from spo_jax.training.metrics import MetricsWriter, check_finite
-from spo_jax.training.noisy_pairs import make_predict_clean
+from spo_jax.training.judged_pairs import Tokenizers, make_encode_captions, make_to_devices, tokenizer_of
+from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, read_metrics
+from spo_jax.training.noisy_pairs import make_look, make_predict_clean
 from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
 from spo_jax.training.pair_accuracy import Judge, accuracy_row, first_pairs, make_measure_accuracy
 from spo_jax.training.report import write_summary
-from spo_jax.training.rollout import make_encode
+from spo_jax.training.spm_report import ShownPair, write_spm_report
 from spo_jax.training.spm_update import make_relabel, make_spm_update, spm_metrics
-from spo_jax.types import JudgedPairs, PromptBatch, TrainState
+from spo_jax.types import JudgedPairs, TrainState
 
+NUM_REPORT_PAIRS = 8
 SCORER, TOLD_0 = "scorer", "told_0"  # judges that are measured: the model, and the same one kept from knowing t
 
 
@@ -61,7 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Args:
       config: see ``configs/common_spm.py`` for every key.
       workdir: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, the preference models
-        ``last`` and ``best`` (by accuracy on the validation pairs), and ``summary.json``.
+        ``last`` and ``best`` (by accuracy on the validation pairs), ``summary.json`` and ``report.html``.
 
     Returns:
       What ``summary.json`` holds.
@@ -143,20 +141,22 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     options = {"size": pipeline.image_size, "num_workers": config.data.num_workers, "strict": config.data.strict}
     options |= {"keep_only_with_label": config.data.keep_only_with_label, "seed": config.seed}
     options |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    pairs_key = rng.stream(root, "pairs")
+    pairs_key, validation_key = rng.stream(root, "pairs"), rng.stream(root, "validation")
     judges = {SCORER: Judge(scorer, tokenizers.scorer)}
     if config.scorer.step_aware:
         judges[TOLD_0] = Judge(scorer, tokenizers.scorer, step_aware=False)
     measure_accuracy = make_measure_accuracy(pipeline, predict_clean, judges, mesh)
 
+    def validation_pairs() -> PairLoader:
+        once = {**options, "batch_size": config.validation.batch_size // jax.process_count()}
+        return PairLoader(held_out, **once | {"shuffle": False, "num_epochs": 1, "keep_only_with_label": True})
+
     def measure(state: TrainState) -> dict[str, Any]:
         """Accuracy by timestep on the validation pairs, always the same pairs with the same noise."""
-        once = {**options, "batch_size": config.validation.batch_size // jax.process_count()}
-        once |= {"shuffle": False, "keep_only_with_label": True}
         params = {**pipeline.params, "judges": dict.fromkeys(judges, state.result)}
-        with contextlib.closing(PairLoader(held_out, num_epochs=1, **once)) as loader:
+        with contextlib.closing(validation_pairs()) as loader:
             batches = first_pairs(loader, config.validation.num_pairs // jax.process_count())
-            totals = measure_accuracy(params, batches, config.validation.timesteps, rng.stream(root, "validation"))
+            totals = measure_accuracy(params, batches, config.validation.timesteps, validation_key)
         if not next(iter(totals.values())).accuracy[SCORER].count:
             raise UserError(
                 f"None of the first {config.validation.num_pairs} records of {config.data.validation} is a pair with a "
@@ -217,48 +217,22 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "config": config.to_dict(),
     }
     write_summary(workdir / "summary.json", summary)
+    with contextlib.closing(validation_pairs()) as loader:
+        look = make_look(encode, predict_clean, scorer, mesh)
+        pairs = show_pairs(
+            look, frozen, state.result, next(loader), on_devices, config.validation.timesteps, validation_key
+        )
+    write_spm_report(
+        workdir / "report.html", summary=summary, metrics=read_metrics(workdir / METRICS_FILE), pairs=pairs
+    )
     print(
         f"Preference models: {workdir / 'best'} (step {best}) and {workdir / 'last'}\n"
-        f"Numbers: {workdir / 'summary.json'}"
+        f"Report: {workdir / 'report.html'}\nNumbers: {workdir / 'summary.json'}"
     )
     return summary
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
-class Tokenizers(NamedTuple):
-    """What reads the captions: the base model's tokenizers, the preference model's, and the judge's if there is one."""
-
-    pipeline: Pipeline
-    scorer: Any
-    judge: Any = None
-
-
-def make_encode_captions(pipeline: Pipeline) -> Callable[[Any, tuple[jax.Array, ...]], PromptBatch]:
-    """``encode(params, tokens) -> PromptBatch``, with the empty prompt as the negative one."""
-    encode = make_encode(pipeline, scorer=None)
-    negative = None if pipeline.force_zeros_for_empty_prompt else tokenize_prompts(pipeline, [""])
-    return lambda params, tokens: encode(params, tokens, negative, None)
-
-
-def make_to_devices(tokenizers: Tokenizers, mesh: Mesh) -> Callable[[PairBatch], JudgedPairs]:
-    """A function that tokenizes the captions of this process's share of a batch and places it on its devices."""
-    split = batch_sharding(mesh)
-
-    def to_devices(batch: PairBatch) -> JudgedPairs:
-        rows = {
-            "images": batch.images,
-            "tokens": tokenize_prompts(tokenizers.pipeline, batch.captions),
-            "scorer_tokens": tokenize(tokenizers.scorer, batch.captions),
-            "judge_tokens": None if tokenizers.judge is None else tokenize(tokenizers.judge, batch.captions),
-            "labels": batch.labels,
-            "weights": batch.weights,
-            "positions": batch.positions.astype(np.uint32),
-        }
-        return JudgedPairs(**jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), rows))
-
-    return to_devices
-
-
 def check_timesteps(config: ConfigDict, count: int) -> None:
     """Raises UserError if the config names a timestep that the base model, which has ``count``, does not have."""
     for name, highest in (
@@ -269,9 +243,21 @@ def check_timesteps(config: ConfigDict, count: int) -> None:
             raise UserError(f"config.{name} goes up to {highest}, but the base model's last timestep is {count - 1}.")
 
 
-def tokenizer_of(path: str, pipeline: Pipeline) -> Any:
-    """The tokenizer at ``path``; the pipeline's first one if that is empty."""
-    return read_tokenizer(resolve(path)) if path else pipeline.tokenizer
+def show_pairs(
+    look: Callable[..., tuple[jax.Array, jax.Array]],
+    frozen: Any,
+    params: Any,
+    batch: PairBatch,
+    on_devices: Callable[[PairBatch], JudgedPairs],
+    timesteps: Sequence[int],
+    key: jax.Array,
+) -> list[ShownPair]:
+    """The first pairs of a batch at each timestep, for the report."""
+    pairs = on_devices(batch)
+    seen = [jax.device_get(look(frozen, params, pairs, jnp.int32(timestep), key)) for timestep in timesteps]
+    images, scores = (np.stack(column, axis=1) for column in zip(*seen, strict=True))  # [B, T, 2, ...]
+    usable = np.flatnonzero(batch.weights)[:NUM_REPORT_PAIRS]
+    return [ShownPair(batch.captions[i], to_uint8(images[i]), scores[i], batch.labels[i]) for i in usable]
 
 
 def data_metrics(counts: Mapping[str, int]) -> dict[str, float]:

@@ -20,10 +20,10 @@ from spo_jax.emoji import resolve
 from spo_jax.models import CLIPModel
 from spo_jax.preference.pairs import labels_from_scores
 from spo_jax.preference.scorers import Scorer, make_clip_scorer
+from spo_jax.training.judged_pairs import make_encode_captions
 from spo_jax.training.losses import preference_loss
 from spo_jax.training.noisy_pairs import make_predict_clean, pair_keys, score_pairs
 from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
-from spo_jax.training.spm import make_encode_captions
 from spo_jax.training.spm_update import make_relabel, make_spm_loss, make_spm_update
 from spo_jax.types import JudgedPairs, TrainState
 
