@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     """The recipe of the preference model that ships with the package."""
     c = common_spm.get_config()
     c.model = "emoji:model"
-    c.num_steps = 1500
+    c.num_steps = 1200
     c.dtype = "float32"
     c.guidance_scale = 2.0
 
@@ -30,10 +30,12 @@ def get_config() -> ConfigDict:
 
     c.train.batch_size = 32
     c.train.learning_rate = 3e-4  # a small model, and far from its start
-    c.train.warmup_steps = 100
+    c.train.warmup_steps = 75
     c.train.adam_b2 = 0.99
     c.train.weight_decay = 0.01
     c.train.ema_decay = 0.995
 
-    c.validation.num_pairs = 640
+    c.validation.every = 600
+    c.checkpoint.every = 300
+    c.validation.num_pairs = 320
     return c
