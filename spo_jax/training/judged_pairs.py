@@ -9,10 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spo_jax.checkpoints.pipeline import Pipeline, read_tokenizer, tokenize, tokenize_prompts
+from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
 from spo_jax.data.preferences import PairBatch
 from spo_jax.distributed.mesh import batch_sharding
-from spo_jax.emoji import resolve
 from spo_jax.training.rollout import make_encode
 from spo_jax.types import JudgedPairs, PromptBatch
 
@@ -23,11 +22,6 @@ class Tokenizers(NamedTuple):
     pipeline: Pipeline
     scorer: Any
     judge: Any = None
-
-
-def tokenizer_of(path: str, pipeline: Pipeline) -> Any:
-    """The tokenizer at ``path``; the pipeline's first one if that is empty."""
-    return read_tokenizer(resolve(path)) if path else pipeline.tokenizer
 
 
 def make_encode_captions(pipeline: Pipeline) -> Callable[[Any, tuple[jax.Array, ...]], PromptBatch]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import spo_jax
-from spo_jax.checkpoints.pipeline import read_clip
+from spo_jax.checkpoints.pipeline import Pipeline, read_clip, read_tokenizer
 from spo_jax.checkpoints.weights import Placement
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
@@ -46,6 +46,11 @@ def make_scorer(
         return make_function_scorer(load_function(fn, key)), {}
     clip, params = read_clip(resolve(path), step_aware=None, dtype=dtype, sharding=sharding)
     return make_clip_scorer(clip), params
+
+
+def tokenizer_of(path: str, pipeline: Pipeline) -> Any:
+    """A judge's tokenizer, at ``path``; the pipeline's first one if that is empty."""
+    return read_tokenizer(resolve(path)) if path else pipeline.tokenizer
 
 
 def load_function(name: str, key: str = "config.scorer.fn") -> Callable[..., Any]:

@@ -39,7 +39,8 @@ from spo_jax.images import to_uint8
 from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training import checkpoint
 from spo_jax.training.config_check import check_spm_config
-from spo_jax.training.judged_pairs import Tokenizers, make_encode_captions, make_to_devices, tokenizer_of
+from spo_jax.training.judged_pairs import Tokenizers, make_encode_captions, make_to_devices
+from spo_jax.training.judges import tokenizer_of
 from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, read_metrics
 from spo_jax.training.noisy_pairs import make_look, make_predict_clean
 from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay

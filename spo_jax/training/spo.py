@@ -23,7 +23,6 @@ from spo_jax.checkpoints.pipeline import (
     Pipeline,
     read_clip,
     read_pipeline,
-    read_tokenizer,
     tokenize,
     with_image_size,
     with_vae,
@@ -46,7 +45,7 @@ from spo_jax.preference.scorers import Scorer, make_clip_scorer
 from spo_jax.training import checkpoint
 from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import encode_prompts, make_measure, summarize
-from spo_jax.training.judges import check_function, make_scorer
+from spo_jax.training.judges import check_function, make_scorer, tokenizer_of
 from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, clipped_warning, read_metrics
 from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.report import write_report, write_summary
@@ -95,8 +94,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
     pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
     options: dict[str, Any] = {"dtype": dtype, "sharding": placement}
-    tokenizer = config.scorer.tokenizer
-    scorer_tokenizer = read_tokenizer(resolve(tokenizer)) if tokenizer else pipeline.tokenizer
+    scorer_tokenizer = tokenizer_of(config.scorer.tokenizer, pipeline)
     check_function(
         config.scorer.fn,
         num_images=config.prompts_per_batch * (config.scorer.chunk or config.sampling.num_candidates),
