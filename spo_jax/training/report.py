@@ -60,6 +60,8 @@ figure { margin: 0; } figcaption { font-size: .9rem; }
 .pair { display: flex; gap: .5rem; } .pair div { font-size: .75rem; opacity: .9; }
 img { width: 128px; height: 128px; object-fit: contain; image-rendering: pixelated; border-radius: .3rem;
   display: block; }
+.steps { display: flex; flex-wrap: wrap; gap: .8rem; } .steps img { width: 98px; height: 98px; }
+td small { white-space: nowrap; }
 svg { width: 100%; height: auto; display: block; margin-top: .4rem; }
 svg line { stroke: var(--line); }
 polyline { fill: none; stroke: var(--win); stroke-width: 1.6; stroke-linejoin: round; }

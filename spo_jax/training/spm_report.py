@@ -116,7 +116,7 @@ def _pair(pair: ShownPair, timesteps: Sequence[str]) -> str:
             f'<figure><div class="pair">{pictures}</div><figcaption>t = {escaped(timestep)}</figcaption></figure>'
         )
     caption = f"<p><b>{escaped(pair.caption)}</b>: {wanted}</p>"
-    return f'{caption}<div class="pictures">{"".join(cells)}</div>'
+    return f'{caption}<div class="steps">{"".join(cells)}</div>'
 
 
 def _records(records: Mapping[str, int]) -> str:
