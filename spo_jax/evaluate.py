@@ -62,12 +62,12 @@ def main() -> None:
 
     from spo_jax import rng
     from spo_jax.checkpoints.hub import resolve_model
-    from spo_jax.checkpoints.pipeline import read_pipeline, read_tokenizer, with_image_size, with_vae
+    from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size, with_vae
     from spo_jax.data.preferences import PairLoader, open_pairs
     from spo_jax.diffusion.schedule import make_schedule
     from spo_jax.distributed.mesh import check_divisible, make_mesh, replicated
     from spo_jax.emoji import resolve
-    from spo_jax.training.judges import check_function, load_function, make_scorer
+    from spo_jax.training.judges import check_function, load_function, make_scorer, tokenizer_of
     from spo_jax.training.noisy_pairs import make_predict_clean
     from spo_jax.training.pair_accuracy import Judge, accuracy_row, accuracy_table, first_pairs, make_measure_accuracy
 
@@ -87,7 +87,7 @@ def main() -> None:
     schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
     if max(timesteps) >= len(schedule.alphas_cumprod):
         raise UserError(f"--timesteps={max(timesteps)} is beyond the model's last, {len(schedule.alphas_cumprod) - 1}.")
-    tokenizer = read_tokenizer(resolve(TOKENIZER.value)) if TOKENIZER.value else pipeline.tokenizer
+    tokenizer = tokenizer_of(TOKENIZER.value or "", pipeline)
     fn, options = FN.value or "", {"dtype": dtype, "sharding": sharding}
     shape = {"num_images": 2 * BATCH_SIZE.value, "image_size": pipeline.image_size, "tokenizer": tokenizer}
     check_function(fn, key="--fn", **shape)
