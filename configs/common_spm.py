@@ -67,5 +67,6 @@ def get_config() -> ConfigDict:
     c.validation.every = 500  # optimizer steps between two measurements; the last step always makes one
     c.validation.num_pairs = 500  # the first so many of the split that have a label
     c.validation.timesteps = (0, 251, 501, 701, 951)  # the best checkpoint is that of the best mean over these
+    c.validation.plain = ""  # CLIP without the time input to measure beside it, on the same pairs; empty: none
     c.validation.batch_size = 64  # pairs at a time, over all devices together
     return c

@@ -26,8 +26,7 @@ def get_config(device: str = "") -> ConfigDict:
     c.model = "stabilityai/stable-diffusion-xl-base-1.0@462165984030d82259a11f4367a4eed129e94a7b"
     c.vae = "madebyollin/sdxl-vae-fp16-fix@207b116dae70ace3637169f1ddd2434b91b3a8cd"  # the own one overflows in fp16
     c.num_steps = 7000
-    c.scorer.init = PICKSCORE
-    c.labels.judge = PICKSCORE
+    c.scorer.init = c.labels.judge = c.validation.plain = PICKSCORE
     c.train.learning_rate = 1e-6
     c.validation.batch_size = 16
     if device == "16gb":

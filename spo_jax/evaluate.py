@@ -43,8 +43,6 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the n
 NUM_WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes that decode pictures; 0: none.", lower_bound=0)
 OUT = flags.DEFINE_string("out", None, "JSON file to write the numbers to.")
 
-SCORER_NAME, TOLD_0, PLAIN_NAME = "scorer", "told_0", "plain"
-
 
 def main() -> None:
     """Checks the flags, reads the models and measures."""
@@ -67,6 +65,7 @@ def main() -> None:
     from spo_jax.diffusion.schedule import make_schedule
     from spo_jax.distributed.mesh import check_divisible, make_mesh, replicated
     from spo_jax.emoji import resolve
+    from spo_jax.training import pair_accuracy
     from spo_jax.training.judges import check_function, load_function, make_scorer, tokenizer_of
     from spo_jax.training.noisy_pairs import make_predict_clean
     from spo_jax.training.pair_accuracy import Judge, accuracy_row, accuracy_table, first_pairs, make_measure_accuracy
@@ -92,12 +91,15 @@ def main() -> None:
     shape = {"num_images": 2 * BATCH_SIZE.value, "image_size": pipeline.image_size, "tokenizer": tokenizer}
     check_function(fn, key="--fn", **shape)
     scorer, scorer_params = make_scorer(SCORER.value or "", fn, key="--fn", **options)
-    judges, params = {SCORER_NAME: Judge(scorer, tokenizer)}, {SCORER_NAME: scorer_params}
+    judges, params = {pair_accuracy.SCORER: Judge(scorer, tokenizer)}, {pair_accuracy.SCORER: scorer_params}
     if fn or "t_embedder" in scorer_params:  # to a plain CLIP the timestep makes no difference
-        judges[TOLD_0], params[TOLD_0] = Judge(scorer, tokenizer, step_aware=False), scorer_params
+        judges[pair_accuracy.TOLD_0], params[pair_accuracy.TOLD_0] = (
+            Judge(scorer, tokenizer, step_aware=False),
+            scorer_params,
+        )
     if PLAIN.value is not None:
-        plain, params[PLAIN_NAME] = make_scorer(PLAIN.value, **options)
-        judges[PLAIN_NAME] = Judge(plain, tokenizer, step_aware=False)
+        plain, params[pair_accuracy.PLAIN] = make_scorer(PLAIN.value, **options)
+        judges[pair_accuracy.PLAIN] = Judge(plain, tokenizer, step_aware=False)
 
     predict_clean = make_predict_clean(pipeline, schedule, GUIDANCE_SCALE.value)
     measure = make_measure_accuracy(pipeline, predict_clean, judges, mesh)
@@ -112,7 +114,7 @@ def main() -> None:
         measured = measure({**pipeline.params, "judges": params}, batches, timesteps, key)
         skipped = {name: count for name, count in loader.state()["counts"].items() if count and name != "used"}
 
-    some = measured[timesteps[0]].accuracy[SCORER_NAME]
+    some = measured[timesteps[0]].accuracy[pair_accuracy.SCORER]
     if not some.count:
         raise UserError(f"--pairs={PAIRS.value} has no pair with a preferred picture among the first {num_pairs}.")
     print(accuracy_table(measured, list(judges)))

@@ -25,6 +25,9 @@ from spo_jax.training.noisy_pairs import pair_keys, score_pairs
 from spo_jax.training.rollout import make_encode
 from spo_jax.types import PromptBatch
 
+# Names of the judges that are measured: the one in question, the same one kept from knowing t, another one without t.
+SCORER, TOLD_0, PLAIN = "scorer", "told_0", "plain"
+
 
 class Judge(NamedTuple):
     """A scorer with the tokenizer of its captions; without ``step_aware`` it is told t = 0 at every timestep."""

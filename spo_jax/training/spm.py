@@ -40,18 +40,25 @@ from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training import checkpoint
 from spo_jax.training.config_check import check_spm_config
 from spo_jax.training.judged_pairs import Tokenizers, make_encode_captions, make_to_devices
-from spo_jax.training.judges import tokenizer_of
+from spo_jax.training.judges import make_scorer, tokenizer_of
 from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, read_metrics
 from spo_jax.training.noisy_pairs import make_look, make_predict_clean
 from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
-from spo_jax.training.pair_accuracy import Judge, accuracy_row, first_pairs, make_measure_accuracy
+from spo_jax.training.pair_accuracy import (
+    PLAIN,
+    SCORER,
+    TOLD_0,
+    Judge,
+    accuracy_row,
+    first_pairs,
+    make_measure_accuracy,
+)
 from spo_jax.training.report import write_summary
 from spo_jax.training.spm_report import ShownPair, write_spm_report
 from spo_jax.training.spm_update import make_relabel, make_spm_update, spm_metrics
 from spo_jax.types import JudgedPairs, TrainState
 
 NUM_REPORT_PAIRS = 8
-SCORER, TOLD_0 = "scorer", "told_0"  # judges that are measured: the model, and the same one kept from knowing t
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -146,6 +153,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     judges = {SCORER: Judge(scorer, tokenizers.scorer)}
     if config.scorer.step_aware:
         judges[TOLD_0] = Judge(scorer, tokenizers.scorer, step_aware=False)
+    fixed = {}
+    if config.validation.plain:
+        plain, fixed[PLAIN] = make_scorer(config.validation.plain, dtype=dtype, sharding=placement)
+        judges[PLAIN] = Judge(plain, tokenizers.scorer, step_aware=False)
     measure_accuracy = make_measure_accuracy(pipeline, predict_clean, judges, mesh)
 
     def validation_pairs() -> PairLoader:
@@ -154,7 +165,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     def measure(state: TrainState) -> dict[str, Any]:
         """Accuracy by timestep on the validation pairs, always the same pairs with the same noise."""
-        params = {**pipeline.params, "judges": dict.fromkeys(judges, state.result)}
+        params = {**pipeline.params, "judges": dict.fromkeys(judges, state.result) | fixed}
         with contextlib.closing(validation_pairs()) as loader:
             batches = first_pairs(loader, config.validation.num_pairs // jax.process_count())
             totals = measure_accuracy(params, batches, config.validation.timesteps, validation_key)

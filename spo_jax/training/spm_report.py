@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spo_jax.data.records import FAULTS
+from spo_jax.training.pair_accuracy import PLAIN, SCORER, TOLD_0
 from spo_jax.training.report import curve, data_uri, duration, escaped, number, page, settings, show_cards, write_whole
 
 _CURVES = (
@@ -47,7 +48,7 @@ def write_spm_report(
     best = summary["accuracy"]["best"]
     cards = [
         (
-            f"{number(row['accuracy']['scorer']['value'], '.1%')}",
+            f"{number(row['accuracy'][SCORER]['value'], '.1%')}",
             f"Accuracy at t = {timestep}: of so many validation pairs the preferred picture has the higher score.",
         )
         for timestep, row in best.items()
@@ -64,8 +65,8 @@ def write_spm_report(
         f"Seed {escaped(summary['seed'])}, {duration(summary['seconds'])} in all.</p>",
         show_cards(cards),
         "<h2>Accuracy on the validation pairs</h2>",
-        '<p class="lead">With 95 % intervals. Ties are left out. The gain is on the same pairs, over the same model '
-        "told t = 0 everywhere.</p>",
+        '<p class="lead">With 95 % intervals. Ties are left out. Gains are on the same pairs: over the same model told t = 0 '
+        "everywhere, and over another model without the time input, if config.validation.plain names one.</p>",
         _accuracies(summary["accuracy"]),
         "<h2>What the model sees</h2>",
         f'<p class="lead">The first {len(pairs)} validation pairs at each timestep, with the scores of the last model. '
@@ -86,11 +87,12 @@ def _accuracies(accuracy: Mapping[str, Mapping[str, Any]]) -> str:
     head = "".join(f"<th>t = {escaped(timestep)}</th>" for timestep in accuracy["best"])
     rows = []
     for model, meaning in (("start", "before training"), ("best", "best"), ("last", "last")):
-        cells = [_with_interval(row["accuracy"]["scorer"], ".3f") for row in accuracy[model].values()]
+        cells = [_with_interval(row["accuracy"][SCORER], ".3f") for row in accuracy[model].values()]
         rows.append((meaning, cells))
-        if model != "start" and "told_0" in next(iter(accuracy[model].values()))["gain"]:
-            cells = [_with_interval(row["gain"]["told_0"], "+.3f") for row in accuracy[model].values()]
-            rows.append((f"{meaning}: gain of knowing t", cells))
+        for other, of_what in ((TOLD_0, "gain of knowing t"), (PLAIN, "gain over the plain model")):
+            if model != "start" and other in next(iter(accuracy[model].values()))["gain"]:
+                cells = [_with_interval(row["gain"][other], "+.3f") for row in accuracy[model].values()]
+                rows.append((f"{meaning}: {of_what}", cells))
     body = "".join(f"<tr><td>{name}</td>{''.join(f'<td>{c}</td>' for c in cells)}</tr>" for name, cells in rows)
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
 

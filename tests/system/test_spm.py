@@ -177,12 +177,21 @@ def test_a_model_without_the_timestep_from_labels_of_a_judge(tmp_path, cache, da
     """The other half of the options at once; the result is a plain CLIP folder."""
     changes = {"scorer.step_aware": False, "labels.judge": "emoji:model/clip", "train.accumulation_steps": 2}
     changes |= {"remat": True, "train.ema_decay": 0.5, "scorer.dtype": "float32", "num_steps": 2, "log_every": 1}
-    changes |= {"validation.every": 2, "checkpoint.every": 2, "train.warmup_steps": 1, "dtype": "bfloat16"}
+    changes |= {
+        "validation.plain": "emoji:model/clip",
+        "validation.every": 2,
+        "checkpoint.every": 2,
+        "train.warmup_steps": 1,
+        "dtype": "bfloat16",
+    }
     result = run(spm_command(tmp_path, data, **changes), environment(cache))
     assert result.returncode == 0, result.stderr
     assert [row["num_pairs"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2 * BATCH, 2 * BATCH]
     assert "visual_projection.weight" in read_tensors(tmp_path / "best" / "model.safetensors")
     assert not read_clip(tmp_path / "best", step_aware=None)[0].step_aware
+    accuracy = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["accuracy"]
+    assert accuracy["start"]["701"]["gain"]["plain"]["value"] == 0, "it starts as the plain model"
+    assert set(accuracy["best"]["701"]["accuracy"]) == {"scorer", "plain"}
 
 
 @pytest.mark.parametrize(
