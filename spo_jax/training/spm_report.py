@@ -65,8 +65,8 @@ def write_spm_report(
         f"Seed {escaped(summary['seed'])}, {duration(summary['seconds'])} in all.</p>",
         show_cards(cards),
         "<h2>Accuracy on the validation pairs</h2>",
-        '<p class="lead">With 95 % intervals. Ties are left out. Gains are on the same pairs: over the same model told t = 0 '
-        "everywhere, and over another model without the time input, if config.validation.plain names one.</p>",
+        '<p class="lead">With 95 % intervals. Ties are left out. Gains are on the same pairs: over the same model told '
+        "t = 0 everywhere, and over another model without the time input, if config.validation.plain names one.</p>",
         _accuracies(summary["accuracy"]),
         "<h2>What the model sees</h2>",
         f'<p class="lead">The first {len(pairs)} validation pairs at each timestep, with the scores of the last model. '
