@@ -182,7 +182,6 @@ def test_a_model_without_the_timestep_from_labels_of_a_judge(tmp_path, cache, da
         "validation.every": 2,
         "checkpoint.every": 2,
         "train.warmup_steps": 1,
-        "dtype": "bfloat16",
     }
     result = run(spm_command(tmp_path, data, **changes), environment(cache))
     assert result.returncode == 0, result.stderr
