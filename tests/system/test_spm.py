@@ -33,7 +33,7 @@ SMALL = {
     "validation.batch_size": 24,
     "validation.timesteps": "(0, 701)",
 }
-SHORT = {"num_steps": 4, "validation.every": 4, "checkpoint.every": 2}
+SHORT = {"num_steps": 4, "train.warmup_steps": 1, "validation.every": 4, "checkpoint.every": 2}
 
 
 @pytest.fixture(scope="module")
