@@ -226,7 +226,8 @@ def test_the_recipe_of_its_preference_model_runs_from_pairs_to_the_model(theirs,
     write_split(tmp_path / "data", "validation_unique", [record(i) for i in range(12, 20)])
     config = spm_sdxl.get_config()
     config.model, config.vae, config.dtype = str(theirs[1]), str(theirs[1] / "vae"), "float32"
-    config.scorer.init = config.labels.judge = "emoji:model/clip"
+    config.scorer.init = config.labels.judge = config.validation.plain = "emoji:model/clip"
+    config.mesh.data, config.mesh.fsdp = -1, 1
     config.data.train, config.data.validation = (f"{tmp_path / 'data'}@{s}" for s in ("train", "validation_unique"))
     config.num_steps, config.train.warmup_steps, config.log_every, config.data.num_workers = 2, 1, 1, 0
     config.train.batch_size, config.validation.batch_size = 8, 8
