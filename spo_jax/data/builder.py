@@ -25,6 +25,7 @@ _LEFT_OVER = re.compile(rf"\.incomplete-|{NAME}-|features\.json")  # of an inter
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 
 
+# mypy does not follow tfds, and so does not know that its classes take a keyword.
 class PreferencePairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """One split of preference pairs, in the order of ``records``; pictures stay encoded as they came."""
 

@@ -13,6 +13,7 @@ nor SPO has seen.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +106,7 @@ def main() -> None:
     print(json.dumps(ceilings))
 
 
-def make_sampler():
+def make_sampler() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     """``sample(captions, count, key) -> (uint8 [n, count, H, W, 3], colourfulness [n, count])`` by the base model."""
     import jax
     import jax.numpy as jnp

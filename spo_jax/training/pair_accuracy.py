@@ -14,15 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from spo_jax.checkpoints.pipeline import Pipeline, tokenize
+from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
 from spo_jax.data.preferences import PairBatch
 from spo_jax.distributed.mesh import batch_sharding, replicated
 from spo_jax.errors import UserError
 from spo_jax.preference.accuracy import Accuracy, Difference, count_accuracy, count_difference
 from spo_jax.preference.scorers import Scorer
-from spo_jax.training.evaluation import encode_prompts
+from spo_jax.training.judged_pairs import make_encode_captions
 from spo_jax.training.noisy_pairs import pair_keys, score_pairs
-from spo_jax.training.rollout import make_encode
 from spo_jax.types import PromptBatch
 
 # Names of the judges that are measured: the one in question, the same one kept from knowing t, another one without t.
@@ -64,7 +63,7 @@ def make_measure_accuracy(
       finite.
     """
     first, *others = judges
-    encode_captions = jax.jit(make_encode(pipeline, scorer=None))
+    encode_captions = jax.jit(make_encode_captions(pipeline))
 
     @jax.jit
     def encode_texts(params: Any, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -91,13 +90,7 @@ def make_measure_accuracy(
     def measure(params: Any, batches: Iterable[PairBatch], timesteps: Sequence[int], key: jax.Array):
         totals: dict[int, PairAccuracy] = {}
         for batch in batches:
-            prompts = encode_prompts(
-                lambda params, tokens, negative, _: encode_captions(params, place(tokens), negative, None),
-                params,
-                pipeline,
-                None,
-                batch.captions,
-            )
+            prompts = encode_captions(params, place(tokenize_prompts(pipeline, batch.captions)))
             tokens = {name: tokenize(judge.tokenizer, batch.captions) for name, judge in judges.items()}
             texts = encode_texts(params["judges"], place(tokens))
             # As uint32, because JAX has no wider integers; -1, of rows that fill up, becomes some other key.

@@ -108,6 +108,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         # It sees the pictures themselves, as CLIP's own image processor would show them.
         relabel = make_relabel(make_clip_scorer(judge, antialias=True), config.labels.threshold)
         tokenizers = tokenizers._replace(judge=tokenizer_of(config.labels.tokenizer, pipeline))
+    judges, fixed = {SCORER: Judge(scorer, tokenizers.scorer)}, {}
+    if config.scorer.step_aware:
+        judges[TOLD_0] = Judge(scorer, tokenizers.scorer, step_aware=False)
+    if config.validation.plain:
+        plain, fixed[PLAIN] = make_scorer(config.validation.plain, dtype=dtype, sharding=placement)
+        judges[PLAIN] = Judge(plain, tokenizers.scorer, step_aware=False)
     # Only the timesteps of training matter; the number of sampling steps plays no part.
     schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
     check_timesteps(config, len(schedule.alphas_cumprod))
@@ -150,13 +156,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     options |= {"keep_only_with_label": config.data.keep_only_with_label, "seed": config.seed}
     options |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
     pairs_key, validation_key = rng.stream(root, "pairs"), rng.stream(root, "validation")
-    judges = {SCORER: Judge(scorer, tokenizers.scorer)}
-    if config.scorer.step_aware:
-        judges[TOLD_0] = Judge(scorer, tokenizers.scorer, step_aware=False)
-    fixed = {}
-    if config.validation.plain:
-        plain, fixed[PLAIN] = make_scorer(config.validation.plain, dtype=dtype, sharding=placement)
-        judges[PLAIN] = Judge(plain, tokenizers.scorer, step_aware=False)
     measure_accuracy = make_measure_accuracy(pipeline, predict_clean, judges, mesh)
 
     def validation_pairs() -> PairLoader:

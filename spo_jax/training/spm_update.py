@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -99,7 +100,7 @@ def make_spm_update(
         times = jax.vmap(lambda k: jax.random.randint(rng.stream(k, "timestep"), (), *timesteps))(keys)
         clean = predict_clean(frozen, pairs.images, encode(frozen, pairs.tokens), times, keys)
         if relabel is not None:
-            pairs = pairs.replace(labels=relabel(frozen["judge"], pairs))  # type: ignore[attr-defined]
+            pairs = dataclasses.replace(pairs, labels=relabel(frozen["judge"], pairs))
         (loss, scores), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trained, clean, pairs, times)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)

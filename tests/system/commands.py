@@ -1,9 +1,13 @@
 """Runs the project's commands as a user would, on the shipped emoji model, as small as they can be."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from spo_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -41,3 +45,13 @@ def command(workdir: Path, **overrides) -> list[str]:
 def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
     """Runs to the end and returns exit code and output."""
     return subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+
+
+def kill_after(num_rows: int, workdir: Path, arguments: list[str], env: dict[str, str]) -> None:
+    """Starts a command and sends it SIGKILL as soon as its ``metrics.jsonl`` has so many rows."""
+    process = subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(read_metrics(workdir / "metrics.jsonl")) < num_rows:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()

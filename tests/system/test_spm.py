@@ -1,10 +1,7 @@
 """Training of a preference model by the command: what it writes, that it survives SIGKILL and damaged records."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +15,7 @@ from spo_jax.data.records import FAULTS
 from spo_jax.emoji import resolve
 from spo_jax.training.metrics import read_metrics
 from tests.preference_data import DAMAGE, damage, record
-from tests.system.commands import ROOT, command, environment, run
+from tests.system.commands import command, environment, kill_after, run
 
 BATCH, GOOD = 48, 960  # twenty steps are an epoch
 TEN_WAYS = list(DAMAGE)[:10]
@@ -135,12 +132,7 @@ def test_killed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, cache,
     # The config must be that of the run, and the number of workers is part of it.
     arguments, env = spm_command(tmp_path, data), environment(cache)
     for rows_before_kill in (5, 13):
-        process = subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while len(read_metrics(tmp_path / "metrics.jsonl")) < rows_before_kill:
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_after(rows_before_kill, tmp_path, arguments, env)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) < 20
     result = run(arguments, env)
     assert result.returncode == 0, result.stderr
@@ -204,6 +196,7 @@ def test_a_model_without_the_timestep_from_labels_of_a_judge(tmp_path, cache, da
         ({"chunk": 7}, ["config.chunk", "divisor"]),
         ({"validation.timesteps": "(0, 1000)"}, ["config.validation.timesteps", "last timestep is 999"]),
         ({"scorer.init": "nowhere"}, ["nowhere"]),
+        ({"validation.plain": "nowhere"}, ["nowhere"]),
         ({"method": "dpo"}, ["config.method", "dpo"]),
         ({"data.strict": True}, ["Record", "config.data.strict"]),
     ],

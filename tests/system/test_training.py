@@ -1,16 +1,13 @@
 """The training command: what it writes, that it compiles once, survives SIGKILL, and does not depend on devices."""
 
 import json
-import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from spo_jax.training.metrics import read_metrics
-from tests.system.commands import ROOT, command, environment, run
+from tests.system.commands import ROOT, command, environment, kill_after, run
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -71,12 +68,7 @@ def test_killed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, cache,
     workdir, _ = undisturbed
     arguments, env = command(tmp_path, prompts=prompts), environment(cache)
     for rows_before_kill in (2, 4):
-        process = subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while len(read_metrics(tmp_path / "metrics.jsonl")) < rows_before_kill:
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_after(rows_before_kill, tmp_path, arguments, env)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) < 6
     result = run(arguments, env)
     assert result.returncode == 0, result.stderr
