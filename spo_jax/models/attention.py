@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from spo_jax.models.layers import group_norm
 from spo_jax.models.lora import LoRADense
 
-# Logits of one piece of attention, and of one sample: 5 MiB in float32. All heads of CLIP (16 x 257 x 257) and of a UNet's
+# Logits of one piece of attention and one sample: 5 MiB in float32. All heads of CLIP (16 x 257 x 257) and of a UNet's
 # inner levels are one piece; 1,024 tokens and more are cut. The bound is a sample's, because what is traced has the
 # batch of all devices: with 80 samples a device a piece takes 400 MiB.
 MAX_LOGITS = 5 * 2**18
@@ -41,7 +41,7 @@ def multi_head_attention(
         out = jax.nn.dot_product_attention(query, key, value, mask=mask)
     else:
         heads = tuple(jnp.moveaxis(x, 2, 0) for x in (query, key, value))
-        out = _map(lambda head: _attend_in_pieces(*head, mask=mask), heads)
+        out = _map(lambda qkv: _attend_in_pieces(qkv[0], qkv[1], qkv[2], mask), heads)
         out = jnp.moveaxis(out, 0, 2)
     return out.reshape(*out.shape[:2], -1)
 
