@@ -137,13 +137,14 @@ class Transformer2DModel(nn.Module):
     """Transformer blocks over the positions of a feature map, with a residual connection around all of them.
 
     ``use_linear_projection`` (SD2.1, SDXL) projects after flattening with a dense layer, SD1.5 before with a 1x1
-    convolution: the same numbers in another parameter shape.
+    convolution: the same numbers in another parameter shape. ``remat`` computes each block again on the way back.
     """
 
     num_heads: int
     num_layers: int
     num_groups: int
     use_linear_projection: bool
+    remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -157,6 +158,7 @@ class Transformer2DModel(nn.Module):
 
         hidden = project("proj_in")(group_norm(self.num_groups, 1e-6, self.dtype, "norm")(x))
         hidden = hidden.reshape(batch, height * width, channels)
+        Block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
         for i in range(self.num_layers):
-            hidden = BasicTransformerBlock(self.num_heads, self.dtype, name=f"transformer_blocks_{i}")(hidden, context)
+            hidden = Block(self.num_heads, self.dtype, name=f"transformer_blocks_{i}")(hidden, context)
         return x + project("proj_out")(hidden.reshape(x.shape))
