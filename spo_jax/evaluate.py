@@ -42,6 +42,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pairs at a time, over all de
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the networks.")
 NUM_WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes that decode pictures; 0: none.", lower_bound=0)
 OUT = flags.DEFINE_string("out", None, "JSON file to write the numbers to.")
+cli.process_flags()
 
 
 def main() -> None:
@@ -53,6 +54,7 @@ def main() -> None:
             raise UserError(f"--{flag.name} is missing; for example --{flag.name}={example}.")
     timesteps = parse_timesteps(TIMESTEPS.value)
     out = None if OUT.value is None else check_out(Path(OUT.value))
+    cli.start_processes()
 
     import jax
     import jax.numpy as jnp
