@@ -1,4 +1,4 @@
-"""What commands share: flags, one clear sentence for a user's mistake, several processes, quiet logs, a program cache."""
+"""What commands share: flags, one sentence for a user's mistake, several processes, quiet logs, a compilation cache."""
 
 from __future__ import annotations
 

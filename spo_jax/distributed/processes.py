@@ -180,7 +180,7 @@ def _first_node(nodes: str) -> str:
 
 
 def _slurm_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """A task's share of its node's GPUs; None for all that it sees, because it is alone or SLURM has shared them out."""
+    """A task's share of its node's GPUs; None for all that it sees, if it is alone or SLURM has shared them out."""
     tasks = []
     for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):  # such as 8(x3),4
         number, _, times = part.partition("(x")

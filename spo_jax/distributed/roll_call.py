@@ -1,8 +1,8 @@
 """Waits until every process of a run is there, or says in each of them which one is not.
 
 ``jax.distributed.initialize`` of JAX 0.10 ends by SIGABRT when a process is missing and by SIGSEGV when the port is in
-use, and names neither. So process 0 listens on the coordinator's port first, the others say who they are, and all hear the
-same verdict. The port is then JAX's: what a firewall keeps from the one, it keeps from the other.
+use, and names neither. So process 0 listens on the coordinator's port first, the others say who they are, and all hear
+the same verdict. The port is then JAX's: what a firewall keeps from the one, it keeps from the other.
 """
 
 from __future__ import annotations

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Rehearses a run of several processes on this machine's CPU; every line of output is preceded by its process.
+#   bash launch/local_processes.sh 4 --config=configs/tiny.py --workdir=runs/four [--config.key=value ...]
+# If one ends with an error, the others get SIGTERM, and SIGKILL after GRACE (30) seconds; the first error's code is passed on.
+# PORT (8482) is that of process 0; DEVICES (1) are simulated devices a process; needs .venv (launch/demo.sh makes it).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/setup_venv.sh
+source launch/setup_venv.sh
+usage_if_asked "$@"
+count=${1:-}
+if ! [[ $count =~ ^[1-9][0-9]*$ ]]; then
+    echo "spo_jax: error: the number of processes comes first, for example: bash launch/local_processes.sh 2 --config=..." >&2
+    exit 2
+fi
+shift
+export JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=${DEVICES:-1}" PYTHONUNBUFFERED=1
+python=${SPO_PYTHON:-.venv/bin/python}
+pids=()
+
+end_all() {
+    local i
+    kill -TERM "${pids[@]}" 2>/dev/null || true
+    for ((i = 0; i < 10 * ${GRACE:-30}; i++)); do
+        kill -0 "${pids[@]}" 2>/dev/null || return 0
+        sleep 0.1
+    done
+    kill -KILL "${pids[@]}" 2>/dev/null || true
+}
+
+for ((i = 0; i < count; i++)); do
+    # sed ends with the process whose output it reads; a substitution leaves the process itself as the child.
+    "$python" -m spo_jax.main --num_processes="$count" --process_id="$i" \
+        --coordinator_address="127.0.0.1:${PORT:-8482}" "$@" > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
+    pids+=($!)
+done
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+
+code=0
+left=$count
+while [ "$left" -gt 0 ]; do
+    status=0
+    wait -n "${pids[@]}" || status=$?
+    if [ "$status" -eq 127 ]; then
+        break
+    fi
+    left=$((left - 1))
+    if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
+        code=$status
+        end_all
+    fi
+done
+exit "$code"
