@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Rehearses a run of several processes on this machine's CPU; every line of output is preceded by its process.
 #   bash launch/local_processes.sh 4 --config=configs/tiny.py --workdir=runs/four [--config.key=value ...]
-# If one ends with an error, the others get SIGTERM, and SIGKILL after GRACE (30) seconds; the first error's code is passed on.
+# If one ends with an error, or this script gets SIGTERM, the others get SIGTERM, and SIGKILL after GRACE (30) seconds. The
+# exit code is that of the first error.
 # PORT (8482) is that of process 0; DEVICES (1) are simulated devices a process; needs .venv (launch/demo.sh makes it).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,36 +19,37 @@ export JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=${DEV
 python=${SPO_PYTHON:-.venv/bin/python}
 pids=()
 
-end_all() {
-    local i
-    kill -TERM "${pids[@]}" 2>/dev/null || true
-    for ((i = 0; i < 10 * ${GRACE:-30}; i++)); do
-        kill -0 "${pids[@]}" 2>/dev/null || return 0
-        sleep 0.1
-    done
-    kill -KILL "${pids[@]}" 2>/dev/null || true
-}
-
 for ((i = 0; i < count; i++)); do
     # sed ends with the process whose output it reads; a substitution leaves the process itself as the child.
     "$python" -m spo_jax.main --num_processes="$count" --process_id="$i" \
         --coordinator_address="127.0.0.1:${PORT:-8482}" "$@" > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
     pids+=($!)
 done
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
-
+told=""
+trap 'told=yes' TERM INT
 code=0
-left=$count
-while [ "$left" -gt 0 ]; do
-    status=0
-    wait -n "${pids[@]}" || status=$?
-    if [ "$status" -eq 127 ]; then
-        break
+deadline=""
+while [ ${#pids[@]} -gt 0 ]; do
+    running=()
+    for pid in "${pids[@]}"; do
+        if kill -0 "$pid" 2>/dev/null; then
+            running+=("$pid")
+            continue
+        fi
+        status=0
+        wait "$pid" || status=$?
+        if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
+            code=$status
+            told=yes
+        fi
+    done
+    pids=("${running[@]}")
+    if [ -n "$told" ] && [ -z "$deadline" ]; then
+        deadline=$((SECONDS + ${GRACE:-30}))
+        kill -TERM "${pids[@]}" 2>/dev/null || true
+    elif [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then
+        kill -KILL "${pids[@]}" 2>/dev/null || true
     fi
-    left=$((left - 1))
-    if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
-        code=$status
-        end_all
-    fi
+    sleep 0.1
 done
 exit "$code"

@@ -85,7 +85,7 @@ def start_processes() -> None:
     given = processes.ProcessFlags(*place)
     layout = processes.process_layout(given, os.environ)
     if layout is None and given.num_processes is None:
-        layout = processes.tpu_vm_layout(timeout)
+        layout = processes.tpu_vm_layout(os.environ, timeout)
     if layout is not None:
         processes.initialize(layout, timeout)
 

@@ -84,22 +84,25 @@ def process_layout(flags: ProcessFlags, environ: Mapping[str, str]) -> ProcessLa
     return _checked(ProcessLayout(address, count, index, None, "the command line"), "--process_id")
 
 
-def tpu_vm_layout(timeout: float) -> ProcessLayout | None:
+def tpu_vm_layout(environ: Mapping[str, str], timeout: float) -> ProcessLayout | None:
     """The layout that the metadata server of a Cloud TPU VM describes, as JAX reads it; None elsewhere or for one host.
 
     Raises:
-      UserError: the metadata cannot be read.
+      UserError: there are metadata of a slice that cannot be understood.
     """
     from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
 
     try:
-        if not GceTpuCluster.is_env_present():
+        if "TPU_WORKER_HOSTNAMES" in environ or not GceTpuCluster.is_env_present():
             return None
+    except Exception:  # no answer, in whatever way requests says so; what cannot see the server is one host
+        return None
+    try:
         count, index = GceTpuCluster.get_process_count(), GceTpuCluster.get_process_id()
         if count == 1:
             return None
         address = GceTpuCluster.get_coordinator_address(int(timeout), str(PORT))
-    except Exception as error:  # whatever requests, a name server, or text of another form makes of it
+    except Exception as error:  # whatever a server, a name that is not known, or text of another form makes of it
         raise UserError(
             f"The metadata server of this TPU VM does not say which hosts belong to the slice ({error}); give "
             "--num_processes, --process_id and --coordinator_address."

@@ -243,6 +243,12 @@ def test_if_one_local_process_fails_the_others_are_ended(checkout, stubborn):
     assert "[1] I fail" in result.stderr.splitlines()
 
 
+def test_local_processes_are_told_to_end(checkout):
+    program = checkout / "program"
+    sleeper(program, "exit 0")
+    assert signalled(checkout, "local_processes.sh", "2", SPO_PYTHON=str(program), GRACE="10") == 0
+
+
 @pytest.fixture(scope="module")
 def manifest():
     return yaml.safe_load((ROOT / "launch" / "gke_jobset.yaml").read_text(encoding="utf-8"))

@@ -187,18 +187,28 @@ class TestTpuVm:
         return values
 
     def test_a_slice(self):
-        assert place(tpu_vm_layout(1)) == ("127.0.0.1:8482", 2, 1, None)
+        assert place(tpu_vm_layout({}, 1)) == ("127.0.0.1:8482", 2, 1, None)
 
     def test_one_host(self, metadata):
         metadata["worker-network-endpoints"] = "spo-w-0:8470:127.0.0.1"
         metadata["agent-worker-number"] = "0"
-        assert tpu_vm_layout(1) is None
+        assert tpu_vm_layout({}, 1) is None
 
     def test_somewhere_else(self, metadata):
         metadata.clear()
-        assert tpu_vm_layout(1) is None
+        assert tpu_vm_layout({}, 1) is None
+
+    def test_no_server(self, monkeypatch):
+        def refused(key):
+            raise ConnectionError(key)
+
+        monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", refused)
+        assert tpu_vm_layout({}, 1) is None
+
+    def test_a_pod_of_gke_has_its_environment(self):
+        assert tpu_vm_layout({"TPU_WORKER_HOSTNAMES": "localhost"}, 1) is None
 
     def test_metadata_of_another_form(self, metadata):
         metadata["worker-network-endpoints"] = "a:b,c:d"
         with pytest.raises(UserError, match="metadata server of this TPU VM does not say"):
-            tpu_vm_layout(1)
+            tpu_vm_layout({}, 1)
