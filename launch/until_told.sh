@@ -8,13 +8,13 @@ until_told() {
     "$@" &
     child=$!
     while true; do
+        if [ -n "$told" ]; then
+            kill -TERM "$child" 2>/dev/null || true
+        fi
         code=0
         wait "$child" || code=$?
         # A signal ends wait, not the command: pass it on and wait again.
-        if [ -n "$told" ] && kill -TERM "$child" 2>/dev/null; then
-            continue
-        fi
-        break
+        kill -0 "$child" 2>/dev/null || break
     done
     trap - TERM
     if [ -n "$told" ]; then

@@ -231,8 +231,10 @@ def test_if_one_local_process_fails_the_others_are_ended(checkout, stubborn):
     trap = "trap : TERM" if stubborn else "true"
     program.write_text(
         "#!/usr/bin/env bash\n"
-        f'if [[ "$*" == *--process_id=1* ]]; then echo "I fail" >&2; sleep 0.3; exit 7; fi\n{trap}\n'
-        'echo "I wait"\nfor i in {1..1000}; do sleep 0.05; done\n'
+        'if [[ "$*" == *--process_id=1* ]]; then\n'
+        '    until [ -e "$0-0" ] && [ -e "$0-2" ]; do sleep 0.02; done; echo "I fail" >&2; exit 7\nfi\n'
+        f"{trap}\n"
+        'echo "I wait"; id=${*: -2:1}; touch "$0-${id#*=}"; for i in {1..1000}; do sleep 0.05; done\n'
     )
     program.chmod(0o755)
     start = time.monotonic()
@@ -246,7 +248,7 @@ def test_if_one_local_process_fails_the_others_are_ended(checkout, stubborn):
 def test_local_processes_are_told_to_end(checkout):
     program = checkout / "program"
     sleeper(program, "exit 0")
-    assert signalled(checkout, "local_processes.sh", "2", SPO_PYTHON=str(program), GRACE="10") == 0
+    assert signalled(checkout, "local_processes.sh", "1", SPO_PYTHON=str(program), GRACE="10") == 0
 
 
 @pytest.fixture(scope="module")
