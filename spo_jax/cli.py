@@ -29,7 +29,7 @@ def run(main: Callable[[], None]) -> NoReturn:
             main()
         except UserError as error:
             _fail(str(error))
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if jax.distributed.is_initialized():
                 _fail_among_others(error)
             raise
@@ -105,13 +105,13 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     # str() of a KeyError is the repr of its message.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()) or type(error).__name__
 
 
-def _fail_among_others(error: Exception) -> NoReturn:
+def _fail_among_others(error: BaseException) -> NoReturn:
     """Ends one process of several after a failure that is no mistake of the user."""
     if "Gloo" in str(error):  # the collectives of CPUs; those of GPUs and TPUs wait, and JAX ends the process
         message = "Another process of the run has ended; its log says why. Start the same command again to go on."

@@ -66,6 +66,7 @@ def main() -> None:
     from spo_jax.data.preferences import PairLoader, open_pairs
     from spo_jax.diffusion.schedule import make_schedule
     from spo_jax.distributed.mesh import check_divisible, make_mesh, replicated
+    from spo_jax.distributed.processes import is_main_process
     from spo_jax.emoji import resolve
     from spo_jax.training import pair_accuracy
     from spo_jax.training.judges import check_function, load_function, make_scorer, tokenizer_of
@@ -110,8 +111,9 @@ def main() -> None:
     with contextlib.closing(
         PairLoader(source, batch_size=BATCH_SIZE.value, size=pipeline.image_size, **once)
     ) as loader:
+        bar = {"unit": "batch", "dynamic_ncols": True, "disable": not is_main_process()}
         num_batches = -(-num_pairs // BATCH_SIZE.value)
-        batches = tqdm(first_pairs(loader, num_pairs), "pairs", num_batches, unit="batch", dynamic_ncols=True)
+        batches = tqdm(first_pairs(loader, num_pairs), "pairs", num_batches, **bar)
         key = rng.stream(jax.random.key(SEED.value), "accuracy")
         measured = measure({**pipeline.params, "judges": params}, batches, timesteps, key)
         skipped = {name: count for name, count in loader.state()["counts"].items() if count and name != "used"}
@@ -119,6 +121,8 @@ def main() -> None:
     some = measured[timesteps[0]].accuracy[pair_accuracy.SCORER]
     if not some.count:
         raise UserError(f"--pairs={PAIRS.value} has no pair with a preferred picture among the first {num_pairs}.")
+    if not is_main_process():
+        return
     print(accuracy_table(measured, list(judges)))
     left_out = {"ties": int(some.ties)} if some.ties else {}
     counts = "".join(f", {name} left out: {count}" for name, count in (left_out | skipped).items())

@@ -14,6 +14,8 @@ import jsonschema
 import pytest
 import yaml
 
+from spo_jax.distributed.processes import ProcessFlags, process_layout
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.sh"))
 # Writes its name, arguments and some of its environment as one line of JSON; exits with $EXIT_<name>.
@@ -282,6 +284,18 @@ def test_the_manifest_fits_the_program(manifest):
         name = argument.removeprefix("--config=")
         if name.endswith((".py", ".sh")):
             assert (ROOT / name).exists()
+
+
+def test_the_variables_for_gpu_nodes_are_those_that_are_read(manifest):
+    text = (ROOT / "docs" / "pods.md").read_text(encoding="utf-8")
+    env = yaml.safe_load(next(block for block in text.split("```") if block.startswith("\nenv:")))["env"]
+    changed = copy.deepcopy(manifest)
+    container = changed["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    container["env"] += env
+    check(changed)
+    recorded = {"JOBSET_NAME": "spo", "REPLICATED_JOB_NAME": "nodes", "NUM_PROCESSES": "4"}
+    assert {variable["name"] for variable in env} == recorded.keys()
+    assert process_layout(ProcessFlags(), recorded | {"JOB_COMPLETION_INDEX": "3"}).num_processes == 4
 
 
 @pytest.mark.parametrize(
