@@ -199,8 +199,8 @@ def _failures(directory: Path) -> Iterator[None]:
         steps = _steps(directory) if directory.is_dir() else []
         good = f"the last good checkpoint is {steps[0]}" if steps else "there is no good one before it"
         raise UserError(
-            f"A checkpoint could not be written to {directory} ({reason}); {good}. Mend that, by freeing space if the disk "
-            "is full, and run the same command again to go on."
+            f"A checkpoint could not be written to {directory} ({reason}); {good}. Free some space, "
+            "or mend what else is wrong there, and run the same command again to go on."
         ) from error
 
 
