@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from configs import common_spm
 from spo_jax import rng
-from spo_jax.checkpoints.pipeline import CLIP_H, clip_shapes, read_clip, read_pipeline, tokenize, tokenize_prompts
+from spo_jax.checkpoints.pipeline import clip_shapes, read_clip, read_pipeline, tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import MIN_SPLIT_SIZE, batch_sharding, make_mesh, weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.models import CLIPModel
+from spo_jax.models.published import CLIP_VIT_H
 from spo_jax.preference.pairs import labels_from_scores
 from spo_jax.preference.scorers import Scorer, make_clip_scorer
 from spo_jax.training.judged_pairs import make_encode_captions
@@ -208,7 +209,7 @@ def test_eight_devices_give_the_losses_of_one_and_each_holds_an_eighth_of_the_st
 
 def test_of_the_published_model_each_of_eight_devices_holds_an_eighth():
     """CLIP ViT-H/14 with its time layers, from the shardings alone: 21 GB of weights, moments and gradients in all."""
-    clip = CLIPModel.from_config(CLIP_H, step_aware=True)
+    clip = CLIPModel.from_config(CLIP_VIT_H, step_aware=True)
     params = clip_shapes(clip)
     assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(1.306e9, rel=1e-3)
     optimizer = make_optimizer(common_spm.get_config().train, warmup_linear_decay(3e-6, 500, 8000))
