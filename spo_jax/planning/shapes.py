@@ -88,7 +88,14 @@ def pipeline_shapes(name: str, dtype: Any, place: Place, *, vae: str = "") -> Pi
 
 
 def clip_shapes(
-    name: str, dtype: Any, place: Place, *, step_aware: bool, what: str, params_dtype: Any = None
+    name: str,
+    dtype: Any,
+    place: Place,
+    *,
+    step_aware: bool,
+    what: str,
+    params_dtype: Any = None,
+    known_plain: bool = True,
 ) -> tuple[CLIPModel, Any]:
     """A CLIP and the shapes of its parameters.
 
@@ -101,6 +108,7 @@ def clip_shapes(
         name has none.
       what: its name in the parameters of a program, with which its paths begin.
       params_dtype: of its parameters, if another.
+      known_plain: False gives time layers even to one that is known to have none, as training from it does.
     """
     path = resolve(name)
     folder = path.parent if path.suffix in WEIGHT_SUFFIXES else path
@@ -121,6 +129,8 @@ def device_bytes(tree: Any) -> int:
     """Bytes of a tree of sharded arrays or shapes on the device that holds most (all hold the same here)."""
 
     def one(leaf: Any) -> int:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return 16 * leaf.size  # random keys
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
         return int(jnp.dtype(leaf.dtype).itemsize) * math.prod(shape)
 

@@ -91,7 +91,7 @@ def parse_target(text: str) -> Target:
         limit = int(_H100_BYTES * fraction) if kind == "h100" else None
         return Target(text, "cuda" if kind == "h100" else "cpu", kind, int(size or 1), limit)
     raise UserError(
-        f"--target={text} is not known; use v5e, v6e or v5p with a topology (v5e:2x4, v5p:2x2x1), h100 or h100:8, or cpu."
+        f"--target={text} is not known; use v5e, v6e or v5p with a topology (v5e:2x4, v5p:2x2x1), h100, h100:8, or cpu."
     )
 
 
@@ -125,7 +125,9 @@ def devices_of(target: Target) -> list[Any]:
             )
     except Exception as error:  # of the plugin, which has no class of its own for it
         reason = str(error).splitlines()[0]
-        raise UserError(f"--target={target.name} is refused by its compiler ({reason}); use another topology.") from error
+        raise UserError(
+            f"--target={target.name} is refused by its compiler ({reason}); use another topology."
+        ) from error
     return list(topology.devices)
 
 

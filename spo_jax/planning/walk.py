@@ -7,21 +7,32 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 from jax.extend import core
 
-# They make no array of their own: XLA computes them where they are used.
-_VIRTUAL = frozenset(
-    """abs add add_any and broadcast_in_dim ceil clamp clip convert_element_type copy cos div eq erf erf_inv erfc exp exp2
-    expand_dims expm1 floor ge gt imag integer_pow iota is_finite le log log1p logistic lt max min mul ne neg not or
-    optimization_barrier pad pow random_wrap random_unwrap real reduce_precision rem reshape rev round rsqrt select_n
-    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin slice split sqrt square squeeze
-    stop_gradient sub tan tanh transpose xor""".split()
+# What makes an array of its own. XLA computes everything else where it is used: elementwise work and changes of shape.
+_MADE = (
+    "argm",
+    "concatenate",
+    "cond",
+    "conv_general",
+    "cum",
+    "custom_call",
+    "dot_general",
+    "dynamic_",
+    "ffi_call",
+    "gather",
+    "pallas_call",
+    "random_bits",
+    "reduce_",
+    "scan",
+    "scatter",
+    "sort",
+    "stack",
+    "top_k",
+    "while",
 )
 _INLINED = ("pjit", "jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 _REMAT = ("remat", "remat2", "checkpoint")
-
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +53,9 @@ class _Step:
     in_place: bool = False
 
 
-def walk(jaxpr: core.Jaxpr, size_of: Callable[[Any], int], *, fuses_operands: bool = True) -> Cost:
+def walk(
+    jaxpr: core.Jaxpr, size_of: Callable[[Any], int], *, fuses_operands: bool = True, num_donated: int = 0
+) -> Cost:
     """Adds up FLOPs and follows what is live.
 
     Elementwise work and changes of shape make no array of their own, but where they bring two large arrays together (a
@@ -52,6 +65,7 @@ def walk(jaxpr: core.Jaxpr, size_of: Callable[[Any], int], *, fuses_operands: bo
     Args:
       jaxpr: of one device's share of the work.
       size_of: bytes of an array, from its ``aval``.
+      num_donated: the first so many results take the place of arguments.
       fuses_operands: whether elementwise work is fused into the operands of products and convolutions (TPU), or has to
         be written out for them (GPU, CPU).
     """
@@ -68,6 +82,15 @@ def walk(jaxpr: core.Jaxpr, size_of: Callable[[Any], int], *, fuses_operands: bo
         env: dict[Any, frozenset[int]] = dict(zip(jaxpr.invars, arguments, strict=True))
         written: set[Any] = set(jaxpr.invars)  # variables that are arrays in memory as they are
 
+        users: dict[Any, list[str]] = {}
+        for eqn in jaxpr.eqns:
+            for atom in eqn.invars:
+                if isinstance(atom, core.Var):
+                    users.setdefault(atom, []).append(eqn.primitive.name)
+        for atom in jaxpr.outvars:
+            if isinstance(atom, core.Var):
+                users.setdefault(atom, []).append("return")
+
         def read(atom: Any) -> frozenset[int]:
             return env.get(atom, frozenset()) if isinstance(atom, core.Var) else frozenset()
 
@@ -80,12 +103,13 @@ def walk(jaxpr: core.Jaxpr, size_of: Callable[[Any], int], *, fuses_operands: bo
                 results = visit(inner, roots)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
-            if name in _VIRTUAL:
+            if _fuses(name):
                 for out in eqn.outvars:
                     size = size_of(out.aval)
                     large = [r for r in reads if 2 * sizes[r] >= size]
                     repeats = name == "broadcast_in_dim" and any(size > sizes[r] > _SMALL for r in reads)
-                    if (len(large) > 1 or repeats) and len(eqn.outvars) == 1 and size > _SMALL:
+                    waits = len(users.get(out, [])) == 1 and _fuses(users[out][0])
+                    if (len(large) > 1 or repeats) and not waits and len(eqn.outvars) == 1 and size > _SMALL:
                         made = buffer(out.aval)
                         steps.append(_Step(reads, [made], in_place=not repeats))
                         env[out] = frozenset([made])
@@ -111,7 +135,8 @@ def walk(jaxpr: core.Jaxpr, size_of: Callable[[Any], int], *, fuses_operands: bo
                 flops += _flops(eqn)
                 if not fuses_operands:
                     meanwhile = sum(
-                        size_of(atom.aval) for atom, root in zip(eqn.invars, roots, strict=True)
+                        size_of(atom.aval)
+                        for atom, root in zip(eqn.invars, roots, strict=True)
                         if root and atom not in written
                     )
             made_here = []
@@ -123,7 +148,7 @@ def walk(jaxpr: core.Jaxpr, size_of: Callable[[Any], int], *, fuses_operands: bo
         return [read(atom) for atom in jaxpr.outvars]
 
     results = visit(jaxpr, [frozenset()] * len(jaxpr.invars))
-    return Cost(flops, _peak(steps, sizes, frozenset().union(*results)))
+    return Cost(flops, _peak(steps, sizes, frozenset().union(*results[num_donated:])))
 
 
 _SMALL = 2**16
@@ -150,6 +175,11 @@ def _peak(steps: list[_Step], sizes: list[int], kept: frozenset[int]) -> int:
             peak = max(peak, live + made + step.meanwhile)
         live += made - freed
     return peak
+
+
+def _fuses(name: str) -> bool:
+    """Whether an operation is computed where its result is used."""
+    return name == "reduce_precision" or not name.startswith((*_MADE, *_INLINED, *_REMAT, "return"))
 
 
 def _inlined(eqn: Any) -> core.Jaxpr | None:
