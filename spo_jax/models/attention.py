@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from spo_jax.models.layers import group_norm
 from spo_jax.models.lora import LoRADense
 
-# Logits of one piece of attention, and of one sample: 5 MiB in float32. All heads of CLIP (16 x 257 x 257) and of a UNet's
+# Logits of one piece of attention and one sample: 5 MiB in float32. All heads of CLIP (16 x 257 x 257) and of a UNet's
 # inner levels are one piece; 1,024 tokens and more are cut. The bound is a sample's, because what is traced has the
 # batch of all devices: with 80 samples a device a piece takes 400 MiB.
 MAX_LOGITS = 5 * 2**18
@@ -41,7 +41,7 @@ def multi_head_attention(
         out = jax.nn.dot_product_attention(query, key, value, mask=mask)
     else:
         heads = tuple(jnp.moveaxis(x, 2, 0) for x in (query, key, value))
-        out = _map(lambda head: _attend_in_pieces(*head, mask=mask), heads)
+        out = _map(lambda qkv: _attend_in_pieces(qkv[0], qkv[1], qkv[2], mask), heads)
         out = jnp.moveaxis(out, 0, 2)
     return out.reshape(*out.shape[:2], -1)
 
@@ -137,13 +137,14 @@ class Transformer2DModel(nn.Module):
     """Transformer blocks over the positions of a feature map, with a residual connection around all of them.
 
     ``use_linear_projection`` (SD2.1, SDXL) projects after flattening with a dense layer, SD1.5 before with a 1x1
-    convolution: the same numbers in another parameter shape.
+    convolution: the same numbers in another parameter shape. ``remat`` computes each block again on the way back.
     """
 
     num_heads: int
     num_layers: int
     num_groups: int
     use_linear_projection: bool
+    remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -157,6 +158,7 @@ class Transformer2DModel(nn.Module):
 
         hidden = project("proj_in")(group_norm(self.num_groups, 1e-6, self.dtype, "norm")(x))
         hidden = hidden.reshape(batch, height * width, channels)
+        Block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
         for i in range(self.num_layers):
-            hidden = BasicTransformerBlock(self.num_heads, self.dtype, name=f"transformer_blocks_{i}")(hidden, context)
+            hidden = Block(self.num_heads, self.dtype, name=f"transformer_blocks_{i}")(hidden, context)
         return x + project("proj_out")(hidden.reshape(x.shape))

@@ -75,6 +75,7 @@ def test_devices_of_less_memory_learn_from_as_many_pairs_a_step():
 def test_gradient_checkpointing_changes_no_gradient():
     config = dict(block_out_channels=[8, 16], down_block_types=["CrossAttnDownBlock2D"] * 2, norm_num_groups=4)
     config |= dict(up_block_types=["CrossAttnUpBlock2D"] * 2, attention_head_dim=2, cross_attention_dim=6)
+    config["transformer_layers_per_block"] = [1, 2]  # one block, as in SD1.5, or several, as in SDXL
     unet = UNet2DConditionModel.from_config(config)
     inputs = jax.random.normal(jax.random.key(0), (2, 4, 4, 4)), jnp.array([3.0, 700.0]), jnp.ones((2, 5, 6))
     params = jax.jit(unet.init)(jax.random.key(1), *inputs)["params"]
