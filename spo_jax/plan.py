@@ -33,12 +33,9 @@ def main() -> None:
 
     target = targets.parse_target(TARGET.value)
     planner.check(config, target)
-    if not ESTIMATE.value:
-        targets.check_installed(target)
     plan = planner.estimate(config, target) if ESTIMATE.value else planner.compile_all(config, target)
-    print(planner.heading(config, target, exact=not ESTIMATE.value), "\n", sep="\n", end="")
-    print(report.table(plan.run, plan.resident, plan.needs, target))
-    print()
+    print(planner.heading(config, target, exact=not ESTIMATE.value), end="\n\n")
+    print(report.table(plan.run, plan.resident, plan.needs, target), end="\n\n")
     print(planner.verdict(plan, target))
     if plan.fits:
         return

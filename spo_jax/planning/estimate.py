@@ -92,7 +92,7 @@ def _bytes(aval: Any) -> int:
 def _tiled_bytes(aval: Any) -> int:
     """With the padding of a TPU, whose arrays are made of tiles of 8 x 128.
 
-    Feature maps of convolutions have channels and batch in their tiles, unless the batch is small; of everything else
+    Feature maps of convolutions have channels and batch in their tiles, if there is a batch; of everything else
     the compiler is taken to choose the two dimensions that waste the least.
     """
 
@@ -102,7 +102,7 @@ def _tiled_bytes(aval: Any) -> int:
     if aval.ndim < 2 or _bytes(aval) < 2**16 or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
         return _bytes(aval)
     shape = aval.shape
-    if aval.ndim == 4 and shape[0] >= 8 and shape[3] >= 64:
+    if aval.ndim == 4 and shape[0] > 1 and shape[3] >= 64:
         return padded(shape[0], shape[3]) * shape[1] * shape[2] * aval.dtype.itemsize
     least = min(
         math.prod(shape) // max(1, rows * columns) * padded(rows, columns)

@@ -15,7 +15,7 @@ from spo_jax.planning.estimate import abstract_run, estimate_program, resident_b
 from spo_jax.planning.programs import Run
 from spo_jax.planning.remedies import search
 from spo_jax.planning.report import Need
-from spo_jax.planning.targets import GIB, Target
+from spo_jax.planning.targets import GIB, Target, check_installed
 from spo_jax.training.config_check import check_config, check_spm_config
 
 
@@ -39,15 +39,15 @@ def check(config: ConfigDict, target: Target) -> None:
     (check_config if config.method == "spo" else check_spm_config)(config)
     count = target.num_devices
     mesh_sizes(config.mesh.data, config.mesh.fsdp, count)
-    keys = ("prompts_per_batch", "train.minibatch_size")
+    keys = ["prompts_per_batch", "train.minibatch_size"]
     if config.method == "spm":
-        keys = ("train.batch_size", "validation.batch_size", "chunk")
+        keys = ["train.batch_size", "validation.batch_size", "chunk"]
     for key in keys:
         size = _value(config, key)
         if size % count:
             raise UserError(
-                f"config.{key} = {size} cannot be split over the {count} devices of {target.name}; it is of all devices "
-                f"together, and the recipes' is of 4: for the same share of each use --config.{key}={size * count // 4}."
+                f"config.{key} = {size} cannot be split over the {count} devices of {target.name}; it counts for all "
+                f"devices, in the recipes for 4: with the same for each it is --config.{key}={size * count // 4}."
             )
 
 
@@ -63,7 +63,8 @@ def estimate(config: ConfigDict, target: Target) -> Plan:
 
 
 def compile_all(config: ConfigDict, target: Target) -> Plan:
-    """The plan from the compiled programs."""
+    """The plan from the compiled programs; UserError if the target's compiler is not installed."""
+    check_installed(target)
     run = abstract_run(config, target)
     resident = resident_bytes(run)
     needs = []

@@ -113,9 +113,8 @@ def clip_shapes(
     path = resolve(name)
     folder = path.parent if path.suffix in WEIGHT_SUFFIXES else path
     config = _find_config(folder, "config.json", published.CLIPS.get(repository_of(name) or "", published.CLIP_VIT_H))
-    clip = CLIPModel.from_config(
-        config, step_aware=step_aware and repository_of(name) not in published.CLIPS, dtype=dtype
-    )
+    step_aware = step_aware and not (known_plain and repository_of(name) in published.CLIPS)
+    clip = CLIPModel.from_config(config, step_aware=step_aware, dtype=dtype)
     shapes = reading.clip_shapes(clip, dtype if params_dtype is None else params_dtype)
     return clip, placed(shapes, place, (what,))
 
