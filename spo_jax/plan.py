@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spo_jax import cli
+from spo_jax.planning.targets import parse_target
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/sdxl.py.", lock_config=True)
 TARGET = flags.DEFINE_string(
@@ -28,10 +29,10 @@ CONFIRM = flags.DEFINE_bool(
 def main() -> None:
     """Plans, prints, and exits with 1 if the run does not fit."""
     config = cli.config_of(CONFIG)
+    target = parse_target(TARGET.value)
     # These import JAX models; a wrong flag should not wait for that.
-    from spo_jax.planning import planner, report, targets
+    from spo_jax.planning import planner, report
 
-    target = targets.parse_target(TARGET.value)
     planner.check(config, target)
     plan = planner.estimate(config, target) if ESTIMATE.value else planner.compile_all(config, target)
     print(planner.heading(config, target, exact=not ESTIMATE.value), end="\n\n")
