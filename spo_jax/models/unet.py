@@ -85,7 +85,8 @@ class UNet2DConditionModel(nn.Module):
 
     Attributes are the fields of ``config.json``; per-block fields are already expanded. Build it with ``from_config``.
     ``remat`` (gradient checkpointing) computes each resnet and transformer (of several blocks: each block) again on the
-    way back instead of keeping what is inside it: less memory, a third more time; ``unet.clone(remat=True)`` switches it on.
+    way back instead of keeping what is inside it: less memory, a third more time; ``unet.clone(remat=True)`` switches
+    it on.
     """
 
     in_channels: int = 4

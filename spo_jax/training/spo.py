@@ -42,7 +42,7 @@ from spo_jax.distributed.mesh import (
 from spo_jax.emoji import resolve
 from spo_jax.images import grid, to_uint8, write_png
 from spo_jax.preference.scorers import Scorer, make_clip_scorer
-from spo_jax.training import checkpoint
+from spo_jax.training import checkpoint, preemption
 from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import encode_prompts, make_measure, summarize
 from spo_jax.training.judges import check_function, make_scorer, tokenizer_of
@@ -56,7 +56,7 @@ from spo_jax.types import PromptBatch, TrainState
 NUM_REPORT_PICTURES = 24
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """Trains adapters and measures them; going on where an interrupted run of the same command stopped.
 
     Args:
@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         ``summary.json`` and ``report.html``.
 
     Returns:
-      What ``summary.json`` holds.
+      What ``summary.json`` holds; None if SIGTERM has stopped the run, whose state is then saved.
 
     Raises:
       UserError: a mistake in config, files or workdir (before anything is written), or a loss that is not finite.
@@ -126,6 +126,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if restored is not None:
         state, extra = restored
         first_batch, seconds_before = extra["batch"], extra["seconds"]
+    finished = saved = first_batch
 
     # ---------------------------------------------------------------------------------------------------------- loop
     collect, update = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
@@ -145,7 +146,19 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     history: list[dict[str, float]] = []
     warned = False
     training_began = time.time()
+
+    def save() -> None:
+        """Checkpoint and adapters of the state after ``finished`` batches, unless they are there."""
+        nonlocal saved
+        if saved != finished:
+            seconds = seconds_before + time.time() - training_began
+            checkpoint.save(manager, finished, state, {"batch": finished, "seconds": seconds})
+            if "lora" in state.trained:
+                write_lora(workdir, state.result["lora"])
+            saved = finished
+
     with (
+        preemption.watch() as preempted,
         MetricsWriter(workdir, first_batch) as writer,
         tqdm(total=config.num_batches, initial=first_batch, desc="SPO", unit="batch", dynamic_ncols=True) as progress,
     ):
@@ -158,6 +171,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             start = time.time()
             rollout = collect(params, state.trained, prompt_batch, rng.stream(root, "rollout", batch))
             num_valid = int(rollout.num_valid)
+            if preempted():
+                break  # without updates of this batch: the next run makes the same pool again
             sampled = time.time()
             state, updates = run_updates(config, update, state, params["unet"], prompt_batch, rollout, num_valid)
             num_pool_steps = config.sampling.num_steps - config.sampling.num_plain_steps
@@ -179,21 +194,25 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             progress.set_postfix(loss=f"{row['loss']:.4f}", score=f"{row['preference_score_mean']:.3f}")
             progress.update()
 
-            done = batch + 1 == config.num_batches
-            if done or (batch + 1) % config.checkpoint.every == 0:
-                seconds = seconds_before + time.time() - training_began
-                checkpoint.save(manager, batch + 1, state, {"batch": batch + 1, "seconds": seconds})
-                if "lora" in state.trained:
-                    write_lora(workdir, state.result["lora"])
-            if config.validation.every and (done or (batch + 1) % config.validation.every == 0):
+            finished = batch + 1
+            if preempted():
+                break
+            done = finished == config.num_batches
+            if done or finished % config.checkpoint.every == 0:
+                save()
+            if config.validation.every and (done or finished % config.validation.every == 0):
                 rows = slice(0, config.validation.num_prompts)
                 some = held_out_batch.map_rows(itemgetter(rows))
                 shown = measure(params, state.result, some, judge_text[rows], evaluation_key)
                 sheet = grid(to_uint8(shown.images))
-                write_png(workdir / "validation" / f"batch_{batch + 1:06d}.png", sheet, zoom=3)
-                writer.write_image(batch + 1, "validation", sheet)
+                write_png(workdir / "validation" / f"batch_{finished:06d}.png", sheet, zoom=3)
+                writer.write_image(finished, "validation", sheet)
+        save()
+        checkpoint.close(manager)
+        if preempted():
+            preemption.say_stopped("batch", finished)
+            return None
     seconds_training = seconds_before + time.time() - training_began
-    checkpoint.close(manager)
     write_result(workdir, state.result, pipeline.folder)
 
     # ------------------------------------------------------------------------------------------------------ evidence
