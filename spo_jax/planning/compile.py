@@ -30,6 +30,9 @@ from spo_jax.planning.programs import extra_bytes, make_run
 from spo_jax.planning.targets import ENVIRONMENT, devices_of, parse_target
 
 _NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of|(?:allocate|allocating) (\d+)( )bytes")
+# Without a GPU nothing can be tried out, and the first choice of tiles for its own kernels of matrix products can
+# fail ("Couldn't find output tile sizes"); cuBLAS needs none, and is what most products end up with.
+_OPTIONS: dict[str, Any] = {"cuda": {"xla_gpu_enable_triton_gemm": False}}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, " ": 1}
 
 
@@ -101,7 +104,7 @@ def _main() -> None:
     key = hashlib.sha256(f"{target.name} {versions(target.platform)} {lowered.as_text()}".encode()).hexdigest()
     kept = _cache() / f"{key}.json"
     if not kept.exists():
-        answer = json.dumps(dataclasses.asdict(_compile(lowered)))
+        answer = json.dumps(dataclasses.asdict(_compile(lowered, target.platform)))
         kept.parent.mkdir(parents=True, exist_ok=True)
         unfinished = kept.with_suffix(f".{os.getpid()}")
         unfinished.write_text(answer, encoding="utf-8")
@@ -110,11 +113,11 @@ def _main() -> None:
     print(json.dumps(answer | {"extra": extra_bytes(program, run)}))
 
 
-def _compile(lowered: Any) -> Compiled:
+def _compile(lowered: Any, platform: str) -> Compiled:
     start = time.time()
     date = time.strftime("%Y-%m-%d")
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=_OPTIONS.get(platform))
     except Exception as error:  # of the compiler, as XlaRuntimeError or JaxRuntimeError
         message = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" not in message:

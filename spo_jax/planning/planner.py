@@ -93,8 +93,8 @@ def smaller(config: ConfigDict, target: Target, *, exact: bool) -> tuple[Plan, d
         def worst(setting: ConfigDict, margin: float = margin) -> tuple[str, bool, int]:
             plan = estimate(setting, target)
             need = max(plan.needs, key=lambda need: need.peak)
-            resident = 100 * sum(plan.resident.values()) // max(need.peak, 1)
-            return need.program, target.limit is None or need.peak <= margin * target.limit, resident
+            limit = target.limit or need.peak + 1
+            return need.program, need.peak <= margin * limit, 100 * sum(plan.resident.values()) // limit
 
         found = search(config, target.num_devices, worst)
         if found is None:

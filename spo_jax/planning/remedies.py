@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 MAX_TURNS = 40
+_LARGE_REST = 75  # percent; with so little left for programs, weights are split before anything else is given up
 
 
 def search(
@@ -18,8 +19,7 @@ def search(
     Args:
       config: the setting that does not fit; it is not changed.
       num_devices: of the target.
-      worst: ``(config) -> (program, fits, resident bytes as a part of what it needs in percent)``, of the program that
-        needs most.
+      worst: ``(config) -> (program, fits, percent of the limit that is resident)``, of the program that needs most.
 
     Returns:
       The config that fits and the keys that differ; None if no knob is left.
@@ -42,7 +42,7 @@ def search(
 def _turns(config: ConfigDict, program: str, count: int, resident_share: int) -> Iterator[dict[str, Any]]:
     """Possible next turns for a program, the cheapest in time and in what is learned first."""
     split = {"mesh.fsdp": count, "mesh.data": 1} if config.mesh.fsdp not in (-1, count) and count > 1 else None
-    if split and resident_share > 50:
+    if split and resident_share > _LARGE_REST:
         yield split
     yield from _spo(config, program, count) if config.method == "spo" else _spm(config, program, count)
     if split:

@@ -194,7 +194,7 @@ class Lowered:
     def __init__(self, message):
         self.message = message
 
-    def compile(self):
+    def compile(self, compiler_options):
         raise RuntimeError(self.message)
 
 
@@ -208,13 +208,13 @@ class Lowered:
     ],
 )
 def test_a_program_that_is_too_large_is_an_answer(message, gib):
-    answer = compiling._compile(Lowered(message))
+    answer = compiling._compile(Lowered(message), "tpu")
     assert (answer.status, answer.temp / GIB) == ("too large", gib)
 
 
 def test_any_other_error_of_a_compiler_is_one():
     with pytest.raises(RuntimeError, match="INTERNAL"):
-        compiling._compile(Lowered("INTERNAL: no"))
+        compiling._compile(Lowered("INTERNAL: no"), "tpu")
 
 
 @pytest.mark.parametrize(
