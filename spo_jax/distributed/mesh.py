@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,13 +14,21 @@ from spo_jax.errors import UserError
 AXES = ("data", "fsdp")
 
 
-def make_mesh(data: int, fsdp: int) -> Mesh:
+def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes "data" and "fsdp"; one of the sizes may be -1, for all devices that are left.
+
+    ``devices`` are all that there are, or those of another machine, for which a program is only compiled.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(data, fsdp, len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_sizes(data: int, fsdp: int, count: int) -> tuple[int, ...]:
+    """The sizes of a mesh of ``count`` devices; UserError as in ``make_mesh``."""
     sizes = [data, fsdp]
     if sizes.count(-1) == 1:
         known = math.prod(size for size in sizes if size != -1)
@@ -30,7 +39,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
             f"config.mesh = (data={data}, fsdp={fsdp}) does not fit the {count} devices here; "
             "use data=-1, fsdp=1 for all of them."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return tuple(sizes)
 
 
 def check_divisible(name: str, size: int, mesh: Mesh) -> None:

@@ -30,6 +30,34 @@ class Measured:
     alignment_top1: np.ndarray
 
 
+def make_measure_batch(
+    pipeline: Pipeline, scorer: Scorer, judge: Scorer, schedule: Schedule, *, guidance_scale: float, eta: float
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """``measure_batch(params, variables, prompts, judge_text [n, E], keys [B])``, the program behind ``make_measure``.
+
+    It gives images [B, H, W, 3], preference scores, colourfulness, and the nearest of the n captions, [B] each.
+    """
+    generate = make_generate(pipeline, schedule, guidance_scale=guidance_scale, eta=eta)
+    shape = pipeline.latent_shape
+
+    def measure_batch(params, variables, prompts: PromptBatch, judge_text, keys):
+        initial = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "initial"), shape))(keys)
+        noise = None
+        if eta > 0:
+            noise = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "steps"), (schedule.num_steps, *shape)))(keys)
+            noise = jnp.swapaxes(noise, 0, 1)
+        images = generate(params, variables, prompts, initial, noise)
+        images = jnp.clip(images, -1.0, 1.0)
+        zeros = jnp.zeros((images.shape[0],), jnp.int32)
+        scores = scorer.score(params["scorer"], images, prompts.scorer_text, zeros)
+        similarity = jax.vmap(
+            lambda text: judge.score(params["judge"], images, jnp.broadcast_to(text, (len(keys), len(text))), zeros)
+        )(judge_text)
+        return images, scores, colorfulness(images), similarity.argmax(axis=0)
+
+    return measure_batch
+
+
 def make_measure(
     pipeline: Pipeline,
     scorer: Scorer,
@@ -55,24 +83,7 @@ def make_measure(
       A function of the UNet's trained variables, {} for the base model (see ``TrainState``). The same key gives the
       same noise to each prompt, whatever the model and the batch size.
     """
-    generate = make_generate(pipeline, schedule, guidance_scale=guidance_scale, eta=eta)
-    shape = pipeline.latent_shape
-
-    @jax.jit
-    def one_batch(params, variables, prompts: PromptBatch, judge_text, keys):
-        initial = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "initial"), shape))(keys)
-        noise = None
-        if eta > 0:
-            noise = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "steps"), (schedule.num_steps, *shape)))(keys)
-            noise = jnp.swapaxes(noise, 0, 1)
-        images = generate(params, variables, prompts, initial, noise)
-        images = jnp.clip(images, -1.0, 1.0)
-        zeros = jnp.zeros((images.shape[0],), jnp.int32)
-        scores = scorer.score(params["scorer"], images, prompts.scorer_text, zeros)
-        similarity = jax.vmap(
-            lambda text: judge.score(params["judge"], images, jnp.broadcast_to(text, (len(keys), len(text))), zeros)
-        )(judge_text)
-        return images, scores, colorfulness(images), similarity.argmax(axis=0)
+    one_batch = jax.jit(make_measure_batch(pipeline, scorer, judge, schedule, guidance_scale=guidance_scale, eta=eta))
 
     def measure(params: Any, trained: Any, prompts: PromptBatch, judge_text: jax.Array, key: jax.Array) -> Measured:
         count = prompts.embeddings.shape[0]
