@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spo_jax.errors import UserError
@@ -61,3 +62,16 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def constrain_batch(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
     """Inside ``jit``: asks for every array of ``tree`` to be split along ``axis`` over all devices."""
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh, axis)), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """The arrays of a tree such that this process can read them, also those of which other processes hold parts.
+
+    All processes must call this: they send each other what they hold, one array at a time, into the host's memory.
+    """
+
+    def one(x: jax.Array) -> Any:
+        whole = x.is_fully_addressable or x.is_fully_replicated
+        return x if whole else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)

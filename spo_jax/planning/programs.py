@@ -172,7 +172,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
         some = held_out.map_rows(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding))
         keys = everywhere(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)))
         variables = {"params": params["unet"], **state.trained}
-        return jax.jit(measure), (params, variables, some, judge_text, keys)
+        return jax.jit(measure, out_shardings=replicated(mesh)), (params, variables, some, judge_text, keys)
 
     programs = {"encode": encoding, "pool": pool, "score": score, "update": update, "evaluation": evaluation}
     return Run(resident, programs)

@@ -10,10 +10,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from spo_jax import rng
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import Schedule
+from spo_jax.distributed.mesh import replicated
 from spo_jax.preference.colorfulness import colorfulness
 from spo_jax.preference.scorers import Scorer
 from spo_jax.training.rollout import make_generate
@@ -63,6 +65,7 @@ def make_measure(
     scorer: Scorer,
     judge: Scorer,
     schedule: Schedule,
+    mesh: Mesh,
     *,
     guidance_scale: float,
     eta: float,
@@ -75,6 +78,7 @@ def make_measure(
       scorer: the preference model, asked at timestep 0.
       judge: a plain CLIP; alignment is whether a picture's own caption is the nearest of all n.
       schedule: sampling steps.
+      mesh: the devices; all processes get all results.
       guidance_scale: as in training.
       eta: DDIM's; 0 for the deterministic sampler.
       batch_size: pictures at a time.
@@ -83,7 +87,9 @@ def make_measure(
       A function of the UNet's trained variables, {} for the base model (see ``TrainState``). The same key gives the
       same noise to each prompt, whatever the model and the batch size.
     """
-    one_batch = jax.jit(make_measure_batch(pipeline, scorer, judge, schedule, guidance_scale=guidance_scale, eta=eta))
+    options = {"guidance_scale": guidance_scale, "eta": eta}
+    measure_batch = make_measure_batch(pipeline, scorer, judge, schedule, **options)
+    one_batch = jax.jit(measure_batch, out_shardings=replicated(mesh))
 
     def measure(params: Any, trained: Any, prompts: PromptBatch, judge_text: jax.Array, key: jax.Array) -> Measured:
         count = prompts.embeddings.shape[0]

@@ -29,9 +29,11 @@ from spo_jax.data.records import FAULTS
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import (
     check_divisible,
+    fetch,
     make_mesh,
     replicated,
 )
+from spo_jax.distributed.processes import is_main_process
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
@@ -81,7 +83,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Raises:
       UserError: a mistake in config, files or workdir (before anything is written), or a loss that is not finite.
     """
-    began = time.time()
+    began, main = time.time(), is_main_process()  # the other processes of a run compute, and write checkpoints only
 
     # ---------------------------------------------------------------------------------------------------------- mesh
     check_spm_config(config)
@@ -186,9 +188,21 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     with (
         preemption.watch() as preempted,
         contextlib.closing(PairLoader(source, batch_size=local_size, state=done["data"], **options)) as loader,
-        MetricsWriter(workdir, first_step) as writer,
-        tqdm(total=config.num_steps, initial=first_step, desc="SPM", unit="step", dynamic_ncols=True) as progress,
+        MetricsWriter(workdir, first_step, enabled=main) as writer,
+        tqdm(
+            total=config.num_steps,
+            initial=first_step,
+            desc="SPM",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not main,
+        ) as progress,
     ):
+
+        def write(name: str) -> None:
+            params = fetch(state.result)  # by all processes together
+            if main:
+                write_scorer(workdir / name, clip, params, dtype=config.scorer.dtype)
 
         def save(step: int) -> None:
             extra = {"step": step, "seconds": done["seconds"] + time.time() - training_began}
@@ -221,12 +235,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
                 if step:
                     row |= {f"accuracy_t{t}": entry["accuracy"][SCORER]["value"] for t, entry in measured.items()}
                     if best_step(accuracy) == step:
-                        write_scorer(workdir / "best", clip, state.result, dtype=config.scorer.dtype)
+                        write("best")
             if row:
                 writer.write(step, row)
                 window = []
             if last or (step and step % config.checkpoint.every == 0):
-                write_scorer(workdir / "last", clip, state.result, dtype=config.scorer.dtype)
+                write("last")
                 if step != saved:
                     save(step)
                     saved = step

@@ -35,9 +35,11 @@ from spo_jax.diffusion.schedule import Schedule, check_trainable, make_schedule
 from spo_jax.distributed.mesh import (
     check_divisible,
     constrain_batch,
+    fetch,
     make_mesh,
     replicated,
 )
+from spo_jax.distributed.processes import is_main_process
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.images import grid, to_uint8, write_png
@@ -71,7 +73,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Raises:
       UserError: a mistake in config, files or workdir (before anything is written), or a loss that is not finite.
     """
-    began = time.time()
+    began, main = time.time(), is_main_process()  # the other processes of a run compute, and write checkpoints only
 
     # ---------------------------------------------------------------------------------------------------------- mesh
     check_config(config)
@@ -133,6 +135,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         scorer,
         judge,
         schedule,
+        mesh,
         guidance_scale=config.sampling.guidance_scale,
         eta=config.evaluation.eta,
         batch_size=min(config.evaluation.batch_size, len(held_out)),
@@ -152,13 +155,20 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             seconds = seconds_before + time.time() - training_began
             checkpoint.save(manager, finished, state, {"batch": finished, "seconds": seconds})
             if "lora" in state.trained:
-                write_lora(workdir, state.result["lora"])
+                write_result(workdir, state.result, pipeline.folder)
             saved = finished
 
     with (
         preemption.watch() as preempted,
-        MetricsWriter(workdir, first_batch) as writer,
-        tqdm(total=config.num_batches, initial=first_batch, desc="SPO", unit="batch", dynamic_ncols=True) as progress,
+        MetricsWriter(workdir, first_batch, enabled=main) as writer,
+        tqdm(
+            total=config.num_batches,
+            initial=first_batch,
+            desc="SPO",
+            unit="batch",
+            dynamic_ncols=True,
+            disable=not main,
+        ) as progress,
     ):
         for batch in range(first_batch, config.num_batches):
             indices = batch_indices(len(prompts), config.prompts_per_batch, config.seed, batch)
@@ -202,9 +212,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
                 rows = slice(0, config.validation.num_prompts)
                 some = held_out_batch.map_rows(itemgetter(rows))
                 shown = measure(params, state.result, some, judge_text[rows], evaluation_key)
-                sheet = grid(to_uint8(shown.images))
-                write_png(workdir / "validation" / f"batch_{finished:06d}.png", sheet, zoom=3)
-                writer.write_image(finished, "validation", sheet)
+                if main:
+                    sheet = grid(to_uint8(shown.images))
+                    write_png(workdir / "validation" / f"batch_{finished:06d}.png", sheet, zoom=3)
+                    writer.write_image(finished, "validation", sheet)
         save()
         checkpoint.close(manager)
         if preempted():
@@ -223,6 +234,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         "seed": config.seed,
         "config": config.to_dict(),
     }
+    if not main:
+        return summary
     write_summary(workdir / "summary.json", summary)
     pictures = zip(held_out, to_uint8(base.images), to_uint8(tuned.images), strict=True)
     write_report(
@@ -249,7 +262,13 @@ def starting_point(config: ConfigDict, key: jax.Array, unet_params: Any) -> Any:
 
 
 def write_result(workdir: Path, trained: Any, source: Path) -> None:
-    """Writes ``pytorch_lora_weights.safetensors``, or after full fine-tuning the pipeline folder ``model``."""
+    """Writes ``pytorch_lora_weights.safetensors``, or after full fine-tuning the pipeline folder ``model``.
+
+    All processes must call this; the first one writes.
+    """
+    trained = fetch(trained)
+    if not is_main_process():
+        return
     if "lora" in trained:
         write_lora(workdir, trained["lora"])
     elif not (workdir / "model").exists():

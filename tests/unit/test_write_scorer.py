@@ -120,7 +120,8 @@ from spo_jax.checkpoints.safetensors_io import write_params
 from spo_jax.distributed.mesh import make_mesh
 from spo_jax.distributed.sharding import weight_sharding
 mesh = make_mesh(data=1, fsdp=2)
-make = lambda i: jax.device_put(jnp.full((1024, 2048), i, jnp.float32), weight_sharding(mesh, ("mlp", "fc1", "kernel"), (1024, 2048)))
+split = weight_sharding(mesh, ("mlp", "fc1", "kernel"), (1024, 2048))
+make = lambda i: jax.device_put(jnp.full((1024, 2048), i, jnp.float32), split)
 params = {f"layer_{i}": {"kernel": make(i)} for i in range(32)}
 jax.block_until_ready(params)
 write_params(Path(sys.argv[1]) / "warm", {"layer_0": params["layer_0"]})
