@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -30,6 +31,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         except UserError as error:
             _fail(str(error))
         except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                _fail(f"{error.strerror}; free some, and run the same command again to go on.")
             if jax.distributed.is_initialized():
                 _fail_among_others(error)
             raise

@@ -1,4 +1,4 @@
-"""The device mesh. Batches are split over all of its axes, large weights over "fsdp", everything else is replicated."""
+"""The device mesh. Batches are split over all of its axes; weights over "fsdp", as the rules in sharding.py say."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from spo_jax.errors import UserError
 
 AXES = ("data", "fsdp")
-MIN_SPLIT_SIZE = 2**14  # elements; to gather a smaller weight costs more than to keep it
 
 
 def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -57,21 +56,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Array axis ``axis`` split over all devices."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXES))
-
-
-def weight_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """A weight split over the axis "fsdp" along its longest dimension that can be; replicated if small or odd."""
-    parts = mesh.shape["fsdp"]
-    fitting = [(size, axis) for axis, size in enumerate(shape) if size % parts == 0]
-    if parts == 1 or math.prod(shape) < MIN_SPLIT_SIZE or not fitting:
-        return replicated(mesh)
-    axis = max(fitting)[1]
-    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
-
-
-def weight_shardings(mesh: Mesh, tree: Any) -> Any:
-    """``weight_sharding`` of every array of a tree: parameters, or a training state."""
-    return jax.tree.map(lambda x: weight_sharding(mesh, x.shape), tree)
 
 
 def constrain_batch(mesh: Mesh, tree: Any, axis: int = 0) -> Any:

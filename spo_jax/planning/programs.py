@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts, with_image_size
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.distributed.mesh import batch_sharding, replicated, weight_sharding, weight_shardings
+from spo_jax.distributed.mesh import batch_sharding, replicated
+from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.planning.shapes import clip_shapes, device_bytes, pipeline_shapes
 from spo_jax.preference.scorers import Scorer, make_clip_scorer, make_function_scorer
 from spo_jax.training.evaluation import encode_prompts, make_measure_batch
@@ -80,7 +82,7 @@ def extra_bytes(program: Program, run: Run) -> int:
 # --------------------------------------------------------------------------------------------------------------- SPO
 def _spo(config: ConfigDict, mesh: Mesh) -> Run:
     dtype = jnp.dtype(config.dtype)
-    place = _placement(mesh)
+    place = functools.partial(weight_sharding, mesh)
     pipeline = with_tokenizers(pipeline_shapes(config.model, dtype, place, vae=config.vae))
     pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
     pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
@@ -179,7 +181,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
 # --------------------------------------------------------------------------------------------------------------- SPM
 def _spm(config: ConfigDict, mesh: Mesh) -> Run:
     dtype = jnp.dtype(config.dtype)
-    place = _placement(mesh)
+    place = functools.partial(weight_sharding, mesh)
     pipeline = with_tokenizers(pipeline_shapes(config.model, dtype, place, vae=config.vae))
     pipeline = with_image_size(pipeline, config.height, config.width)
     options = {"step_aware": config.scorer.step_aware, "known_plain": False}
@@ -295,10 +297,6 @@ def _scorer(path: str, fn: str, dtype: Any, place: Any) -> tuple[Scorer, Any]:
         return make_function_scorer(load_function(fn)), {}
     clip, params = clip_shapes(path, dtype, place, step_aware=True, what="scorer")
     return make_clip_scorer(clip), params
-
-
-def _placement(mesh: Any) -> Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]:
-    return lambda _path, shape: weight_sharding(mesh, shape)
 
 
 def _sharded(tree: Any, shardings: Callable[[Any], Any]) -> Any:

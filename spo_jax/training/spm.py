@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -31,9 +31,8 @@ from spo_jax.distributed.mesh import (
     check_divisible,
     make_mesh,
     replicated,
-    weight_sharding,
-    weight_shardings,
 )
+from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.images import to_uint8
@@ -90,9 +89,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     check_divisible("config.train.batch_size", config.train.batch_size, mesh)
     check_divisible("config.validation.batch_size", config.validation.batch_size, mesh)
     check_divisible("config.chunk", config.chunk, mesh)
-
-    def placement(_path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-        return weight_sharding(mesh, shape)
+    placement = functools.partial(weight_sharding, mesh)
 
     # ---------------------------------------------------------------------------------------------------------- data
     source, held_out = open_pairs(config.data.train), open_pairs(config.data.validation)

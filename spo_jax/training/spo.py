@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -36,9 +37,8 @@ from spo_jax.distributed.mesh import (
     constrain_batch,
     make_mesh,
     replicated,
-    weight_sharding,
-    weight_shardings,
 )
+from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.images import grid, to_uint8, write_png
 from spo_jax.preference.scorers import Scorer, make_clip_scorer
@@ -78,9 +78,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_divisible("config.prompts_per_batch", config.prompts_per_batch, mesh)
     check_divisible("config.train.minibatch_size", config.train.minibatch_size, mesh)
-
-    def placement(_path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-        return weight_sharding(mesh, shape)
+    placement = functools.partial(weight_sharding, mesh)
 
     # ---------------------------------------------------------------------------------------------------------- data
     prompts = read_prompts(resolve(config.prompts))

@@ -1,5 +1,6 @@
 """Planning without hardware: targets, shapes, the walk over a jaxpr, what a compiler's answers become, proposals."""
 
+import functools
 import re
 
 import jax
@@ -9,7 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from configs import common, common_spm, sd15, sdxl, spm_sd15, tiny
-from spo_jax.distributed.mesh import make_mesh, replicated, weight_sharding
+from spo_jax.distributed.mesh import make_mesh, replicated
+from spo_jax.distributed.sharding import weight_sharding
 from spo_jax.errors import UserError
 from spo_jax.planning import compile as compiling
 from spo_jax.planning import planner
@@ -69,9 +71,7 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch):
 )
 def test_published_pipelines_need_no_file(config, parameters):
     mesh = make_mesh(1, 8)
-    pipeline = pipeline_shapes(
-        config.model, jnp.bfloat16, lambda _path, shape: weight_sharding(mesh, shape), vae=config.vae
-    )
+    pipeline = pipeline_shapes(config.model, jnp.bfloat16, functools.partial(weight_sharding, mesh), vae=config.vae)
     assert num_parameters(pipeline.params) == parameters
     assert 2 * parameters / 8 <= device_bytes(pipeline.params) < 2.1 * parameters / 8, "each of eight has an eighth"
 
