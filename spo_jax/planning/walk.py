@@ -37,10 +37,19 @@ _REMAT = ("remat", "remat2", "checkpoint")
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """FLOPs of matrix products and convolutions, and the most bytes of the program's own arrays at one time."""
+    """What a program costs.
+
+    Attributes:
+      flops: of matrix products and convolutions.
+      peak: the most bytes of its own arrays at one time.
+      results: bytes of its results that take no argument's place.
+      products: products and convolutions in its text, those in loops once.
+    """
 
     flops: float
     peak: int
+    results: int = 0
+    products: int = 0
 
 
 @dataclasses.dataclass
@@ -71,14 +80,14 @@ def walk(
     """
     sizes: list[int] = []
     steps: list[_Step] = []
-    flops = 0.0
+    flops, products = 0.0, 0
 
     def buffer(aval: Any) -> int:
         sizes.append(size_of(aval))
         return len(sizes) - 1
 
     def visit(jaxpr: core.Jaxpr, arguments: Iterable[frozenset[int]]) -> list[frozenset[int]]:
-        nonlocal flops
+        nonlocal flops, products
         env: dict[Any, frozenset[int]] = dict(zip(jaxpr.invars, arguments, strict=True))
         written: set[Any] = set(jaxpr.invars)  # variables that are arrays in memory as they are
 
@@ -121,18 +130,19 @@ def walk(
             if name == "scan":
                 body = eqn.params["jaxpr"].jaxpr
                 cost = walk(body, size_of, fuses_operands=fuses_operands)
-                flops += cost.flops * eqn.params["length"]
+                flops, products = flops + cost.flops * eqn.params["length"], products + cost.products
                 meanwhile = cost.peak
             elif name == "while":
                 cost = walk(eqn.params["body_jaxpr"].jaxpr, size_of, fuses_operands=fuses_operands)
-                flops += cost.flops
+                flops, products = flops + cost.flops, products + cost.products
                 meanwhile = cost.peak
             elif name == "cond":
                 costs = [walk(b.jaxpr, size_of, fuses_operands=fuses_operands) for b in eqn.params["branches"]]
                 flops += max(c.flops for c in costs)
+                products += sum(c.products for c in costs)
                 meanwhile = max(c.peak for c in costs)
             elif name in ("dot_general", "conv_general_dilated"):
-                flops += _flops(eqn)
+                flops, products = flops + _flops(eqn), products + 1
                 if not fuses_operands:
                     meanwhile = sum(
                         size_of(atom.aval)
@@ -148,7 +158,9 @@ def walk(
         return [read(atom) for atom in jaxpr.outvars]
 
     results = visit(jaxpr, [frozenset()] * len(jaxpr.invars))
-    return Cost(flops, _peak(steps, sizes, frozenset().union(*results[num_donated:])))
+    made = sum(size_of(atom.aval) for atom in jaxpr.outvars[num_donated:])
+    peak = _peak(steps, sizes, frozenset().union(*results[num_donated:]))
+    return Cost(flops, peak, made, products)
 
 
 _SMALL = 2**16
