@@ -1,7 +1,8 @@
 """Where each weight lies: rules by name, for parameters, adapters, optimizer state and averages alike.
 
-A rule gives the ``PartitionSpec`` of the last axes of whatever its pattern matches: ``P("fsdp")`` splits the output
-features of a kernel and leaves what comes before whole. With ``config.mesh.fsdp = 1`` every split is into one part.
+A rule gives the ``PartitionSpec`` of the last axes of whatever its pattern matches: ``P("fsdp", None)`` splits the input
+features of a kernel and leaves what comes before whole. Not the output features: the compiler would go on with split
+activations, and send those about, instead of gathering the weight. With ``config.mesh.fsdp = 1`` every split is into one part.
 Optimizers keep their moments under the names of the parameters, which so find the same rules.
 """
 
@@ -24,13 +25,14 @@ RULES: tuple[tuple[str, P], ...] = (
     # Kernels from or to a few channels: pictures and latents.
     (r"(^|/)(conv_in|conv_out|quant_conv|post_quant_conv)/kernel$", P()),
     # UNet and autoencoder: attention, feed-forward, convolutions, time.
-    (r"/(to_q|to_k|to_v|to_out_0|proj|net_2|proj_in|proj_out)/kernel$", P("fsdp")),
-    (r"/(conv|conv1|conv2|conv_shortcut|time_emb_proj|linear_1|linear_2)/kernel$", P("fsdp")),
+    (r"/(to_q|to_k|to_v|to_out_0|proj|net_2|proj_in|proj_out)/kernel$", P("fsdp", None)),
+    (r"/(conv|conv1|conv2|conv_shortcut|time_emb_proj|linear_1|linear_2)/kernel$", P("fsdp", None)),
     # CLIP: attention, feed-forward, embeddings, projections, time layers of a step-aware one.
-    (r"/(q_proj|k_proj|v_proj|out_proj|fc1|fc2)/kernel$", P("fsdp")),
+    (r"/(q_proj|k_proj|v_proj|out_proj|fc1|fc2)/kernel$", P("fsdp", None)),
     (r"/(token_embedding|position_embedding)/embedding$", P("fsdp")),
-    (r"(^|/)(patch_embedding|text_projection|visual_projection)/kernel$", P("fsdp")),
-    (r"/(mlp_0|mlp_2|adaLN_modulation_1)/kernel$", P("fsdp")),
+    (r"/patch_embedding/kernel$", P("fsdp")),  # its input features are three colours
+    (r"(^|/)(text_projection|visual_projection)/kernel$", P("fsdp", None)),
+    (r"/(mlp_0|mlp_2|adaLN_modulation_1)/kernel$", P("fsdp", None)),
     # Adapters, along the side of the layer, which is long; not along the rank.
     (r"/(to_q|to_k|to_v|to_out_0)/A$", P("fsdp", None)),
     (r"/(to_q|to_k|to_v|to_out_0)/B$", P("fsdp")),

@@ -41,7 +41,7 @@ from spo_jax.images import to_uint8
 from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training import checkpoint, preemption
 from spo_jax.training.config_check import check_spm_config
-from spo_jax.training.judged_pairs import Tokenizers, make_encode_captions, make_to_devices
+from spo_jax.training.judged_pairs import Tokenizers, make_encode_captions, make_to_devices, total_state
 from spo_jax.training.judges import make_scorer, tokenizer_of
 from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, read_metrics
 from spo_jax.training.noisy_pairs import make_look, make_predict_clean
@@ -206,7 +206,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
         def save(step: int) -> None:
             extra = {"step": step, "seconds": done["seconds"] + time.time() - training_began}
-            extra |= {"data": loader.state(), "window": metrics_to_json(window), "accuracy": accuracy}
+            extra |= {"data": total_state(loader.state()), "window": metrics_to_json(window), "accuracy": accuracy}
             checkpoint.save(manager, step, state, extra)
 
         # From the step that is saved: SIGTERM may have come before it was logged and measured.
@@ -223,7 +223,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
                 row = {
                     **spm_metrics(window),
                     "learning_rate": float(learning_rate(step - 1)),
-                    **data_metrics(loader.state()["counts"]),
+                    **data_metrics(total_state(loader.state())["counts"]),
                 }
                 check_finite(row, step, workdir)
                 progress.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['accuracy']:.3f}")
@@ -248,7 +248,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             if window:
                 check_finite(spm_metrics(window), step, workdir)
             save(step)
-        counts = loader.state()["counts"]
+        counts = total_state(loader.state())["counts"]
         checkpoint.close(manager)
         if preempted():
             preemption.say_stopped("step", step)
@@ -265,12 +265,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         "seed": config.seed,
         "config": config.to_dict(),
     }
-    write_summary(workdir / "summary.json", summary)
     with contextlib.closing(validation_pairs()) as loader:
         look = make_look(encode, predict_clean, scorer, mesh)
         pairs = show_pairs(
             look, frozen, state.result, next(loader), on_devices, config.validation.timesteps, validation_key
         )
+    if not main:
+        return summary
+    write_summary(workdir / "summary.json", summary)
     write_spm_report(
         workdir / "report.html", summary=summary, metrics=read_metrics(workdir / METRICS_FILE), pairs=pairs
     )

@@ -1,9 +1,9 @@
 """What a config can switch on: the shipped recipes, memory savers, accumulation, averages, warnings."""
 
-from importlib import functools
+import functools
+from importlib import import_module
 
 import chex
-import import_module
 import jax
 import jax.numpy as jnp
 import numpy as np
