@@ -30,10 +30,10 @@ def get_config(device: str = "") -> ConfigDict:
     c.train.learning_rate = 1e-5
     c.train.minibatch_size, c.train.accumulation_steps = 8, 2
     c.evaluation.batch_size = 4
+    c.scorer.chunk, c.remat = 1, True  # without remat an update keeps 49 GB of activations, see docs/memory.md
     if device == "16gb":
         c.prompts_per_batch, c.num_batches = 1, 40_000
         c.train.minibatch_size, c.train.accumulation_steps = 1, 16
-        c.scorer.chunk, c.remat = 1, True
         c.evaluation.batch_size = 1
     elif device:
         raise ValueError(f"configs/sdxl.py:{device} is not known; leave the argument out, or use 16gb.")

@@ -5,5 +5,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup_venv.sh
 source launch/setup_venv.sh
+usage_if_asked "$@"
 setup_venv requirements.txt
 exec .venv/bin/python -m spo_jax.main --config=configs/tiny.py --workdir="${WORKDIR:-runs/demo}" "$@"

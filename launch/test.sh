@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup_venv.sh
 source launch/setup_venv.sh
+usage_if_asked "$@"
 setup_venv requirements-test.txt
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"

@@ -1,7 +1,9 @@
-"""What every command shares: flags, one clear sentence for a user's mistake, quiet logs, a compilation cache."""
+"""What commands share: flags, one sentence for a user's mistake, several processes, quiet logs, a compilation cache."""
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import sys
 import traceback
@@ -28,6 +30,12 @@ def run(main: Callable[[], None]) -> NoReturn:
             main()
         except UserError as error:
             _fail(str(error))
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                _fail(f"{error.strerror}; free some, and run the same command again to go on.")
+            if jax.distributed.is_initialized():
+                _fail_among_others(error)
+            raise
 
     app.run(guarded, flags_parser=_parse)
 
@@ -56,6 +64,35 @@ def workdir_of(flag: flags.FlagHolder) -> Path:
     return Path(flag.value)
 
 
+@functools.cache  # one definition for all commands that are imported
+def process_flags() -> tuple[flags.FlagHolder, ...]:
+    """Defines the flags of a command that several processes can run together."""
+    whole = flags.DEFINE_integer
+    return (
+        flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for a run of several processes."),
+        whole("num_processes", None, "How many there are; from SLURM, GKE or the TPU by default, else 1."),
+        whole("process_id", None, "Which of them this one is, from 0."),
+        whole("initialization_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1),
+    )
+
+
+def start_processes() -> None:
+    """Joins the other processes of the run, if there are any; before JAX's backend is touched.
+
+    Raises:
+      UserError: a process is missing, or what is known of the processes is half there or contradictory.
+    """
+    from spo_jax.distributed import processes
+
+    *place, timeout = (flag.value for flag in process_flags())
+    given = processes.ProcessFlags(*place)
+    layout = processes.process_layout(given, os.environ)
+    if layout is None and given.num_processes is None:
+        layout = processes.tpu_vm_layout(os.environ, timeout)
+    if layout is not None:
+        processes.initialize(layout, timeout)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv, known_only=False)
@@ -71,12 +108,31 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     # str() of a KeyError is the repr of its message.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()) or type(error).__name__
 
 
+def _fail_among_others(error: BaseException) -> NoReturn:
+    """Ends one process of several after a failure that is no mistake of the user."""
+    if "Gloo" in str(error):  # the collectives of CPUs; those of GPUs and TPUs wait, and JAX ends the process
+        message = "Another process of the run has ended; its log says why. Start the same command again to go on."
+        print(f"spo_jax: error: {message} ({_one_line(error)})", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    _leave(1)
+
+
 def _fail(message: str) -> NoReturn:
     print(f"spo_jax: error: {message}", file=sys.stderr)
+    if jax.distributed.is_initialized():
+        _leave(2)
     sys.exit(2)
+
+
+def _leave(code: int) -> NoReturn:
+    # The usual exit would wait for the others, who in turn wait for this process in a collective.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

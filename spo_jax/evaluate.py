@@ -42,6 +42,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pairs at a time, over all de
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the networks.")
 NUM_WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes that decode pictures; 0: none.", lower_bound=0)
 OUT = flags.DEFINE_string("out", None, "JSON file to write the numbers to.")
+cli.process_flags()
 
 
 def main() -> None:
@@ -53,6 +54,7 @@ def main() -> None:
             raise UserError(f"--{flag.name} is missing; for example --{flag.name}={example}.")
     timesteps = parse_timesteps(TIMESTEPS.value)
     out = None if OUT.value is None else check_out(Path(OUT.value))
+    cli.start_processes()
 
     import jax
     import jax.numpy as jnp
@@ -64,6 +66,7 @@ def main() -> None:
     from spo_jax.data.preferences import PairLoader, open_pairs
     from spo_jax.diffusion.schedule import make_schedule
     from spo_jax.distributed.mesh import check_divisible, make_mesh, replicated
+    from spo_jax.distributed.processes import is_main_process
     from spo_jax.emoji import resolve
     from spo_jax.training import pair_accuracy
     from spo_jax.training.judges import check_function, load_function, make_scorer, tokenizer_of
@@ -108,8 +111,9 @@ def main() -> None:
     with contextlib.closing(
         PairLoader(source, batch_size=BATCH_SIZE.value, size=pipeline.image_size, **once)
     ) as loader:
+        bar = {"unit": "batch", "dynamic_ncols": True, "disable": not is_main_process()}
         num_batches = -(-num_pairs // BATCH_SIZE.value)
-        batches = tqdm(first_pairs(loader, num_pairs), "pairs", num_batches, unit="batch", dynamic_ncols=True)
+        batches = tqdm(first_pairs(loader, num_pairs), "pairs", num_batches, **bar)
         key = rng.stream(jax.random.key(SEED.value), "accuracy")
         measured = measure({**pipeline.params, "judges": params}, batches, timesteps, key)
         skipped = {name: count for name, count in loader.state()["counts"].items() if count and name != "used"}
@@ -117,6 +121,8 @@ def main() -> None:
     some = measured[timesteps[0]].accuracy[pair_accuracy.SCORER]
     if not some.count:
         raise UserError(f"--pairs={PAIRS.value} has no pair with a preferred picture among the first {num_pairs}.")
+    if not is_main_process():
+        return
     print(accuracy_table(measured, list(judges)))
     left_out = {"ties": int(some.ties)} if some.ties else {}
     counts = "".join(f", {name} left out: {count}" for name, count in (left_out | skipped).items())

@@ -3,7 +3,7 @@
     python -m spo_jax.main --config=configs/tiny.py --workdir=runs/tiny [--config.train.learning_rate=1e-3 ...]
     python -m spo_jax.main --config=configs/spm_tiny.py --workdir=runs/spm_tiny
 
-Run the same command again to go on after an interruption.
+Run the same command again to go on after an interruption. Several processes together: docs/pods.md.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from spo_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/tiny.py.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, adapters and the report.")
+cli.process_flags()
 
 
 def main() -> None:
-    """Checks the two flags and hands over."""
+    """Checks the flags, starts the processes and hands over."""
     config, workdir = cli.config_of(CONFIG), cli.workdir_of(WORKDIR)
+    cli.start_processes()
     # These import JAX models; a wrong flag should not wait for that.
     if config.method == "spo":
         from spo_jax.training import spo

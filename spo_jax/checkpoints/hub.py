@@ -61,6 +61,26 @@ def resolve_model(name: str | Path, *, variant: str | None = None, weights: bool
     return folder
 
 
+def repository_of(name: str | Path) -> str | None:
+    """``org/name`` of a hub id such as ``org/name@commit``; None if ``name`` is none."""
+    match = _HUB_NAME.fullmatch(str(name))
+    return match["repo"] if match else None
+
+
+def find_file(name: str | Path, file: str) -> Path | None:
+    """A file of a model (see ``resolve_model``) that is here already, in its folder or in the hub's cache, or None."""
+    match = _HUB_NAME.fullmatch(str(name))
+    if Path(name).exists() or match is None:
+        path = Path(name) / file
+    else:
+        import huggingface_hub  # takes a second to import
+
+        inside = str(PurePosixPath(match["inside"] or ".") / file)
+        found = huggingface_hub.try_to_load_from_cache(match["repo"], inside, revision=match["revision"])
+        path = Path(found) if isinstance(found, str) else Path()
+    return path if path.is_file() else None
+
+
 def missing(path: Path, what: str = "File") -> str:
     """The sentence for a file that is not there; if it belongs to the hub's cache, with the command that fetches it."""
     for folder in path.parents:

@@ -35,28 +35,10 @@ from spo_jax.models import (
     UNet2DConditionModel,
 )
 from spo_jax.models.clip import is_time_layer, with_identity_time_layers
+from spo_jax.models.published import CLIP_VIT_H
 from spo_jax.types import AddedConditions
 
 _MAX_JSON_BYTES = 16 * 2**20
-# The released step-aware preference models are bare weight files of this CLIP, PickScore_v1's.
-CLIP_H = {
-    "projection_dim": 1024,
-    "text_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "hidden_act": "gelu",
-    },
-    "vision_config": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-        "hidden_act": "gelu",
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +228,8 @@ def read_clip(
       sharding: where the parameters go, see ``read_params``.
     """
     path = resolve_model(path, variant=variant)
-    folder, default = (path.parent, CLIP_H) if path.is_file() else (path, None)
+    # The released step-aware preference models are bare weight files of PickScore_v1's CLIP.
+    folder, default = (path.parent, CLIP_VIT_H) if path.is_file() else (path, None)
     with _read_config(folder, default) as config:
         clip = CLIPModel.from_config(config, step_aware=step_aware is not False, dtype=dtype)
         shapes = clip_shapes(clip, dtype)

@@ -250,7 +250,9 @@ def _start_worker(index: int, count: int) -> None:
     import jax  # grain has imported it already
 
     jax.config.update("jax_platforms", "cpu")  # the accelerator belongs to the parent
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it as well, and ends its workers
+    # The parent gets these as well, and ends its workers when it leaves.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

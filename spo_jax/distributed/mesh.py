@@ -1,26 +1,35 @@
-"""The device mesh. Batches are split over all of its axes, large weights over "fsdp", everything else is replicated."""
+"""The device mesh. Batches are split over all of its axes; weights over "fsdp", as the rules in sharding.py say."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spo_jax.errors import UserError
 
 AXES = ("data", "fsdp")
-MIN_SPLIT_SIZE = 2**14  # elements; to gather a smaller weight costs more than to keep it
 
 
-def make_mesh(data: int, fsdp: int) -> Mesh:
+def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes "data" and "fsdp"; one of the sizes may be -1, for all devices that are left.
+
+    ``devices`` are all that there are, or those of another machine, for which a program is only compiled.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(data, fsdp, len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_sizes(data: int, fsdp: int, count: int) -> tuple[int, ...]:
+    """The sizes of a mesh of ``count`` devices; UserError as in ``make_mesh``."""
     sizes = [data, fsdp]
     if sizes.count(-1) == 1:
         known = math.prod(size for size in sizes if size != -1)
@@ -31,7 +40,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
             f"config.mesh = (data={data}, fsdp={fsdp}) does not fit the {count} devices here; "
             "use data=-1, fsdp=1 for all of them."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return tuple(sizes)
 
 
 def check_divisible(name: str, size: int, mesh: Mesh) -> None:
@@ -50,21 +59,19 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXES))
 
 
-def weight_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """A weight split over the axis "fsdp" along its longest dimension that can be; replicated if small or odd."""
-    parts = mesh.shape["fsdp"]
-    fitting = [(size, axis) for axis, size in enumerate(shape) if size % parts == 0]
-    if parts == 1 or math.prod(shape) < MIN_SPLIT_SIZE or not fitting:
-        return replicated(mesh)
-    axis = max(fitting)[1]
-    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
-
-
-def weight_shardings(mesh: Mesh, tree: Any) -> Any:
-    """``weight_sharding`` of every array of a tree: parameters, or a training state."""
-    return jax.tree.map(lambda x: weight_sharding(mesh, x.shape), tree)
-
-
 def constrain_batch(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
     """Inside ``jit``: asks for every array of ``tree`` to be split along ``axis`` over all devices."""
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh, axis)), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """The arrays of a tree such that this process can read them, also those of which other processes hold parts.
+
+    All processes must call this: they send each other what they hold, one array at a time, into the host's memory.
+    """
+
+    def one(x: jax.Array) -> Any:
+        whole = x.is_fully_addressable or x.is_fully_replicated
+        return x if whole else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)

@@ -84,8 +84,9 @@ class UNet2DConditionModel(nn.Module):
     """Predicts the noise (or v, or x0: see the scheduler's ``prediction_type``) in latents at a timestep.
 
     Attributes are the fields of ``config.json``; per-block fields are already expanded. Build it with ``from_config``.
-    ``remat`` (gradient checkpointing) computes each resnet and transformer again on the way back instead of keeping
-    what is inside it: less memory, a third more time; ``unet.clone(remat=True)`` switches it on.
+    ``remat`` (gradient checkpointing) computes each resnet and transformer (of several blocks: each block) again on the
+    way back instead of keeping what is inside it: less memory, a third more time; ``unet.clone(remat=True)`` switches
+    it on.
     """
 
     in_channels: int = 4
@@ -271,7 +272,10 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, time, context, skips=None):
-        Resnet, Transformer = (nn.remat(m) if self.remat else m for m in (ResnetBlock2D, Transformer2DModel))
+        # What is inside ten transformer blocks at once (SDXL) is more than the rest of the network keeps.
+        remat_blocks = self.remat and self.transformer_layers > 1
+        Resnet = nn.remat(ResnetBlock2D) if self.remat else ResnetBlock2D
+        Transformer = nn.remat(Transformer2DModel) if self.remat and not remat_blocks else Transformer2DModel
 
         def resnet(i: int) -> ResnetBlock2D:
             return Resnet(self.channels, self.num_groups, self.epsilon, self.dtype, name=f"resnets_{i}")
@@ -287,6 +291,7 @@ class _Block(nn.Module):
                     self.transformer_layers,
                     self.num_groups,
                     self.use_linear_projection,
+                    remat_blocks,
                     self.dtype,
                     name=f"attentions_{i}",
                 )(x, context)

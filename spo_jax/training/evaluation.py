@@ -10,10 +10,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from spo_jax import rng
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import Schedule
+from spo_jax.distributed.mesh import replicated
 from spo_jax.preference.colorfulness import colorfulness
 from spo_jax.preference.scorers import Scorer
 from spo_jax.training.rollout import make_generate
@@ -30,36 +32,17 @@ class Measured:
     alignment_top1: np.ndarray
 
 
-def make_measure(
-    pipeline: Pipeline,
-    scorer: Scorer,
-    judge: Scorer,
-    schedule: Schedule,
-    *,
-    guidance_scale: float,
-    eta: float,
-    batch_size: int,
-) -> Callable[..., Measured]:
-    """``measure(params, trained, prompts, judge_text [n, E], key) -> Measured``.
+def make_measure_batch(
+    pipeline: Pipeline, scorer: Scorer, judge: Scorer, schedule: Schedule, *, guidance_scale: float, eta: float
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """``measure_batch(params, variables, prompts, judge_text [n, E], keys [B])``, the program behind ``make_measure``.
 
-    Args:
-      pipeline: models and tokenizer.
-      scorer: the preference model, asked at timestep 0.
-      judge: a plain CLIP; alignment is whether a picture's own caption is the nearest of all n.
-      schedule: sampling steps.
-      guidance_scale: as in training.
-      eta: DDIM's; 0 for the deterministic sampler.
-      batch_size: pictures at a time.
-
-    Returns:
-      A function of the UNet's trained variables, {} for the base model (see ``TrainState``). The same key gives the
-      same noise to each prompt, whatever the model and the batch size.
+    It gives images [B, H, W, 3], preference scores, colourfulness, and the nearest of the n captions, [B] each.
     """
     generate = make_generate(pipeline, schedule, guidance_scale=guidance_scale, eta=eta)
     shape = pipeline.latent_shape
 
-    @jax.jit
-    def one_batch(params, variables, prompts: PromptBatch, judge_text, keys):
+    def measure_batch(params, variables, prompts: PromptBatch, judge_text, keys):
         initial = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "initial"), shape))(keys)
         noise = None
         if eta > 0:
@@ -73,6 +56,40 @@ def make_measure(
             lambda text: judge.score(params["judge"], images, jnp.broadcast_to(text, (len(keys), len(text))), zeros)
         )(judge_text)
         return images, scores, colorfulness(images), similarity.argmax(axis=0)
+
+    return measure_batch
+
+
+def make_measure(
+    pipeline: Pipeline,
+    scorer: Scorer,
+    judge: Scorer,
+    schedule: Schedule,
+    mesh: Mesh,
+    *,
+    guidance_scale: float,
+    eta: float,
+    batch_size: int,
+) -> Callable[..., Measured]:
+    """``measure(params, trained, prompts, judge_text [n, E], key) -> Measured``.
+
+    Args:
+      pipeline: models and tokenizer.
+      scorer: the preference model, asked at timestep 0.
+      judge: a plain CLIP; alignment is whether a picture's own caption is the nearest of all n.
+      schedule: sampling steps.
+      mesh: the devices; all processes get all results.
+      guidance_scale: as in training.
+      eta: DDIM's; 0 for the deterministic sampler.
+      batch_size: pictures at a time.
+
+    Returns:
+      A function of the UNet's trained variables, {} for the base model (see ``TrainState``). The same key gives the
+      same noise to each prompt, whatever the model and the batch size.
+    """
+    options = {"guidance_scale": guidance_scale, "eta": eta}
+    measure_batch = make_measure_batch(pipeline, scorer, judge, schedule, **options)
+    one_batch = jax.jit(measure_batch, out_shardings=replicated(mesh))
 
     def measure(params: Any, trained: Any, prompts: PromptBatch, judge_text: jax.Array, key: jax.Array) -> Measured:
         count = prompts.embeddings.shape[0]

@@ -25,9 +25,13 @@ class MetricsWriter:
       workdir: gets ``metrics.jsonl`` (one object a step) and ``tensorboard/``.
       resume_step: rows with a later step are of a run that was killed after its last checkpoint; they are dropped
         and will be written again.
+      enabled: False writes nothing, for all but one of several processes.
     """
 
-    def __init__(self, workdir: str | Path, resume_step: int = 0):
+    def __init__(self, workdir: str | Path, resume_step: int = 0, *, enabled: bool = True):
+        self._enabled = enabled
+        if not enabled:
+            return
         path = Path(workdir) / METRICS_FILE
         _truncate(path, resume_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
@@ -39,11 +43,14 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._events.close()
+        if self._enabled:
+            self._file.close()
+            self._events.close()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One row of scalars; a number that is not finite is written as null, because JSON has no NaN."""
+        if not self._enabled:
+            return
         row = {name: float(value) if np.isfinite(value) else None for name, value in scalars.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
@@ -53,6 +60,8 @@ class MetricsWriter:
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """One picture, uint8 [H, W, 3]."""
+        if not self._enabled:
+            return
         self._events.add_image(name, image, step, dataformats="HWC")
         self._events.flush()
 

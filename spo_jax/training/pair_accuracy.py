@@ -44,6 +44,31 @@ class PairAccuracy:
     gain: dict[str, Difference]
 
 
+def make_measure_pairs(
+    predict_clean: Callable[..., jax.Array], judges: Mapping[str, Judge]
+) -> Callable[..., PairAccuracy]:
+    """``measure_pairs(params, images, labels, weights, prompts, texts, timestep, positions, key) -> PairAccuracy``.
+
+    The program behind ``make_measure_accuracy``, of one batch and one timestep; counts instead of means.
+    """
+    first, *others = judges
+
+    def measure_pairs(params, images, labels, weights, prompts: PromptBatch, texts, timestep, positions, key):
+        timesteps = jnp.full((len(images),), timestep)
+        clean = predict_clean(params, images, prompts, timesteps, pair_keys(key, positions))
+        scores = {}
+        for name, judge in judges.items():
+            told = timesteps if judge.step_aware else jnp.zeros_like(timesteps)
+            scores[name] = score_pairs(judge.scorer, params["judges"][name], clean, texts[name], told)
+        mask = weights > 0
+        return PairAccuracy(
+            {name: count_accuracy(scores[name], labels, mask) for name in judges},
+            {name: count_difference(scores[first], scores[name], labels, mask) for name in others},
+        )
+
+    return measure_pairs
+
+
 def make_measure_accuracy(
     pipeline: Pipeline, predict_clean: Callable[..., jax.Array], judges: Mapping[str, Judge], mesh: Mesh
 ) -> Callable[..., dict[int, PairAccuracy]]:
@@ -62,27 +87,13 @@ def make_measure_accuracy(
       (``PairBatch``; rows of weight 0 do not count), timesteps, and a key. It raises UserError where a score is not
       finite.
     """
-    first, *others = judges
     encode_captions = jax.jit(make_encode_captions(pipeline))
 
     @jax.jit
     def encode_texts(params: Any, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {name: judge.scorer.encode_text(params[name], tokens[name]) for name, judge in judges.items()}
 
-    def measure_pairs(params, images, labels, weights, prompts: PromptBatch, texts, timestep, positions, key):
-        timesteps = jnp.full((len(images),), timestep)
-        clean = predict_clean(params, images, prompts, timesteps, pair_keys(key, positions))
-        scores = {}
-        for name, judge in judges.items():
-            told = timesteps if judge.step_aware else jnp.zeros_like(timesteps)
-            scores[name] = score_pairs(judge.scorer, params["judges"][name], clean, texts[name], told)
-        mask = weights > 0
-        return PairAccuracy(
-            {name: count_accuracy(scores[name], labels, mask) for name in judges},
-            {name: count_difference(scores[first], scores[name], labels, mask) for name in others},
-        )
-
-    program = jax.jit(measure_pairs, out_shardings=replicated(mesh))
+    program = jax.jit(make_measure_pairs(predict_clean, judges), out_shardings=replicated(mesh))
 
     def place(rows: Any) -> Any:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), rows)

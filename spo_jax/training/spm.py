@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -28,16 +29,17 @@ from spo_jax.data.records import FAULTS
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import (
     check_divisible,
+    fetch,
     make_mesh,
     replicated,
-    weight_sharding,
-    weight_shardings,
 )
+from spo_jax.distributed.processes import is_main_process
+from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.images import to_uint8
 from spo_jax.preference.scorers import make_clip_scorer
-from spo_jax.training import checkpoint
+from spo_jax.training import checkpoint, preemption
 from spo_jax.training.config_check import check_spm_config
 from spo_jax.training.judged_pairs import Tokenizers, make_encode_captions, make_to_devices
 from spo_jax.training.judges import make_scorer, tokenizer_of
@@ -55,13 +57,19 @@ from spo_jax.training.pair_accuracy import (
 )
 from spo_jax.training.report import write_summary
 from spo_jax.training.spm_report import ShownPair, write_spm_report
-from spo_jax.training.spm_update import make_relabel, make_spm_update, spm_metrics
+from spo_jax.training.spm_update import (
+    make_relabel,
+    make_spm_update,
+    metrics_from_json,
+    metrics_to_json,
+    spm_metrics,
+)
 from spo_jax.types import JudgedPairs, TrainState
 
 NUM_REPORT_PAIRS = 8
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """Trains a preference model and measures it; going on where an interrupted run of the same command stopped.
 
     Args:
@@ -70,12 +78,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         ``last`` and ``best`` (by accuracy on the validation pairs), ``summary.json`` and ``report.html``.
 
     Returns:
-      What ``summary.json`` holds.
+      What ``summary.json`` holds; None if SIGTERM has stopped the run, whose state is then saved.
 
     Raises:
       UserError: a mistake in config, files or workdir (before anything is written), or a loss that is not finite.
     """
-    began = time.time()
+    began, main = time.time(), is_main_process()  # the other processes of a run compute, and write checkpoints only
 
     # ---------------------------------------------------------------------------------------------------------- mesh
     check_spm_config(config)
@@ -83,9 +91,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     check_divisible("config.train.batch_size", config.train.batch_size, mesh)
     check_divisible("config.validation.batch_size", config.validation.batch_size, mesh)
     check_divisible("config.chunk", config.chunk, mesh)
-
-    def placement(_path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-        return weight_sharding(mesh, shape)
+    placement = functools.partial(weight_sharding, mesh)
 
     # ---------------------------------------------------------------------------------------------------------- data
     source, held_out = open_pairs(config.data.train), open_pairs(config.data.validation)
@@ -132,12 +138,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # ------------------------------------------------------------------------------------------------------- restore
     checkpoint.check_workdir(workdir, config.to_dict())
     manager = checkpoint.make_manager(workdir / "checkpoints", config.checkpoint.keep)
-    # Beside the arrays: where the data stand, and the accuracies measured so far by step.
-    done: dict[str, Any] = {"step": 0, "seconds": 0.0, "data": None, "accuracy": {}}
+    # Beside the arrays: where the data stand, metrics that are not logged yet, and the accuracies so far by step.
+    done: dict[str, Any] = {"step": 0, "seconds": 0.0, "data": None, "window": [], "accuracy": {}}
     restored = checkpoint.restore_latest(manager, state)
     if restored is not None:
         state, done = restored
-    first_step, accuracy = done["step"], done["accuracy"]
+    first_step, window, accuracy = done["step"], metrics_from_json(done["window"]), done["accuracy"]
 
     # ---------------------------------------------------------------------------------------------------------- loop
     update = make_spm_update(
@@ -162,12 +168,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         once = {**options, "batch_size": config.validation.batch_size // jax.process_count()}
         return PairLoader(held_out, **once | {"shuffle": False, "num_epochs": 1, "keep_only_with_label": True})
 
-    def measure(state: TrainState) -> dict[str, Any]:
-        """Accuracy by timestep on the validation pairs, always the same pairs with the same noise."""
+    def measure(state: TrainState, preempted: Callable[[], bool]) -> dict[str, Any] | None:
+        """Accuracy by timestep on the validation pairs, always the same with the same noise; None if preempted."""
         params = {**pipeline.params, "judges": dict.fromkeys(judges, state.result) | fixed}
         with contextlib.closing(validation_pairs()) as loader:
             batches = first_pairs(loader, config.validation.num_pairs // jax.process_count())
+            batches = itertools.takewhile(lambda _: not preempted(), batches)
             totals = measure_accuracy(params, batches, config.validation.timesteps, validation_key)
+        if preempted():
+            return None
         if not next(iter(totals.values())).accuracy[SCORER].count:
             raise UserError(
                 f"None of the first {config.validation.num_pairs} records of {config.data.validation} is a pair with a "
@@ -175,22 +184,42 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             )
         return {str(timestep): accuracy_row(total) for timestep, total in totals.items()}
 
-    window: list[Any] = []
-    training_began = time.time()
+    training_began, saved = time.time(), first_step
     with (
+        preemption.watch() as preempted,
         contextlib.closing(PairLoader(source, batch_size=local_size, state=done["data"], **options)) as loader,
-        MetricsWriter(workdir, first_step) as writer,
-        tqdm(total=config.num_steps, initial=first_step, desc="SPM", unit="step", dynamic_ncols=True) as progress,
+        MetricsWriter(workdir, first_step, enabled=main) as writer,
+        tqdm(
+            total=config.num_steps,
+            initial=first_step,
+            desc="SPM",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not main,
+        ) as progress,
     ):
-        if not accuracy:
-            accuracy["0"] = measure(state)
-        for step in range(first_step + 1, config.num_steps + 1):
-            for _ in range(config.train.accumulation_steps):
-                state, metrics = update(state, frozen, on_devices(next(loader)), pairs_key)
-                window.append(metrics)
-            progress.update()
-            last = step == config.num_steps
-            if last or step % config.log_every == 0:
+
+        def write(name: str) -> None:
+            params = fetch(state.result)  # by all processes together
+            if main:
+                write_scorer(workdir / name, clip, params, dtype=config.scorer.dtype)
+
+        def save(step: int) -> None:
+            extra = {"step": step, "seconds": done["seconds"] + time.time() - training_began}
+            extra |= {"data": loader.state(), "window": metrics_to_json(window), "accuracy": accuracy}
+            checkpoint.save(manager, step, state, extra)
+
+        # From the step that is saved: SIGTERM may have come before it was logged and measured.
+        for step in range(first_step, config.num_steps + 1):
+            if step > first_step:
+                for _ in range(config.train.accumulation_steps):
+                    state, metrics = update(state, frozen, on_devices(next(loader)), pairs_key)
+                    window.append(metrics)
+                progress.update()
+            if preempted():
+                break
+            row, last = {}, step == config.num_steps
+            if window and (last or step % config.log_every == 0):
                 row = {
                     **spm_metrics(window),
                     "learning_rate": float(learning_rate(step - 1)),
@@ -198,23 +227,32 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 }
                 check_finite(row, step, workdir)
                 progress.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['accuracy']:.3f}")
-                window = []
-                if last or step % config.validation.every == 0:
-                    measured = accuracy[str(step)] = measure(state)
-                    row |= {
-                        f"accuracy_t{timestep}": entry["accuracy"][SCORER]["value"]
-                        for timestep, entry in measured.items()
-                    }
+            if str(step) not in accuracy and (last or step % config.validation.every == 0):
+                measured = measure(state, preempted)
+                if measured is None:
+                    break
+                accuracy[str(step)] = measured
+                if step:
+                    row |= {f"accuracy_t{t}": entry["accuracy"][SCORER]["value"] for t, entry in measured.items()}
                     if best_step(accuracy) == step:
-                        write_scorer(workdir / "best", clip, state.result, dtype=config.scorer.dtype)
+                        write("best")
+            if row:
                 writer.write(step, row)
-            if last or step % config.checkpoint.every == 0:
-                write_scorer(workdir / "last", clip, state.result, dtype=config.scorer.dtype)
-                seconds = done["seconds"] + time.time() - training_began
-                extra = {"step": step, "seconds": seconds, "data": loader.state(), "accuracy": accuracy}
-                checkpoint.save(manager, step, state, extra)
+                window = []
+            if last or (step and step % config.checkpoint.every == 0):
+                write("last")
+                if step != saved:
+                    save(step)
+                    saved = step
+        if saved != step:
+            if window:
+                check_finite(spm_metrics(window), step, workdir)
+            save(step)
         counts = loader.state()["counts"]
-    checkpoint.close(manager)
+        checkpoint.close(manager)
+        if preempted():
+            preemption.say_stopped("step", step)
+            return None
 
     # ------------------------------------------------------------------------------------------------------ evidence
     best = best_step(accuracy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -34,15 +35,16 @@ from spo_jax.diffusion.schedule import Schedule, check_trainable, make_schedule
 from spo_jax.distributed.mesh import (
     check_divisible,
     constrain_batch,
+    fetch,
     make_mesh,
     replicated,
-    weight_sharding,
-    weight_shardings,
 )
+from spo_jax.distributed.processes import is_main_process
+from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.images import grid, to_uint8, write_png
 from spo_jax.preference.scorers import Scorer, make_clip_scorer
-from spo_jax.training import checkpoint
+from spo_jax.training import checkpoint, preemption
 from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import encode_prompts, make_measure, summarize
 from spo_jax.training.judges import check_function, make_scorer, tokenizer_of
@@ -56,7 +58,7 @@ from spo_jax.types import PromptBatch, TrainState
 NUM_REPORT_PICTURES = 24
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """Trains adapters and measures them; going on where an interrupted run of the same command stopped.
 
     Args:
@@ -66,21 +68,19 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         ``summary.json`` and ``report.html``.
 
     Returns:
-      What ``summary.json`` holds.
+      What ``summary.json`` holds; None if SIGTERM has stopped the run, whose state is then saved.
 
     Raises:
       UserError: a mistake in config, files or workdir (before anything is written), or a loss that is not finite.
     """
-    began = time.time()
+    began, main = time.time(), is_main_process()  # the other processes of a run compute, and write checkpoints only
 
     # ---------------------------------------------------------------------------------------------------------- mesh
     check_config(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_divisible("config.prompts_per_batch", config.prompts_per_batch, mesh)
     check_divisible("config.train.minibatch_size", config.train.minibatch_size, mesh)
-
-    def placement(_path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-        return weight_sharding(mesh, shape)
+    placement = functools.partial(weight_sharding, mesh)
 
     # ---------------------------------------------------------------------------------------------------------- data
     prompts = read_prompts(resolve(config.prompts))
@@ -126,6 +126,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if restored is not None:
         state, extra = restored
         first_batch, seconds_before = extra["batch"], extra["seconds"]
+    finished = saved = first_batch
 
     # ---------------------------------------------------------------------------------------------------------- loop
     collect, update = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
@@ -134,6 +135,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         scorer,
         judge,
         schedule,
+        mesh,
         guidance_scale=config.sampling.guidance_scale,
         eta=config.evaluation.eta,
         batch_size=min(config.evaluation.batch_size, len(held_out)),
@@ -145,9 +147,28 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     history: list[dict[str, float]] = []
     warned = False
     training_began = time.time()
+
+    def save() -> None:
+        """Checkpoint and adapters of the state after ``finished`` batches, unless they are there."""
+        nonlocal saved
+        if saved != finished:
+            seconds = seconds_before + time.time() - training_began
+            checkpoint.save(manager, finished, state, {"batch": finished, "seconds": seconds})
+            if "lora" in state.trained:
+                write_result(workdir, state.result, pipeline.folder)
+            saved = finished
+
     with (
-        MetricsWriter(workdir, first_batch) as writer,
-        tqdm(total=config.num_batches, initial=first_batch, desc="SPO", unit="batch", dynamic_ncols=True) as progress,
+        preemption.watch() as preempted,
+        MetricsWriter(workdir, first_batch, enabled=main) as writer,
+        tqdm(
+            total=config.num_batches,
+            initial=first_batch,
+            desc="SPO",
+            unit="batch",
+            dynamic_ncols=True,
+            disable=not main,
+        ) as progress,
     ):
         for batch in range(first_batch, config.num_batches):
             indices = batch_indices(len(prompts), config.prompts_per_batch, config.seed, batch)
@@ -158,6 +179,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             start = time.time()
             rollout = collect(params, state.trained, prompt_batch, rng.stream(root, "rollout", batch))
             num_valid = int(rollout.num_valid)
+            if preempted():
+                break  # without updates of this batch: the next run makes the same pool again
             sampled = time.time()
             state, updates = run_updates(config, update, state, params["unet"], prompt_batch, rollout, num_valid)
             num_pool_steps = config.sampling.num_steps - config.sampling.num_plain_steps
@@ -179,21 +202,26 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             progress.set_postfix(loss=f"{row['loss']:.4f}", score=f"{row['preference_score_mean']:.3f}")
             progress.update()
 
-            done = batch + 1 == config.num_batches
-            if done or (batch + 1) % config.checkpoint.every == 0:
-                seconds = seconds_before + time.time() - training_began
-                checkpoint.save(manager, batch + 1, state, {"batch": batch + 1, "seconds": seconds})
-                if "lora" in state.trained:
-                    write_lora(workdir, state.result["lora"])
-            if config.validation.every and (done or (batch + 1) % config.validation.every == 0):
+            finished = batch + 1
+            if preempted():
+                break
+            done = finished == config.num_batches
+            if done or finished % config.checkpoint.every == 0:
+                save()
+            if config.validation.every and (done or finished % config.validation.every == 0):
                 rows = slice(0, config.validation.num_prompts)
                 some = held_out_batch.map_rows(itemgetter(rows))
                 shown = measure(params, state.result, some, judge_text[rows], evaluation_key)
-                sheet = grid(to_uint8(shown.images))
-                write_png(workdir / "validation" / f"batch_{batch + 1:06d}.png", sheet, zoom=3)
-                writer.write_image(batch + 1, "validation", sheet)
+                if main:
+                    sheet = grid(to_uint8(shown.images))
+                    write_png(workdir / "validation" / f"batch_{finished:06d}.png", sheet, zoom=3)
+                    writer.write_image(finished, "validation", sheet)
+        save()
+        checkpoint.close(manager)
+        if preempted():
+            preemption.say_stopped("batch", finished)
+            return None
     seconds_training = seconds_before + time.time() - training_began
-    checkpoint.close(manager)
     write_result(workdir, state.result, pipeline.folder)
 
     # ------------------------------------------------------------------------------------------------------ evidence
@@ -206,6 +234,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "seed": config.seed,
         "config": config.to_dict(),
     }
+    if not main:
+        return summary
     write_summary(workdir / "summary.json", summary)
     pictures = zip(held_out, to_uint8(base.images), to_uint8(tuned.images), strict=True)
     write_report(
@@ -232,7 +262,13 @@ def starting_point(config: ConfigDict, key: jax.Array, unet_params: Any) -> Any:
 
 
 def write_result(workdir: Path, trained: Any, source: Path) -> None:
-    """Writes ``pytorch_lora_weights.safetensors``, or after full fine-tuning the pipeline folder ``model``."""
+    """Writes ``pytorch_lora_weights.safetensors``, or after full fine-tuning the pipeline folder ``model``.
+
+    All processes must call this; the first one writes.
+    """
+    trained = fetch(trained)
+    if not is_main_process():
+        return
     if "lora" in trained:
         write_lora(workdir, trained["lora"])
     elif not (workdir / "model").exists():

@@ -12,8 +12,14 @@ import transformers
 from spo_jax.checkpoints import pipeline as reading
 from spo_jax.checkpoints.names import torch_key, torch_shape
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.models import AutoencoderKL, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
-from tests import published_configs as published
+from spo_jax.models import (
+    AutoencoderKL,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    UNet2DConditionModel,
+    published,
+)
 
 UNET = (UNet2DConditionModel.from_config, reading.unet_shapes, diffusers.UNet2DConditionModel.from_config)
 VAE = (AutoencoderKL.from_config, reading.vae_shapes, diffusers.AutoencoderKL.from_config)

@@ -19,9 +19,8 @@ import safetensors.numpy
 from spo_jax.checkpoints import pipeline as reading
 from spo_jax.checkpoints.safetensors_io import write_params
 from spo_jax.emoji import resolve
-from spo_jax.models import AutoencoderKL, CLIPModel, CLIPTextModel, UNet2DConditionModel
+from spo_jax.models import AutoencoderKL, CLIPModel, CLIPTextModel, UNet2DConditionModel, published
 from spo_jax.training.metrics import read_metrics
-from tests import published_configs as published
 from tests.system.commands import ROOT, environment
 
 pytestmark = pytest.mark.slow

@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 from spo_jax.training.metrics import read_metrics
 
@@ -47,11 +49,30 @@ def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProces
     return subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
 
 
-def kill_after(num_rows: int, workdir: Path, arguments: list[str], env: dict[str, str]) -> None:
-    """Starts a command and sends it SIGKILL as soon as its ``metrics.jsonl`` has so many rows."""
-    process = subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(read_metrics(workdir / "metrics.jsonl")) < num_rows:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def kill_after(num_rows: int, workdir: Path, arguments: list[str], env: dict[str, str]) -> str:
+    """Starts a command and sends it SIGKILL as soon as its ``metrics.jsonl`` has so many rows; returns its errors."""
+    return _send(signal.SIGKILL, num_rows, workdir, arguments, env)[2]
+
+
+def signal_after(num_rows: int, workdir: Path, arguments: list[str], env: dict[str, str]) -> tuple[int, str, str]:
+    """The same with SIGTERM to its process group, as a scheduler sends it; returns exit code, output and errors."""
+    return _send(signal.SIGTERM, num_rows, workdir, arguments, env)
+
+
+def _send(number: int, num_rows: int, workdir: Path, arguments: list[str], env: dict[str, str]) -> tuple[int, str, str]:
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+
+        def read(file: IO[str]) -> str:
+            file.seek(0)
+            return file.read()
+
+        process = subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=output, stderr=errors, start_new_session=True)
+        while len(read_metrics(workdir / "metrics.jsonl")) < num_rows:
+            assert process.poll() is None, f"the run ended before it got the signal: {read(errors)}"
+            time.sleep(0.01)
+        if number == signal.SIGKILL:
+            process.kill()  # alone: its workers have to notice
+        else:
+            os.killpg(process.pid, number)
+        process.wait(timeout=120)
+        return process.returncode, read(output), read(errors)

@@ -1,6 +1,7 @@
 """Training of a preference model by the command: what it writes, that it survives SIGKILL and damaged records."""
 
 import json
+import re
 import sys
 from collections import Counter
 
@@ -15,7 +16,7 @@ from spo_jax.data.preferences import PairLoader, open_pairs
 from spo_jax.emoji import resolve
 from spo_jax.training.metrics import read_metrics
 from tests.preference_data import DAMAGE, damage, record
-from tests.system.commands import command, environment, kill_after, run
+from tests.system.commands import command, environment, kill_after, run, signal_after
 
 BATCH, RECORDS, EPOCHS = 48, 960, 2  # twenty steps are an epoch
 TEN_WAYS = list(DAMAGE)[:10]
@@ -116,13 +117,15 @@ def test_damaged_records_are_counted_and_every_good_one_is_used_once_an_epoch(un
         assert sorted(caption for caption in epoch if caption) == good
 
 
-def test_killed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, cache, data):
-    """SIGKILL in the first and in the second epoch, then the same command to the end; decoding in worker processes."""
+def test_disturbed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, cache, data):
+    """SIGTERM to the run and its workers in the first epoch, SIGKILL in the second, then the command to the end."""
     workdir, _ = undisturbed
-    # The config must be that of the run, and the number of workers is part of it.
     arguments, env = spm_command(tmp_path, data), environment(cache)
-    for rows_before_kill in (5, 13):
-        kill_after(rows_before_kill, tmp_path, arguments, env)
+    code, output, errors = signal_after(5, tmp_path, arguments, env)
+    assert code == 0, errors
+    assert re.fullmatch(r"Stopped by SIGTERM after step 1\d; run the same command again to go on\.\n", output), output
+    # The number of workers may change.
+    kill_after(13, tmp_path, spm_command(tmp_path, data, **{"data.num_workers": 1}), env)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) < 20
     result = run(arguments, env)
     assert result.returncode == 0, result.stderr

@@ -1,13 +1,14 @@
 """The training command: what it writes, that it compiles once, survives SIGKILL, and does not depend on devices."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from spo_jax.training.metrics import read_metrics
-from tests.system.commands import ROOT, command, environment, kill_after, run
+from tests.system.commands import ROOT, command, environment, kill_after, run, signal_after
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -63,12 +64,24 @@ def test_pool_and_update_compile_once(undisturbed):
         assert count == 1, f"{program} was compiled {count} times"
 
 
-def test_killed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, cache, prompts):
-    """SIGKILL in the middle of the first and of the second epoch, then the same command to the end."""
+def test_disturbed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, cache, prompts):
+    """SIGTERM, then the newest checkpoint is cut off, then SIGKILL; then the same command to the end."""
     workdir, _ = undisturbed
     arguments, env = command(tmp_path, prompts=prompts), environment(cache)
-    for rows_before_kill in (2, 4):
-        kill_after(rows_before_kill, tmp_path, arguments, env)
+    code, output, errors = signal_after(2, tmp_path, arguments, env)
+    assert code == 0, errors
+    found = re.fullmatch(r"Stopped by SIGTERM after batch (\d); run the same command again to go on\.\n", output)
+    assert found, output
+    stopped = int(found[1])
+    assert 2 <= stopped <= 4, "soon after the signal"
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == stopped
+    newest = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    assert int(newest.name) == stopped
+    (newest / "state" / "manifest.ocdbt").write_bytes(b"")
+
+    errors = kill_after(5, tmp_path, arguments, env)
+    warning = f"warning: checkpoint {newest} is damaged (state/manifest.ocdbt is not what was written); going on from"
+    assert f"{warning} checkpoint {stopped - 1} instead" in errors
     assert len(read_metrics(tmp_path / "metrics.jsonl")) < 6
     result = run(arguments, env)
     assert result.returncode == 0, result.stderr
@@ -76,9 +89,12 @@ def test_killed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, cache,
     assert numbers(tmp_path) == numbers(workdir)
 
 
-def test_eight_devices_give_the_result_of_one(undisturbed, tmp_path, cache, prompts):
+def test_eight_devices_and_then_one_give_the_result_of_one(undisturbed, tmp_path, cache, prompts):
     workdir, _ = undisturbed
-    result = run(command(tmp_path, prompts=prompts), environment(cache, num_devices=8))
+    arguments = command(tmp_path, prompts=prompts)
+    code, _, errors = signal_after(3, tmp_path, arguments, environment(cache, num_devices=8))
+    assert code == 0, errors
+    result = run([*arguments, "--config.checkpoint.every=4"], environment(cache))  # such keys may change as well
     assert result.returncode == 0, result.stderr
     ours, theirs = (safetensors.numpy.load_file(folder / LORA) for folder in (tmp_path, workdir))
     assert ours.keys() == theirs.keys()

@@ -1,8 +1,12 @@
-"""Checkpoints that are damaged or of another run, and where arrays come back to; the rest is in test_records.py."""
+"""Checkpoints that are damaged, of another run or cannot be written, and where arrays come back to."""
 
 import gc
 import json
+import re
 import shutil
+import subprocess
+import sys
+import threading
 
 import chex
 import jax
@@ -52,6 +56,10 @@ def restore(folder, template):
         checkpoint.close(manager)
 
 
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def bits(tree):
     return [(leaf.dtype, leaf.shape, leaf.tobytes()) for leaf in map(np.asarray, jax.tree.leaves(tree))]
 
@@ -90,38 +98,202 @@ def test_arrays_come_back_to_the_devices_of_the_template(tmp_path):
         np.testing.assert_array_equal(state["x"], values)
 
 
+def test_sharded_state_goes_from_eight_devices_to_one_to_four(tmp_path):
+    values = {"big": jnp.arange(64.0).reshape(16, 4), "step": jnp.int32(3)}
+
+    def placed(tree, count):
+        mesh = jax.make_mesh((count,), ("fsdp",), devices=jax.devices()[:count])
+        big = jax.NamedSharding(mesh, jax.P("fsdp"))
+        return jax.device_put(tree, {"big": big, "step": jax.NamedSharding(mesh, jax.P())})
+
+    state = placed(values, 8)
+    for step, count in enumerate((8, 1, 4), start=1):
+        if step > 1:
+            state, _ = restore(tmp_path, placed(jax.tree.map(jnp.zeros_like, values), count))
+        assert len(state["big"].sharding.device_set) == count
+        assert bits(state) == bits(values)
+        manager = checkpoint.make_manager(tmp_path, keep=1)
+        checkpoint.save(manager, step, state, {})
+        checkpoint.close(manager)
+
+
+def test_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    """What is written is the state at the time of the call, not what the next update makes of its buffers."""
+    advance = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = {"x": jnp.zeros((512, 1024)), "n": jnp.zeros((), jnp.int32)}
+    manager = checkpoint.make_manager(tmp_path, keep=9)
+    for step in range(1, 4):
+        checkpoint.save(manager, step, state, {"n": step})
+        for _ in range(20):
+            state = advance(state)
+    checkpoint.close(manager)
+    for step in range(3, 0, -1):
+        restored, extra = restore(tmp_path, jax.tree.map(jnp.zeros_like, state))
+        assert np.unique(restored["x"]).tolist() == [restored["n"]] == [20 * (step - 1)]
+        assert extra == {"n": step}
+        shutil.rmtree(tmp_path / str(step))
+
+
+def test_save_returns_before_the_checkpoint_is_written(tmp_path, monkeypatch):
+    may_write = threading.Event()
+    write = checkpoint._write_checksums
+    monkeypatch.setattr(checkpoint, "_write_checksums", lambda folder: (may_write.wait(), write(folder)))
+    manager = checkpoint.make_manager(tmp_path, keep=1)
+    checkpoint.save(manager, 1, make_state(1), {})
+    assert not (tmp_path / "1").exists()
+    may_write.set()
+    checkpoint.close(manager)
+    assert (tmp_path / "1").is_dir()
+
+
 @pytest.mark.parametrize("template", [make_state(0, rows=7), {"other": jnp.zeros(3)}], ids=["shape", "structure"])
-def test_checkpoint_of_another_model_is_refused(written, template):
-    with pytest.raises(UserError, match=r"Checkpoint .*/2 cannot be restored .*choose another --workdir"):
+def test_checkpoint_of_another_model_is_refused_and_stays(written, template):
+    before = files(written)
+    with pytest.raises(UserError, match=r"Checkpoint .*/2 is intact, but does not fit .*choose another --workdir") as e:
         restore(written, template)
+    assert len(str(e.value)) < 500, "a sentence, not the specification of a tensor"
+    assert files(written) == before
 
 
-@pytest.mark.parametrize("damage", ["extra/metadata", "state/_METADATA", "state/manifest.ocdbt"])
-def test_damaged_checkpoint_is_refused_and_the_one_before_can_be_used(written, tmp_path, damage):
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_one_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+DAMAGED = [
+    *(("extra/metadata", harm) for harm in (cut, flip_one_bit)),
+    *(("state/_METADATA", harm) for harm in (cut, flip_one_bit)),
+    *(("state/manifest.ocdbt", harm) for harm in (cut, flip_one_bit, lambda path: path.unlink())),
+    *(("state/d/*", harm) for harm in (cut, flip_one_bit, lambda path: path.unlink())),
+    *(("checksums.json", harm) for harm in (cut, flip_one_bit, lambda path: path.unlink())),
+    ("state", shutil.rmtree),
+]
+
+
+@pytest.mark.parametrize("name, harm", DAMAGED)
+def test_damaged_checkpoint_is_put_aside_for_the_one_before(written, tmp_path, name, harm, capsys):
     folder = shutil.copytree(written, tmp_path / "c")
-    content = (folder / "2" / damage).read_bytes()
-    (folder / "2" / damage).write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"/2 cannot be restored .*delete it to go on from the one before") as caught:
-        restore(folder, make_state(0))
-    assert len(str(caught.value)) < 500, "a sentence, not the specification of a tensor"
-    shutil.rmtree(folder / "2")
+    harm(next((folder / "2").glob(name)))
+    left = files(folder / "2")
     state, extra = restore(folder, make_state(0))
     assert bits(state) == bits(make_state(1))
     assert extra == {"batch": 1}
+    assert capsys.readouterr().err.startswith(f"spo_jax: warning: checkpoint {folder / '2'} is damaged (")
+    assert files(folder / "2.damaged") == left, "nothing is destroyed"
+
+    manager = checkpoint.make_manager(folder, keep=2)
+    checkpoint.save(manager, 2, make_state(2), {"batch": 2})
+    checkpoint.close(manager)
+    state, extra = restore(folder, make_state(0))
+    assert bits(state) == bits(make_state(2))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_step_can_be_damaged_twice(written, tmp_path, capsys):
+    folder = shutil.copytree(written, tmp_path / "c")
+    for _ in range(2):
+        shutil.copytree(written / "2", folder / "2", dirs_exist_ok=True)
+        cut(folder / "2" / "extra" / "metadata")
+        restore(folder, make_state(0))
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2.damaged", "2.damaged-2"]
+    assert "extra/metadata is not what was written); going on from checkpoint 1 instead" in capsys.readouterr().err
+
+
+def test_if_all_are_damaged_nothing_is_touched(written, tmp_path):
+    folder = shutil.copytree(written, tmp_path / "c")
+    for step in "12":
+        cut(folder / step / "state" / "manifest.ocdbt")
+    before = files(folder)
+    with pytest.raises(
+        UserError, match=r"No checkpoint in .* \(2: state/manifest\.ocdbt is not what was written\); move"
+    ):
+        restore(folder, make_state(0))
+    assert files(folder) == before
 
 
 def test_half_written_checkpoint_is_ignored_and_its_step_can_be_written(written, tmp_path):
     """A checkpoint gets its final name when it is complete; a kill leaves the temporary one."""
     folder = shutil.copytree(written, tmp_path / "c")
-    left = shutil.copytree(folder / "2", folder / "3.orbax-checkpoint-tmp-1")
+    left = shutil.copytree(folder / "2", folder / "3.orbax-checkpoint-tmp")
     (left / "state" / "manifest.ocdbt").unlink()
     assert restore(folder, make_state(0))[1] == {"batch": 2}
+    assert not left.exists()
     manager = checkpoint.make_manager(folder, keep=2)
     checkpoint.save(manager, 3, make_state(3), {"batch": 3})
     checkpoint.close(manager)
     state, extra = restore(folder, make_state(0))
     assert bits(state) == bits(make_state(3))
     assert extra == {"batch": 3}
+
+
+FILL = """
+import sys
+import jax.numpy as jnp
+from absl import logging
+from spo_jax.errors import UserError
+from spo_jax.training import checkpoint
+logging.set_verbosity(logging.WARNING)
+folder, limit = sys.argv[1], int(sys.argv[2])
+if limit:
+    import resource, signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+manager = checkpoint.make_manager(folder, keep=9)
+try:
+    for step in range(1, 9):
+        checkpoint.save(manager, step, {"x": jnp.arange(200_000.0) * step}, {"step": step})
+        if limit and step == 2:
+            manager.wait_until_finished()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    checkpoint.close(manager)
+except UserError as error:
+    print(error)
+"""
+
+
+def fill(folder, limit):
+    arguments = [sys.executable, "-c", FILL, str(folder), str(limit)]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+
+
+def last_good(folder, process):
+    """The step that the message names; it and those before can be read, and nothing after counts."""
+    assert process.stderr == "", "one sentence, no traces of the background thread"
+    found = re.search(r"the last good checkpoint is (\d)\. .*run the same command again", process.stdout)
+    assert found, process.stdout
+    step = int(found[1])
+    for good in range(step, 0, -1):
+        state, extra = restore(folder, {"x": jnp.zeros(200_000)})
+        assert extra == {"step": good}
+        np.testing.assert_array_equal(state["x"], np.arange(200_000, dtype=np.float32) * good)
+        shutil.rmtree(folder / str(good))
+    return step
+
+
+def test_file_that_cannot_grow(tmp_path):
+    """The limit of a process stands for a full disk: writing fails in the middle of a file."""
+    process = fill(tmp_path / "c", limit=100_000)
+    assert "could not be written" in process.stdout
+    assert "(File too large)" in process.stdout
+    assert last_good(tmp_path / "c", process) == 2
+
+
+def test_full_disk(tmp_path):
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        process = fill(tmp_path / "c", limit=0)
+        assert "(No space left on device)" in process.stdout
+        assert last_good(tmp_path / "c", process) >= 1
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 @pytest.mark.parametrize("content", [b'{"seed": ', b"\xff\xfe", b""])
@@ -146,6 +318,25 @@ def test_first_difference_between_configs_is_named(tmp_path, old, new, message):
     with pytest.raises(UserError, match=message):
         checkpoint.check_workdir(tmp_path, new)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == old
+
+
+def test_what_does_not_change_the_results_may_differ(tmp_path):
+    def config(number):
+        keys = {"mesh": {"data": number}, "remat": number > 1, "chunk": number, "checkpoint": {"every": number}}
+        nested = {"scorer": {"chunk": number}, "data": {"num_workers": number}, "validation": {"batch_size": number}}
+        return {"seed": 0, **keys, **nested, "evaluation": {"batch_size": number}}
+
+    checkpoint.check_workdir(tmp_path, config(1))
+    checkpoint.check_workdir(tmp_path, config(2))
+    newer = config(2) | {"offload": True}
+    checkpoint.check_workdir(tmp_path, newer)
+    for change in (
+        {"seed": 1},
+        {"data": {"num_workers": 1, "train": "x"}},
+        {"evaluation": {"batch_size": 1, "eta": 1.0}},
+    ):
+        with pytest.raises(UserError, match="belongs to a run with another config"):
+            checkpoint.check_workdir(tmp_path, newer | change)
 
 
 def test_config_that_json_writes_differently_is_still_the_same(tmp_path):

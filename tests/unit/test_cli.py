@@ -113,3 +113,9 @@ def test_a_user_error_anywhere_below_main(capsys, monkeypatch):
         cli.run(main)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "spo_jax: error: Prompt file p.txt is empty; write one prompt a line.\n"
+
+
+def test_a_full_disk_is_said_in_one_sentence():
+    """Writing to this device fails as on a full disk."""
+    code = "from spo_jax import cli; cli.run(lambda: open('/dev/full', 'w', buffering=1).write('x\\n'))"
+    assert "No space left on device" in sentence(run(code))

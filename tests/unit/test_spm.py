@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 from configs import common_spm
 from spo_jax import rng
-from spo_jax.checkpoints.pipeline import CLIP_H, clip_shapes, read_clip, read_pipeline, tokenize, tokenize_prompts
+from spo_jax.checkpoints.pipeline import clip_shapes, read_clip, read_pipeline, tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.distributed.mesh import MIN_SPLIT_SIZE, batch_sharding, make_mesh, weight_sharding, weight_shardings
+from spo_jax.distributed.mesh import batch_sharding, make_mesh
+from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.models import CLIPModel
+from spo_jax.models.published import CLIP_VIT_H
 from spo_jax.preference.pairs import labels_from_scores
 from spo_jax.preference.scorers import Scorer, make_clip_scorer
 from spo_jax.training.judged_pairs import make_encode_captions, total_state
@@ -194,10 +196,7 @@ def run_updates(fsdp, num_updates=2, **clip_changes):
     """Updates of the emoji CLIP on a mesh; the losses, the last state, and where it lay before and after."""
     config = common_spm.get_config()
     mesh = make_mesh(data=-1, fsdp=fsdp)
-
-    def placement(_path, shape):
-        return weight_sharding(mesh, shape)
-
+    placement = functools.partial(weight_sharding, mesh)
     pipeline = read_pipeline(resolve("emoji:model"), sharding=placement)
     clip, start = read_clip(resolve("emoji:model/clip"), step_aware=True, sharding=placement)
     scorer = make_clip_scorer(clip.clone(**clip_changes))
@@ -226,8 +225,7 @@ def test_eight_devices_give_the_losses_of_one_and_each_holds_an_eighth_of_the_st
         assert (a.num_preferences, a.num_pairs) == (b.num_preferences, b.num_pairs) == (7, 8)
     assert whole[-1].loss < whole[0].loss
     for x in jax.tree.leaves(eighth):
-        parts = 8 if x.size >= MIN_SPLIT_SIZE else 1
-        assert x.addressable_shards[0].data.size == x.size / parts
+        assert x.size < 2**14 or x.addressable_shards[0].data.size == x.size / 8, "all that is large is split"
     held = {}
     for x in jax.tree.leaves(eighth):
         for shard in x.addressable_shards:
@@ -238,7 +236,7 @@ def test_eight_devices_give_the_losses_of_one_and_each_holds_an_eighth_of_the_st
 
 def test_of_the_published_model_each_of_eight_devices_holds_an_eighth():
     """CLIP ViT-H/14 with its time layers, from the shardings alone: 21 GB of weights, moments and gradients in all."""
-    clip = CLIPModel.from_config(CLIP_H, step_aware=True)
+    clip = CLIPModel.from_config(CLIP_VIT_H, step_aware=True)
     params = clip_shapes(clip)
     assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(1.306e9, rel=1e-3)
     optimizer = make_optimizer(common_spm.get_config().train, warmup_linear_decay(3e-6, 500, 8000))

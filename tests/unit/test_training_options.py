@@ -1,8 +1,9 @@
 """What a config can switch on: the shipped recipes, memory savers, accumulation, averages, warnings."""
 
-from importlib import import_module
+from importlib import functools
 
 import chex
+import import_module
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from configs import common, tiny
 from spo_jax.checkpoints.pipeline import read_pipeline, with_vae
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.distributed.mesh import MIN_SPLIT_SIZE, make_mesh, weight_sharding, weight_shardings
+from spo_jax.distributed.mesh import make_mesh
+from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.models import UNet2DConditionModel
@@ -75,6 +77,7 @@ def test_devices_of_less_memory_learn_from_as_many_pairs_a_step():
 def test_gradient_checkpointing_changes_no_gradient():
     config = dict(block_out_channels=[8, 16], down_block_types=["CrossAttnDownBlock2D"] * 2, norm_num_groups=4)
     config |= dict(up_block_types=["CrossAttnUpBlock2D"] * 2, attention_head_dim=2, cross_attention_dim=6)
+    config |= dict(layers_per_block=1, transformer_layers_per_block=[1, 2])  # one block as in SD1.5, more as in SDXL
     unet = UNet2DConditionModel.from_config(config)
     inputs = jax.random.normal(jax.random.key(0), (2, 4, 4, 4)), jnp.array([3.0, 700.0]), jnp.ones((2, 5, 6))
     params = jax.jit(unet.init)(jax.random.key(1), *inputs)["params"]
@@ -184,7 +187,7 @@ def test_split_weights_and_state_give_the_update_of_whole_ones():
     results = []
     for fsdp in (1, 8):
         mesh = make_mesh(data=-1, fsdp=fsdp)
-        pipeline = read_pipeline(resolve(config.model), sharding=lambda path, shape, m=mesh: weight_sharding(m, shape))
+        pipeline = read_pipeline(resolve(config.model), sharding=functools.partial(weight_sharding, mesh))
         scorer = Scorer(
             encode_text=lambda params, tokens: jnp.ones((len(tokens), 3)),
             score=lambda params, images, text, timesteps: 10 * images.mean((1, 2, 3)),
@@ -204,8 +207,7 @@ def test_split_weights_and_state_give_the_update_of_whole_ones():
         state, updates = run_updates(config, update, state, params["unet"], prompts, rollout, int(rollout.num_valid))
         jax.tree.map(lambda x, sharding: chex.assert_equal(x.sharding, sharding), state, shardings)
         for x in jax.tree.leaves(state):
-            parts = fsdp if x.size >= MIN_SPLIT_SIZE else 1
-            assert x.addressable_shards[0].data.size == x.size / parts
+            assert x.size < 2**14 or x.addressable_shards[0].data.size == x.size / fsdp, "all that is large is split"
         results.append(updates)
     whole, split = results
     assert len(whole) == len(split) > 1

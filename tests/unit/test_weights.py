@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spo_jax.checkpoints.pipeline import (
-    CLIP_H,
     clip_shapes,
     read_clip,
     read_pipeline,
@@ -35,6 +34,7 @@ from spo_jax.distributed.mesh import make_mesh, replicated
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.models import CLIPModel
+from spo_jax.models.published import CLIP_VIT_H
 from tests.golden_data import FOLDER
 
 STEMS = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -334,6 +334,6 @@ def test_released_preference_model_is_read_from_its_file(tmp_path, config_beside
 
 
 def test_clip_without_a_config_has_the_size_of_vit_h_14():
-    clip = CLIPModel.from_config(CLIP_H, step_aware=False)
+    clip = CLIPModel.from_config(CLIP_VIT_H, step_aware=False)
     assert sum(x.size for x in jax.tree.leaves(clip_shapes(clip))) == 986_109_441
     assert clip.image_size == 224

@@ -1,5 +1,6 @@
 """A written preference model: who can read it, and what writing takes."""
 
+import functools
 import subprocess
 import sys
 
@@ -17,7 +18,8 @@ import transformers
 from spo_jax.checkpoints.pipeline import read_clip
 from spo_jax.checkpoints.safetensors_io import index_safetensors, write_params
 from spo_jax.checkpoints.write_scorer import write_scorer
-from spo_jax.distributed.mesh import make_mesh, weight_sharding
+from spo_jax.distributed.mesh import make_mesh
+from spo_jax.distributed.sharding import weight_sharding
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.training.judges import make_scorer
@@ -29,7 +31,7 @@ from tests.system.commands import ROOT, environment
 def test_a_step_aware_model_has_the_released_keys_and_values(tmp_path, split):
     mesh = make_mesh(data=1, fsdp=8)
     clip, params = read_clip(
-        FOLDER / "spm", step_aware=None, sharding=(lambda _, shape: weight_sharding(mesh, shape)) if split else None
+        FOLDER / "spm", step_aware=None, sharding=functools.partial(weight_sharding, mesh) if split else None
     )
     assert clip.step_aware
     write_scorer(tmp_path / "new" / "scorer", clip, params)
@@ -115,9 +117,11 @@ import resource, sys
 import jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
 from spo_jax.checkpoints.safetensors_io import write_params
-from spo_jax.distributed.mesh import make_mesh, weight_sharding
+from spo_jax.distributed.mesh import make_mesh
+from spo_jax.distributed.sharding import weight_sharding
 mesh = make_mesh(data=1, fsdp=2)
-make = lambda i: jax.device_put(jnp.full((1024, 2048), i, jnp.float32), weight_sharding(mesh, (1024, 2048)))
+split = weight_sharding(mesh, ("mlp", "fc1", "kernel"), (1024, 2048))
+make = lambda i: jax.device_put(jnp.full((1024, 2048), i, jnp.float32), split)
 params = {f"layer_{i}": {"kernel": make(i)} for i in range(32)}
 jax.block_until_ready(params)
 write_params(Path(sys.argv[1]) / "warm", {"layer_0": params["layer_0"]})

@@ -1,9 +1,16 @@
-"""The values of the published ``config.json`` files, by model. Bookkeeping fields are left out where they are long."""
+"""The values of the published ``config.json`` files, so that a model can be planned for without having it.
+
+Bookkeeping fields are left out where they are long.
+"""
+
+from __future__ import annotations
+
+from typing import Any
 
 _SD_DOWN = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
 _SD_UP = ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
 
-UNET_SD15 = {
+UNET_SD15: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
     "_diffusers_version": "0.6.0",
     "act_fn": "silu",
@@ -24,7 +31,7 @@ UNET_SD15 = {
     "sample_size": 64,
     "up_block_types": _SD_UP,
 }
-UNET_SD21 = UNET_SD15 | {
+UNET_SD21: dict[str, Any] = UNET_SD15 | {
     "_diffusers_version": "0.10.0.dev0",
     "attention_head_dim": [5, 10, 20, 20],
     "cross_attention_dim": 1024,
@@ -35,7 +42,7 @@ UNET_SD21 = UNET_SD15 | {
     "use_linear_projection": True,
     "upcast_attention": True,
 }
-UNET_SDXL = {
+UNET_SDXL: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
     "_diffusers_version": "0.19.0.dev0",
     "act_fn": "silu",
@@ -85,7 +92,7 @@ UNET_SDXL = {
     "use_linear_projection": True,
 }
 
-VAE_SD = {
+VAE_SD: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
     "_diffusers_version": "0.6.0",
     "act_fn": "silu",
@@ -99,14 +106,14 @@ VAE_SD = {
     "sample_size": 512,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
-VAE_SDXL_FP16_FIX = VAE_SD | {
+VAE_SDXL_FP16_FIX: dict[str, Any] = VAE_SD | {
     "_diffusers_version": "0.18.0.dev0",
     "_name_or_path": ".",
     "force_upcast": False,
     "scaling_factor": 0.13025,
 }
 
-TEXT_VIT_L = {
+TEXT_VIT_L: dict[str, Any] = {
     "architectures": ["CLIPTextModel"],
     "attention_dropout": 0.0,
     "bos_token_id": 0,
@@ -128,7 +135,7 @@ TEXT_VIT_L = {
     "transformers_version": "4.22.0.dev0",
     "vocab_size": 49408,
 }
-TEXT_SD21 = TEXT_VIT_L | {
+TEXT_SD21: dict[str, Any] = TEXT_VIT_L | {
     "hidden_act": "gelu",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -137,7 +144,7 @@ TEXT_SD21 = TEXT_VIT_L | {
     "projection_dim": 512,
     "transformers_version": "4.25.0.dev0",
 }
-TEXT_BIG_G = TEXT_VIT_L | {
+TEXT_BIG_G: dict[str, Any] = TEXT_VIT_L | {
     "architectures": ["CLIPTextModelWithProjection"],
     "hidden_act": "gelu",
     "hidden_size": 1280,
@@ -148,7 +155,7 @@ TEXT_BIG_G = TEXT_VIT_L | {
     "torch_dtype": "float16",
     "transformers_version": "4.32.0.dev0",
 }
-CLIP_VIT_H = {
+CLIP_VIT_H: dict[str, Any] = {
     "architectures": ["CLIPModel"],
     "initializer_factor": 1.0,
     "logit_scale_init_value": 2.6592,
@@ -204,7 +211,7 @@ CLIP_VIT_H = {
         "patch_size": 14,
     },
 }
-SCHEDULER_SDXL = {
+SCHEDULER_SDXL: dict[str, Any] = {
     "_class_name": "EulerDiscreteScheduler",
     "_diffusers_version": "0.19.0.dev0",
     "beta_end": 0.012,
@@ -222,7 +229,7 @@ SCHEDULER_SDXL = {
     "trained_betas": None,
     "use_karras_sigmas": False,
 }
-SCHEDULER_SD15 = {
+SCHEDULER_SD15: dict[str, Any] = {
     "_class_name": "PNDMScheduler",
     "_diffusers_version": "0.6.0",
     "beta_end": 0.012,
@@ -235,8 +242,62 @@ SCHEDULER_SD15 = {
     "steps_offset": 1,
     "trained_betas": None,
 }
-SCHEDULER_SD21 = SCHEDULER_SD15 | {
+SCHEDULER_SD21: dict[str, Any] = SCHEDULER_SD15 | {
     "_class_name": "DDIMScheduler",
     "_diffusers_version": "0.8.0",
     "prediction_type": "v_prediction",
 }
+
+# The judge of alignment; its text tower is SD1.5's text encoder.
+CLIP_VIT_L: dict[str, Any] = {
+    "architectures": ["CLIPModel"],
+    "logit_scale_init_value": 2.6592,
+    "model_type": "clip",
+    "projection_dim": 768,
+    "text_config": {
+        "hidden_act": "quick_gelu",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "projection_dim": 768,
+    },
+    "vision_config": {
+        "hidden_act": "quick_gelu",
+        "hidden_size": 1024,
+        "image_size": 224,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+    },
+}
+
+_SD15_PARTS = {
+    "model_index": {"_class_name": "StableDiffusionPipeline"},
+    "unet": UNET_SD15,
+    "vae": VAE_SD,
+    "text_encoder": TEXT_VIT_L,
+    "scheduler": SCHEDULER_SD15,
+}
+_SD21_PARTS = _SD15_PARTS | {"unet": UNET_SD21, "text_encoder": TEXT_SD21, "scheduler": SCHEDULER_SD21}
+_SDXL_PARTS = {
+    "model_index": {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
+    "unet": UNET_SDXL,
+    "vae": VAE_SDXL_FP16_FIX,
+    "text_encoder": TEXT_VIT_L,
+    "text_encoder_2": TEXT_BIG_G,
+    "scheduler": SCHEDULER_SDXL,
+}
+# By repository of the hub: the parts of a pipeline, a CLIP, or an autoencoder.
+PIPELINES: dict[str, dict[str, Any]] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD15_PARTS,
+    "stabilityai/stable-diffusion-2-1": _SD21_PARTS,
+    "stabilityai/stable-diffusion-xl-base-1.0": _SDXL_PARTS,
+}
+CLIPS: dict[str, dict[str, Any]] = {
+    "openai/clip-vit-large-patch14": CLIP_VIT_L,
+    "yuvalkirstain/PickScore_v1": CLIP_VIT_H,
+}
+VAES: dict[str, dict[str, Any]] = {"madebyollin/sdxl-vae-fp16-fix": VAE_SDXL_FP16_FIX}

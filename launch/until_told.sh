@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Runs a command and says by exit code 75 that it was told to end: a run that gets SIGTERM writes a checkpoint and exits
+# with 0 as a finished one does, and whoever starts it must know which it was. Sourced by slurm.sh, run by gke_jobset.yaml.
+#   bash launch/until_told.sh python -m spo_jax.main --config=... --workdir=...
+until_told() {
+    local told="" code child
+    trap 'told=yes' TERM
+    "$@" &
+    child=$!
+    while true; do
+        if [ -n "$told" ]; then
+            kill -TERM "$child" 2>/dev/null || true
+        fi
+        code=0
+        wait "$child" || code=$?
+        # A signal ends wait, not the command: pass it on and wait again.
+        kill -0 "$child" 2>/dev/null || break
+    done
+    trap - TERM
+    if [ -n "$told" ]; then
+        return 75
+    fi
+    return "$code"
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    until_told "$@"
+fi

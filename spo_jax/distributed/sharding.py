@@ -1,0 +1,82 @@
+"""Where each weight lies: rules by name, for parameters, adapters, optimizer state and averages alike.
+
+A rule gives the ``PartitionSpec`` of the last axes of whatever its pattern matches: ``P("fsdp")`` splits the output
+features of a kernel and leaves what comes before whole. With ``config.mesh.fsdp = 1`` every split is into one part.
+Optimizers keep their moments under the names of the parameters, which so find the same rules.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spo_jax.errors import UserError
+
+# The first rule whose pattern is found in the path "unet/down_blocks_0/.../to_q/kernel" counts.
+RULES: tuple[tuple[str, P], ...] = (
+    # Adafactor's second moments: a row and a column of each matrix.
+    (r"/(v_row|v_col|v)/", P()),
+    (r"(^|/)(bias|scale|logit_scale|class_embedding)$", P()),
+    # Kernels from or to a few channels: pictures and latents.
+    (r"(^|/)(conv_in|conv_out|quant_conv|post_quant_conv)/kernel$", P()),
+    # UNet and autoencoder: attention, feed-forward, convolutions, time.
+    (r"/(to_q|to_k|to_v|to_out_0|proj|net_2|proj_in|proj_out)/kernel$", P("fsdp")),
+    (r"/(conv|conv1|conv2|conv_shortcut|time_emb_proj|linear_1|linear_2)/kernel$", P("fsdp")),
+    # CLIP: attention, feed-forward, embeddings, projections, time layers of a step-aware one.
+    (r"/(q_proj|k_proj|v_proj|out_proj|fc1|fc2)/kernel$", P("fsdp")),
+    (r"/(token_embedding|position_embedding)/embedding$", P("fsdp")),
+    (r"(^|/)(patch_embedding|text_projection|visual_projection)/kernel$", P("fsdp")),
+    (r"/(mlp_0|mlp_2|adaLN_modulation_1)/kernel$", P("fsdp")),
+    # Adapters, along the side of the layer, which is long; not along the rank.
+    (r"/(to_q|to_k|to_v|to_out_0)/A$", P("fsdp", None)),
+    (r"/(to_q|to_k|to_v|to_out_0)/B$", P("fsdp")),
+    # Counters.
+    (r"(^|/)(step|count|mini_step|gradient_step)$", P()),
+)
+
+
+def partition_spec(path: str, shape: tuple[int, ...]) -> P:
+    """The spec of the weight at ``path``, such as ``"unet/conv_in/kernel"``, with an entry for each axis.
+
+    Raises:
+      UserError: no rule knows the name.
+    """
+    for pattern, last_axes in RULES:
+        if re.search(pattern, path):
+            split = any(axis is not None for axis in last_axes)
+            return P(*(None,) * (len(shape) - len(last_axes)), *last_axes) if split else P()
+    raise UserError(
+        f"No sharding rule knows the weight {path} of shape {tuple(shape)}; "
+        "add one for its name to RULES in spo_jax/distributed/sharding.py."
+    )
+
+
+def weight_sharding(mesh: Mesh, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """Where the weight at ``path``, in parts as a tree has them, lies on the devices of ``mesh``.
+
+    Raises:
+      UserError: no rule knows it, or the axis that its rule splits is no multiple of ``config.mesh.fsdp``.
+    """
+    name, parts = "/".join(path), mesh.shape["fsdp"]
+    spec = partition_spec(name, shape)
+    for size, axis in zip(shape, spec, strict=False):
+        if axis is not None and size % parts:
+            raise UserError(
+                f"config.mesh.fsdp = {parts} cannot split the weight {name} of shape {tuple(shape)}: "
+                f"{size} is no multiple of {parts}; choose another config.mesh.fsdp."
+            )
+    return NamedSharding(mesh, spec)
+
+
+def weight_shardings(mesh: Mesh, tree: Any) -> Any:
+    """``weight_sharding`` of every array of a tree: parameters, or a training state."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: weight_sharding(mesh, path_names(path), x.shape), tree)
+
+
+def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """A key path of ``jax.tree_util`` as names: of keys, attributes and positions."""
+    return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)

@@ -1,0 +1,57 @@
+"""Says whether a training run fits hardware that need not be there, and which setting does if it does not.
+
+    python -m spo_jax.plan --config=configs/sdxl.py --target=v5e:2x4            compiles the run's programs: minutes
+    python -m spo_jax.plan --config=configs/sdxl.py --target=h100:4 --estimate  follows their arrays by hand: seconds
+
+No weights, no network and no accelerator are needed. Exit code 1 if the run does not fit.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from spo_jax import cli
+from spo_jax.planning.targets import parse_target
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/sdxl.py.", lock_config=True)
+TARGET = flags.DEFINE_string(
+    "target", "cpu", "v5e, v6e or v5p with a topology (v5e:2x4), h100 or h100:8, cpu or cpu:8."
+)
+ESTIMATE = flags.DEFINE_bool("estimate", False, "Estimate instead of compiling.")
+CONFIRM = flags.DEFINE_bool(
+    "confirm", True, "Compile the smaller setting, too, that is proposed if a run does not fit."
+)
+
+
+def main() -> None:
+    """Plans, prints, and exits with 1 if the run does not fit."""
+    config = cli.config_of(CONFIG)
+    target = parse_target(TARGET.value)
+    # These import JAX models; a wrong flag should not wait for that.
+    from spo_jax.planning import planner, report
+
+    planner.check(config, target)
+    plan = planner.estimate(config, target) if ESTIMATE.value else planner.compile_all(config, target)
+    print(planner.heading(config, target, exact=not ESTIMATE.value), end="\n\n")
+    print(report.table(plan.run, plan.resident, plan.needs, target), end="\n\n")
+    print(planner.verdict(plan, target))
+    if plan.fits:
+        return
+    print(_proposal(config, target, planner, report))
+    sys.exit(1)
+
+
+def _proposal(config: ConfigDict, target, planner, report) -> str:
+    found = planner.smaller(config, target, exact=CONFIRM.value and not ESTIMATE.value)
+    if found is None:
+        return f"No smaller setting was found that fits {target.name}; use devices with more memory, or more devices."
+    plan, changed = found
+    how = "compiled" if plan.exact else "estimated"
+    return f"This fits: {report.overrides(changed)}\n({how}: {planner.verdict(plan, target)})"
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""What a run needs, found out without the hardware: targets, programs, memory, communication."""

@@ -1,0 +1,123 @@
+"""Memory of a run without compiling: what stays by its shapes, what a program needs by a walk over its jaxpr."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict
+
+from spo_jax.distributed.mesh import AXES, make_mesh, mesh_sizes
+from spo_jax.planning.programs import Run, extra_bytes, make_run
+from spo_jax.planning.shapes import device_bytes
+from spo_jax.planning.targets import Target
+from spo_jax.planning.walk import walk
+
+# Programs whose batch is not split over the devices: each device does all of it.
+_WHOLE = ("encode", "evaluation")
+# Keys that do not matter for a program.
+_UNREAD = {
+    "pool": ("train", "remat", "evaluation"),
+    "score": ("train", "remat", "evaluation"),
+    "encode": ("train", "remat", "evaluation", "scorer.chunk"),
+    "update": ("prompts_per_batch", "scorer.chunk", "evaluation", "train.accumulation_steps"),
+    "evaluation": ("prompts_per_batch", "train", "scorer.chunk", "remat"),
+}
+# A TPU's programs lie in its memory. Seen: 0.35 GiB for the pool of SD1.5, 0.92 GiB for its update.
+_CODE_BYTES = 300_000
+_known: dict[str, tuple[float, int, int]] = {}
+
+
+def abstract_run(config: ConfigDict, target: Target) -> Run:
+    """The run on the target's mesh, for the sizes of what is resident; its programs cannot be made."""
+    sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, target.num_devices)
+    return make_run(config, AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
+
+
+def share_of(config: ConfigDict, num_devices: int) -> ConfigDict:
+    """The config of one device's share of the batches, on one device."""
+    share = config.copy_and_resolve_references()
+    with share.unlocked():
+        share.mesh.data = share.mesh.fsdp = 1
+        if config.method == "spo":
+            share.prompts_per_batch = max(1, config.prompts_per_batch // num_devices)
+            share.train.minibatch_size = max(1, config.train.minibatch_size // num_devices)
+        else:
+            share.train.batch_size = max(1, config.train.batch_size // num_devices)
+            share.validation.batch_size = max(1, config.validation.batch_size // num_devices)
+            share.chunk = config.chunk // num_devices
+    return share
+
+
+def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[float, int, int]:
+    """FLOPs of a program on one device, bytes of its own arguments, and bytes of its own arrays at their peak."""
+    share = share_of(config, target.num_devices)
+    if name in _WHOLE:
+        share = share_of(config, 1)
+    key = json.dumps([target.platform, target.num_devices, name, _read_keys(share, name)], sort_keys=True, default=str)
+    if key not in _known:
+        run = make_run(share, make_mesh(1, 1, jax.devices()[:1]))
+        program = run.program(name)
+        jaxpr = program.function.trace(*program.arguments).jaxpr.jaxpr
+        num_donated = len(jax.tree.leaves(program.arguments[0])) if name == "update" else 0
+        size_of = _tiled_bytes if target.platform == "tpu" else _bytes
+        cost = walk(jaxpr, size_of, fuses_operands=target.platform == "tpu", num_donated=num_donated)
+        own, extra = cost.peak, extra_bytes(program, run)
+        if target.platform == "tpu":
+            own += _CODE_BYTES * cost.products
+        # The pool's result, the pairs of all devices, is on every device, and so it comes to the update.
+        if name == "pool":
+            own += (target.num_devices - 1) * cost.results
+        if name == "update" and config.method == "spo":
+            extra *= target.num_devices
+        _known[key] = cost.flops, extra, own
+    return _known[key]
+
+
+def resident_bytes(run: Run) -> dict[str, int]:
+    """Bytes on a device of what is there all the time, by what it is."""
+    return {name: device_bytes(tree) for name, tree in run.resident.items()}
+
+
+def _read_keys(config: ConfigDict, name: str) -> dict[str, Any]:
+    values = config.to_dict()
+    for key in _UNREAD.get(name, ()) if config.method == "spo" else ():
+        *path, last = key.split(".")
+        inner = values
+        for part in path:
+            inner = inner[part]
+        inner.pop(last, None)
+    return values
+
+
+def _bytes(aval: Any) -> int:
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+        return 16 * aval.size  # a random key
+    return aval.size * aval.dtype.itemsize
+
+
+def _tiled_bytes(aval: Any) -> int:
+    """With the padding of a TPU, whose arrays are made of tiles of 8 x 128.
+
+    Feature maps of convolutions have channels and batch in their tiles, if there is a batch; of everything else
+    the compiler is taken to choose the two dimensions that waste the least.
+    """
+
+    def padded(rows: int, columns: int) -> int:
+        return -(-rows // 8) * 8 * (-(-columns // 128)) * 128
+
+    if aval.ndim < 2 or _bytes(aval) < 2**16 or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+        return _bytes(aval)
+    shape = aval.shape
+    if aval.ndim == 4 and shape[0] > 1 and shape[3] >= 64:
+        return padded(shape[0], shape[3]) * shape[1] * shape[2] * aval.dtype.itemsize
+    least = min(
+        math.prod(shape) // max(1, rows * columns) * padded(rows, columns)
+        for i, rows in enumerate(shape)
+        for j, columns in enumerate(shape)
+        if i != j
+    )
+    return least * aval.dtype.itemsize

@@ -1,0 +1,150 @@
+"""The models of a config by their shapes alone: no weight is read, nothing is fetched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from spo_jax.checkpoints import pipeline as reading
+from spo_jax.checkpoints.hub import find_file, repository_of
+from spo_jax.checkpoints.pipeline import Pipeline, read_json
+from spo_jax.emoji import resolve
+from spo_jax.errors import UserError
+from spo_jax.models import (
+    AutoencoderKL,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    UNet2DConditionModel,
+    published,
+)
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+Place = Callable[[tuple[str, ...], tuple[int, ...]], Sharding]
+
+
+def placed(shapes: Any, place: Place, prefix: tuple[str, ...] = ()) -> Any:
+    """The same tree of ``jax.ShapeDtypeStruct``, each with its sharding."""
+
+    def one(path, leaf):
+        names = (*prefix, *(key.key for key in path))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(names, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def pipeline_shapes(name: str, dtype: Any, place: Place, *, vae: str = "") -> Pipeline:
+    """The pipeline ``name`` with ``jax.ShapeDtypeStruct`` for parameters and no tokenizers.
+
+    Args:
+      name: as in ``config.model``: a local folder, or a repository whose configs are in the hub's cache or ship with
+        the package.
+      dtype: of the networks.
+      place: where each parameter lies, by its path in ``Pipeline.params`` and its shape.
+      vae: as in ``config.vae``.
+
+    Raises:
+      UserError: there is no config to be found, or it is not supported.
+    """
+    known = published.PIPELINES.get(repository_of(name) or "", {})
+    index = _find_config(resolve(name), "model_index.json", known.get("model_index"))
+    sdxl = index["_class_name"] == "StableDiffusionXLPipeline"
+
+    def part(folder: str, file: str = "config.json") -> dict[str, Any]:
+        return _find_config(resolve(name), f"{folder}/{file}", known.get(folder))
+
+    vae_config = part("vae")
+    if vae:
+        vae_config = _find_config(resolve(vae), "config.json", published.VAES.get(repository_of(vae) or ""))
+    unet = UNet2DConditionModel.from_config(part("unet"), dtype)
+    autoencoder = AutoencoderKL.from_config(vae_config, dtype)
+    text_encoder = CLIPTextModel.from_config(part("text_encoder"), dtype)
+    shapes = {
+        "unet": reading.unet_shapes(unet, dtype),
+        "vae": reading.vae_shapes(autoencoder, dtype),
+        "text_encoder": reading.text_encoder_shapes(text_encoder, dtype),
+    }
+    second = None
+    if sdxl:
+        second = CLIPTextModelWithProjection.from_config(part("text_encoder_2"), dtype)
+        shapes["text_encoder_2"] = reading.text_encoder_shapes(second, dtype)
+    return Pipeline(
+        folder=Path(name),
+        unet=unet,
+        vae=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=None,
+        scheduler_config=part("scheduler", "scheduler_config.json"),
+        params=placed(shapes, place),
+        text_encoder_2=second,
+        force_zeros_for_empty_prompt=sdxl and bool(index.get("force_zeros_for_empty_prompt", True)),
+    )
+
+
+def clip_shapes(
+    name: str,
+    dtype: Any,
+    place: Place,
+    *,
+    step_aware: bool,
+    what: str,
+    params_dtype: Any = None,
+    known_plain: bool = True,
+) -> tuple[CLIPModel, Any]:
+    """A CLIP and the shapes of its parameters.
+
+    Args:
+      name: as in ``config.scorer.path``. A weight file without a ``config.json`` beside it is a ViT-H/14, and so is
+        what is not here and not known: every released preference model is one.
+      dtype: of the network.
+      place: where each parameter lies.
+      step_aware: whether it has time layers (what training reads from the weights). A plain CLIP that is known by its
+        name has none.
+      what: its name in the parameters of a program, with which its paths begin.
+      params_dtype: of its parameters, if another.
+      known_plain: False gives time layers even to one that is known to have none, as training from it does.
+    """
+    path = resolve(name)
+    folder = path.parent if path.suffix in WEIGHT_SUFFIXES else path
+    config = _find_config(folder, "config.json", published.CLIPS.get(repository_of(name) or "", published.CLIP_VIT_H))
+    step_aware = step_aware and not (known_plain and repository_of(name) in published.CLIPS)
+    clip = CLIPModel.from_config(config, step_aware=step_aware, dtype=dtype)
+    shapes = reading.clip_shapes(clip, dtype if params_dtype is None else params_dtype)
+    return clip, placed(shapes, place, (what,))
+
+
+def num_parameters(tree: Any) -> int:
+    """Parameters in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of sharded arrays or shapes on the device that holds most (all hold the same here)."""
+
+    def one(leaf: Any) -> int:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return 16 * leaf.size  # random keys
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        return int(jnp.dtype(leaf.dtype).itemsize) * math.prod(shape)
+
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _find_config(name: str | Path, file: str, default: Any = None) -> dict[str, Any]:
+    """A config of a model that is here; else the default, from the published ones."""
+    found = find_file(name, file)
+    if found is not None:
+        return read_json(found)
+    if default is None:
+        known = ", ".join([*published.PIPELINES, *published.VAES])
+        raise UserError(
+            f"Model {str(name)!r} has no {file} here, in a folder or in the cache of the hub; give one that is, "
+            f"or one whose sizes are known: {known}."
+        )
+    return default

@@ -1,0 +1,83 @@
+"""Several real processes over gloo: they start together, or each says which one is missing, and none waits for ever."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.system.commands import ROOT
+
+
+@pytest.fixture
+def address():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def together(module, address, count, processes, *arguments, **environ):
+    """Exit code, output and errors of each of ``processes``, started as ``count``."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | environ
+    flags = [f"--coordinator_address={address}", f"--num_processes={count}", *arguments]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, f"--process_id={i}", *flags],
+            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in processes
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=60) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
+
+
+def test_a_missing_process_is_named_by_all(tmp_path, address):
+    start = time.monotonic()
+    options = ("--config=configs/tiny.py", f"--workdir={tmp_path / 'w'}", "--initialization_timeout=3")
+    ends = together("spo_jax.main", address, 3, [0, 1], *options)
+    assert time.monotonic() - start < 20
+    for code, _, errors in ends:
+        assert code == 2, errors
+        assert len(errors.strip().splitlines()) == 1, errors
+        assert errors.startswith("spo_jax: error: Process 2 of 3 is missing: process 0 has waited for 3 s"), errors
+        assert f"at {address}" in errors
+    assert not (tmp_path / "w").exists()
+
+
+def test_without_process_0_the_others_say_so(address):
+    ((code, _, errors),) = together("spo_jax.evaluate", address, 2, [1], *EVALUATE, "--initialization_timeout=1")
+    assert code == 2 and len(errors.strip().splitlines()) == 1, errors
+    assert errors.startswith("spo_jax: error: Process 0 of 2 is missing: process 1 on "), errors
+
+
+EVALUATE = ("--scorer=s", "--pairs=p@s", "--model=emoji:model")
+
+
+def test_a_port_in_use(address):
+    host, port = address.split(":")
+    with socket.create_server((host, int(port))):
+        ((code, _, errors),) = together("spo_jax.evaluate", address, 2, [0], *EVALUATE)
+    assert code == 2 and f"Port {port} of " in errors and "is in use" in errors, errors
+
+
+def test_two_processes_add_up(address):
+    # A proxy of the environment is not asked for a host of the run.
+    ends = together("tests.system.add_up", address, 2, [0, 1], http_proxy="http://127.0.0.1:9")
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert [output.splitlines()[-1] for _, output, _ in ends] == ["0 2 True 3.0", "1 2 False 3.0"]
+
+
+@pytest.mark.parametrize("end, code", [("mistake", 2), ("killed", 9)])
+def test_when_one_ends_the_other_does_not_wait(address, end, code):
+    start = time.monotonic()
+    (first, _, errors), (second, _, reason) = together("tests.system.add_up", address, 2, [0, 1], ENDS=end)
+    assert time.monotonic() - start < 30
+    assert second == code
+    assert (reason.strip().splitlines()[-1:] == ["spo_jax: error: A file is missing here."]) == (end == "mistake")
+    assert first == 1 and "Traceback" not in errors, errors
+    assert "spo_jax: error: Another process of the run has ended; its log says why." in errors

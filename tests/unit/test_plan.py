@@ -1,0 +1,322 @@
+"""Planning without hardware: targets, shapes, the walk over a jaxpr, what a compiler's answers become, proposals."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from configs import common, common_spm, sd15, sdxl, spm_sd15, tiny
+from spo_jax.distributed.mesh import make_mesh, replicated
+from spo_jax.distributed.sharding import weight_sharding
+from spo_jax.errors import UserError
+from spo_jax.planning import compile as compiling
+from spo_jax.planning import planner
+from spo_jax.planning.collectives import Traffic
+from spo_jax.planning.estimate import abstract_run, estimate_program, resident_bytes, share_of
+from spo_jax.planning.remedies import search
+from spo_jax.planning.report import Need, overrides, table
+from spo_jax.planning.shapes import clip_shapes, device_bytes, num_parameters, pipeline_shapes
+from spo_jax.planning.targets import GIB, Target, parse_target
+from spo_jax.planning.walk import walk
+
+V5E = parse_target("v5e:2x4")
+
+
+# -------------------------------------------------------------------------------------------------------------- targets
+@pytest.mark.parametrize(
+    "text, platform, count, gib",
+    [
+        ("v5e", "tpu", 1, 15.75),
+        ("v5e:2x4", "tpu", 8, 15.75),
+        ("v6e:16x16", "tpu", 256, 31.24),
+        ("v5p:2x2x1", "tpu", 4, 95.73),
+        ("h100", "cuda", 1, 59.4),
+        ("h100:8", "cuda", 8, 59.4),
+        ("cpu:8", "cpu", 8, None),
+    ],
+)
+def test_targets_have_devices_and_a_limit(monkeypatch, text, platform, count, gib):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    target = parse_target(text)
+    assert (target.platform, target.num_devices) == (platform, count)
+    assert target.limit is None if gib is None else target.limit / GIB == pytest.approx(gib, abs=0.01)
+
+
+def test_the_part_of_a_gpu_that_jax_takes_is_the_limit(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    assert parse_target("h100").limit / GIB == pytest.approx(0.95 * 79.2, abs=0.1)
+
+
+@pytest.mark.parametrize("text", ["v7x", "v5e:8", "v5e:2x2x2", "v5p:2x2", "v5e:0x4", "h100:0", "h100:x", "cpu:-1", ""])
+def test_other_targets_are_refused(text):
+    with pytest.raises(UserError, match=f"--target={re.escape(text)} "):
+        parse_target(text)
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"package libtpu.*requirements-plan\.txt.*--estimate"):
+        planner.compile_all(sd15.get_config(), V5E)
+
+
+# --------------------------------------------------------------------------------------------------------------- shapes
+@pytest.mark.parametrize(
+    "config, parameters",
+    [(sd15.get_config(), 859_520_964 + 83_653_863 + 123_060_480), (sdxl.get_config(), 2_567_463_684 + 901_374_183)],
+    ids=["sd15", "sdxl"],
+)
+def test_published_pipelines_need_no_file(config, parameters):
+    mesh = make_mesh(1, 8)
+    pipeline = pipeline_shapes(config.model, jnp.bfloat16, functools.partial(weight_sharding, mesh), vae=config.vae)
+    assert num_parameters(pipeline.params) == parameters
+    assert 2 * parameters / 8 <= device_bytes(pipeline.params) < 2.1 * parameters / 8, "each of eight has an eighth"
+
+
+def test_a_preference_model_that_is_not_here_is_a_vit_h_and_a_plain_one_is_known_by_its_name():
+    place = lambda _path, _shape: replicated(make_mesh(-1, 1))  # noqa: E731
+    _, released = clip_shapes("not/here.bin", jnp.bfloat16, place, step_aware=True, what="scorer")
+    assert num_parameters(released) == pytest.approx(1.306e9, rel=1e-3)
+    pickscore = spm_sd15.get_config().validation.plain
+    _, plain = clip_shapes(pickscore, jnp.bfloat16, place, step_aware=True, what="scorer")
+    assert num_parameters(plain) == 986_109_441
+    _, timed = clip_shapes(pickscore, jnp.bfloat16, place, step_aware=True, what="scorer", known_plain=False)
+    assert num_parameters(timed) == num_parameters(released)
+
+
+def test_a_model_of_unknown_size_is_refused_with_those_that_are_known():
+    with pytest.raises(UserError, match=r"'no/model' has no model_index\.json here.*stable-diffusion-xl-base-1\.0"):
+        pipeline_shapes("no/model", jnp.bfloat16, lambda _path, _shape: replicated(make_mesh(-1, 1)))
+
+
+# ----------------------------------------------------------------------------------------------------------------- walk
+def size_of(aval):
+    return aval.size * aval.dtype.itemsize
+
+
+def cost(function, *shapes, **options):
+    return walk(jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)).jaxpr, size_of, **options)
+
+
+def test_products_and_their_results_are_counted():
+    result = cost(lambda x, w: x @ w, (64, 1024), (1024, 512))
+    assert result.flops == 2 * 64 * 1024 * 512
+    assert result.peak == 64 * 512 * 4
+
+
+def test_a_convolution_is_counted():
+    def function(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert cost(function, (2, 32, 32, 16), (3, 3, 16, 8)).flops == 2 * (2 * 32 * 32 * 8) * 3 * 3 * 16
+
+
+def test_elementwise_work_makes_no_array_and_what_is_used_no_more_is_gone():
+    def chain(x, w):
+        for _ in range(5):
+            x = jnp.tanh(x @ w) * 2 + 1
+        return x
+
+    side = 256 * 256 * 4
+    assert cost(chain, (256, 256), (256, 256)).peak == 2 * side
+    assert cost(chain, (256, 256), (256, 256), fuses_operands=False).peak == 3 * side, "operands are written out"
+
+
+def test_a_gradient_keeps_what_it_needs_and_remat_does_not():
+    def loss(x, w, wrap):
+        for _ in range(6):
+            x = wrap(lambda x: jnp.tanh(jnp.tanh(x @ w) @ w))(x)
+        return x.sum()
+
+    def peak(wrap):
+        return cost(jax.grad(lambda x, w: loss(x, w, wrap)), (256, 256), (256, 256)).peak / (256 * 256 * 4)
+
+    assert 12 <= peak(lambda f: f) <= 15
+    assert 6 <= peak(jax.checkpoint) <= 10
+
+
+def test_a_residual_sum_takes_the_place_of_a_summand():
+    assert cost(lambda x, v, w: x @ v + x @ w, (256, 256), (256, 256), (256, 256)).peak == 2 * 256 * 256 * 4
+
+
+def test_a_loop_multiplies_flops_and_not_memory():
+    def loop(x, w, length):
+        return jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=length)[0]
+
+    three, nine = (cost(lambda x, w, n=n: loop(x, w, n), (256, 256), (256, 256)) for n in (3, 9))
+    assert nine.flops == 3 * three.flops
+    assert nine.peak == three.peak == 2 * 256 * 256 * 4
+
+
+def test_results_that_take_the_place_of_arguments_are_not_counted():
+    both = cost(lambda x, w: (x @ w, w @ x), (256, 256), (256, 256))
+    first_free = cost(lambda x, w: (x @ w, w @ x), (256, 256), (256, 256), num_donated=1)
+    assert (both.peak, first_free.peak) == (2 * 256 * 256 * 4, 256 * 256 * 4)
+
+
+# ------------------------------------------------------------------------------------------------------------- estimate
+def test_a_share_is_the_recipe_of_one_device():
+    share = share_of(sd15.get_config(), 4)
+    assert (share.prompts_per_batch, share.train.minibatch_size, share.mesh.data) == (10, 10, 1)
+    config = common_spm.get_config()
+    config.chunk = 16
+    share = share_of(config, 8)
+    assert (share.train.batch_size, share.validation.batch_size, share.chunk) == (8, 8, 2)
+
+
+def test_what_stays_on_a_device_is_split_by_fsdp():
+    config = sd15.get_config()
+    whole = resident_bytes(abstract_run(config, V5E))
+    config.mesh.data, config.mesh.fsdp = 1, 8
+    split = resident_bytes(abstract_run(config, V5E))
+    assert whole["unet"] == 2 * 859_520_964
+    assert whole["optimizer"] == pytest.approx(2 * whole["trained"], rel=1e-3), "two moments"
+    assert whole["texts"] == split["texts"]
+    for name in ("unet", "scorer"):
+        assert split[name] == pytest.approx(whole[name] / 8, rel=0.05)
+
+
+def test_the_emoji_models_score_program_compiles_as_estimated_on_a_cpu():
+    config, target = tiny.get_config(), parse_target("cpu:2")
+    answer = compiling.compile_program(config, target.name, "score")
+    assert (answer.status, answer.message) == ("compiled", "")
+    assert answer.traffic == Traffic({}, {}) and answer.seconds > 0
+    _, extra, own = estimate_program(config, target, "score")
+    assert answer.extra == pytest.approx(extra, rel=0.5), "text and latents of a device's prompts"
+    assert own / 3 < answer.temp < 3 * own, "the estimate follows a TPU's compiler, a CPU's fuses less"
+
+
+# ------------------------------------------------------------------------------------------------- answers of compilers
+class Lowered:
+    def __init__(self, message):
+        self.message = message
+
+    def compile(self, compiler_options):
+        raise RuntimeError(self.message)
+
+
+@pytest.mark.parametrize(
+    "message, gib",
+    [
+        ("RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries (20.50G) exceeds available", 20.5),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 1.25T of 15.75G hbm.", 1280),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes.", 1),
+        ("RESOURCE_EXHAUSTED: something else", 0),
+    ],
+)
+def test_a_program_that_is_too_large_is_an_answer(message, gib):
+    answer = compiling._compile(Lowered(message), "tpu")
+    assert (answer.status, answer.temp / GIB) == ("too large", gib)
+
+
+def test_any_other_error_of_a_compiler_is_one():
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        compiling._compile(Lowered("INTERNAL: no"), "tpu")
+
+
+@pytest.mark.parametrize(
+    "script, message",
+    [
+        ("kill -SEGV $$", "the compiler was ended by SIGSEGV"),
+        ("echo 'jax.errors.JaxRuntimeError: INTERNAL: no' >&2; exit 1", "jax.errors.JaxRuntimeError: INTERNAL: no"),
+        ("exit 3", "its process ended with code 3"),
+    ],
+)
+def test_a_crash_is_an_answer(tmp_path, monkeypatch, script, message):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\n{script}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(fake))
+    answer = compiling.compile_program(tiny.get_config(), "cpu", "score")
+    assert (answer.status, answer.message) == ("failed", message)
+
+
+# ------------------------------------------------------------------------------------------------------------ proposals
+def worst_of(sizes, limit):
+    """``sizes(config)`` gives a size for each program."""
+
+    def worst(config: ConfigDict):
+        program, size = max(sizes(config).items(), key=lambda item: item[1])
+        return program, size <= limit, 0
+
+    return worst
+
+
+def test_knobs_are_turned_for_the_program_that_needs_most_until_all_fit():
+    def sizes(config):
+        return {
+            "pool": config.prompts_per_batch * (config.scorer.chunk or 4),
+            "update": config.train.minibatch_size * (1 if config.remat else 3),
+            "evaluation": config.evaluation.batch_size,
+        }
+
+    config = common.get_config()
+    _, changed = search(config, 4, worst_of(sizes, limit=25))
+    assert changed == {
+        "scorer.chunk": 1,
+        "remat": True,
+        "train.minibatch_size": 20,
+        "train.accumulation_steps": 2,
+        "prompts_per_batch": 20,
+        "num_batches": 2000,
+    }
+    assert config.scorer.chunk == 0, "the config asked about stays as it is"
+
+
+def test_a_large_rest_is_split_first():
+    config = common.get_config()
+    _, changed = search(config, 8, lambda c: ("update", c.mesh.fsdp == 8, 80))
+    assert changed == {"mesh.fsdp": 8, "mesh.data": 1}
+
+
+def test_spm_takes_chunks_that_devices_can_split():
+    config = common_spm.get_config()
+    config.mesh.fsdp = 8
+    _, changed = search(config, 8, lambda c: ("update", c.remat and 0 < c.chunk <= 16, 0))
+    assert changed == {"remat": True, "chunk": 16}
+
+
+def test_where_no_knob_is_left_there_is_no_proposal():
+    assert search(common.get_config(), 4, lambda c: ("update", False, 0)) is None
+
+
+def test_a_batch_that_cannot_be_split_is_refused_with_one_that_can():
+    with pytest.raises(UserError, match=r"prompts_per_batch = 40 .* 16 devices of v5e:4x4.*prompts_per_batch=160"):
+        planner.check(sd15.get_config(), parse_target("v5e:4x4"))
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+def test_the_table_says_what_stays_and_what_each_program_needs():
+    mesh = make_mesh(1, 8)
+    shape = jax.ShapeDtypeStruct((2**20, 2**9), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    run = planner.Run({"unet": shape, "average": None}, {})
+    traffic = Traffic({"all-gather": 1200}, {"all-gather": 3_400_000_000}, unknown_loops=1)
+    needs = [
+        Need("pool", 2e12, GIB, 2 * GIB, True, traffic, 12.4),
+        Need("update", 1e11, GIB // 2, 20 * GIB, False),
+    ]
+    text = table(run, resident_bytes(run), needs, V5E)
+    assert re.search(r"^unet +536\.9 M +0\.12$", text, re.M)
+    assert "average" not in text
+    assert re.search(
+        r"^pool +1\.00 +2\.00 \(13 %\) +2\.00 +1,200 all-gather 3\.4 GB, and loops of unknown length +12 s$", text, re.M
+    )
+    assert re.search(r"^update +0\.50 +20\.00 \(127 %\), does not fit +0\.10 +- +-$", text, re.M)
+    plan = planner.Plan(run, {}, needs, exact=True)
+    assert planner.verdict(plan, V5E) == "Does not fit: 'update' needs 20.00 of 15.75 GiB."
+    assert planner.verdict(planner.Plan(run, {}, needs[:1], True), V5E).startswith(
+        "Fits: the program 'pool' needs 2.00"
+    )
+    failed = planner.Plan(run, {}, [Need("pool", 0, 0, 0, False, problem="not known: it crashed")], True)
+    assert planner.verdict(failed, V5E).startswith("Not known: the program 'pool'")
+    assert overrides({"remat": True, "mesh.fsdp": 8}) == "--config.remat=True --config.mesh.fsdp=8"
+
+
+def test_cpu_has_no_limit():
+    target = Target("cpu", "cpu", "cpu", 1, None)
+    plan = planner.Plan(planner.Run({}, {}), {}, [Need("pool", 1.0, GIB, GIB, True)], exact=False)
+    assert plan.fits
+    assert "no fixed limit" in planner.verdict(plan, target)
