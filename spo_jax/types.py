@@ -132,7 +132,7 @@ class JudgedPairs:
       scorer_tokens: int32 [B, L], of the preference model.
       judge_tokens: int32 [B, L], of the model that labels the pairs anew; None if the labels stay.
       labels: float32 [B, 2], how far each picture was preferred; 1 and 0, or 0.5 and 0.5 for a tie.
-      weights: float32 [B]; a row of weight 0 only fills up the batch.
+      weights: float32 [B]; a row of weight 0 stands for a record that cannot be used, and does not count.
       positions: uint32 [B], place in the endless stream of records; names the pair's random numbers.
     """
 

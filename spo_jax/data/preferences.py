@@ -1,17 +1,20 @@
 """Batches of preference pairs: prepared records, shuffled, decoded in worker processes, resumable to the record.
 
 The stream of a seed is all epochs one after the other, each in its own order. A record's position is its place in this
-stream; process i of n takes positions i, i + n, i + 2n, ... So a state is little more than the next position.
+stream. All processes together take the next positions as one global batch, whatever is there, and process i of n has
+rows i::n of it. So batches are the same for any number of processes, and a state is little more than a position.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 import signal
 import sys
 import threading
+from collections import Counter
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
@@ -33,8 +36,8 @@ class PairBatch:
     captions: list[str]
     images: np.ndarray  # uint8 [B, 2, H, W, 3]
     labels: np.ndarray  # float32 [B, 2], preference for each picture; they add up to 1, a tie is (0.5, 0.5)
-    weights: np.ndarray  # float32 [B], 1 / num_example_per_prompt; 0 for rows that only fill up the batch
-    positions: np.ndarray  # int64 [B], place in the stream over all epochs and processes; -1 for rows that fill up
+    weights: np.ndarray  # float32 [B], 1 / num_example_per_prompt; 0 where there is no record, or none that can be used
+    positions: np.ndarray  # int64 [B], place in the stream over all epochs and processes; -1 for rows of weight 0
 
 
 def open_pairs(name: str) -> Any:
@@ -66,22 +69,22 @@ def open_pairs(name: str) -> Any:
 class PairLoader:
     """An iterator of ``PairBatch``.
 
-    With ``num_epochs=None`` it never ends: batches go on across the border of epochs, records that cannot be used are
-    left out, and every good record comes exactly once an epoch. With a number of epochs, every process makes
-    ``num_batches`` batches: a record that cannot be used, or is not there, leaves a row of weight 0.
+    Every good record comes exactly once an epoch, and one that cannot be used leaves a row of weight 0. With
+    ``num_epochs=None`` batches never end and go on across the border of epochs. With a number of epochs, every process
+    makes ``num_batches`` of them; what is missing in the last ones are rows of weight 0, too.
 
     Args:
       source: as ``open_pairs`` gives it.
-      batch_size: B, of this process.
+      batch_size: B, of this process; a global batch is ``process_count`` times as large.
       size: (H, W) of the pictures.
       seed: of the order; any integer.
-      state: what ``state()`` of another loader gave: this one goes on with the next record. The number of workers
-        and the batch size may have changed.
+      state: what ``state()`` of another loader gave: this one goes on with the next batch. The number of workers and
+        of processes and the batch size may have changed.
       shuffle: whether each epoch has an order of its own, or that of the source.
       num_workers: processes that decode; 0 does it here.
       strict: a fault ends the run.
       keep_only_with_label: leaves out records whose ``has_label`` is false, which counts as unlabelled, not as a fault.
-      process_index, process_count: which share of the stream this process takes.
+      process_index, process_count: which share of each batch this process takes.
 
     Raises:
       UserError: a fault with ``strict``; a state of other data or another order; no record that can be used.
@@ -106,28 +109,24 @@ class PairLoader:
         if not (batch_size > 0 and num_workers >= 0 and 0 <= process_index < process_count):
             raise ValueError(f"{batch_size=}, {num_workers=}, {process_index=} of {process_count=} do not make sense.")
         self._batch_size, self._size, self._strict = batch_size, size, strict
-        self._num_records, self._step = len(source), process_count
+        self._process_index, self._process_count = process_index, process_count
         self._stream = {
             "num_records": len(source),
             "seed": seed,
             "shuffle": shuffle,
             "keep_only_with_label": keep_only_with_label,
-            "process_index": process_index,
-            "process_count": process_count,
         }
-        self._position = process_index
-        self._counts = dict.fromkeys(("used", "unlabelled", *FAULTS), 0)
+        self._position, self._counts = 0, dict.fromkeys(("used", "unlabelled", *FAULTS), 0)
         if state is not None:
             self._restore(state)
-        self._handed_out = (self._position, dict(self._counts))
         self._end = None if num_epochs is None else num_epochs * len(source)
-        # Records since the last good one; the only good one may come first in one epoch and last in the next.
-        self._in_vain, self._max_in_vain = 0, self._end or 2 * len(source)
         self.num_batches = None if self._end is None else -(-self._end // (batch_size * process_count))
+        self._decode = _Decode(source, size, keep_only_with_label)
+        self._some_usable = False  # as far as is known
 
         records = grain.MapDataset.range(len(source)).seed(seed % 2**32)
         records = (records.shuffle() if shuffle else records).repeat(num_epochs)
-        rows = records.map_with_index(_Decode(source, size, keep_only_with_label))[self._position :: process_count]
+        rows = records.map_with_index(self._decode)[self._position + process_index :: process_count]
         # No threads: each would hold decoded pictures of its own.
         stream = rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         item = 6 * size[0] * size[1]
@@ -146,13 +145,25 @@ class PairLoader:
 
     def __next__(self) -> PairBatch:
         """The next batch; StopIteration after ``num_batches``."""
-        if self.num_batches is not None and self._position >= self.num_batches * self._batch_size * self._step:
+        if self._end is not None and self._position >= self._end:
             raise StopIteration
-        rows: list[dict[str, Any] | None] = []
-        while len(rows) < self._batch_size:
-            row = self._next_row()
-            if row is not None or self._end is not None:
-                rows.append(row)
+        rows = list(itertools.islice(self._rows, self._batch_size))  # fewer at the end
+        behind = self._position + self._batch_size * self._process_count
+        places = range(self._position + self._process_index, behind, self._process_count)
+        assert all(row["position"] == place for row, place in zip(rows, places, strict=False))
+        outcomes = [row.get("reason", "used") for row in rows]
+        for row, outcome in zip(rows, outcomes, strict=True):
+            if self._strict and outcome in FAULTS:
+                raise UserError(
+                    f"Record {row['record']} of the data cannot be used ({outcome}: {FAULTS[outcome]}); "
+                    "mend it and prepare again, or skip such records with config.data.strict=False."
+                )
+        if not self._some_usable and "used" not in outcomes:
+            self._find_usable()
+        self._some_usable = True
+        # Not before: what an interruption finds half collected has not been handed out.
+        self._position = behind
+        self._counts = {name: count + outcomes.count(name) for name, count in self._counts.items()}
         filler: dict[str, Any] = {
             "caption": "",
             "images": np.zeros((2, *self._size, 3), np.uint8),
@@ -160,9 +171,8 @@ class PairLoader:
             "weight": 0.0,
             "position": -1,
         }
-        full = [filler if row is None else row for row in rows]
-        # Not before: what an interruption finds half collected has not been handed out.
-        self._handed_out = (self._position, dict(self._counts))
+        full = [filler if "reason" in row else row for row in rows]
+        full += [filler] * (self._batch_size - len(full))
         return PairBatch(
             captions=[row["caption"] for row in full],
             images=np.stack([row["images"] for row in full]),
@@ -174,11 +184,11 @@ class PairLoader:
     def state(self) -> dict[str, Any]:
         """What has been handed out so far, as JSON can hold it: the next position, counts, and which stream it is.
 
-        ``counts`` has ``used``, ``unlabelled`` and the names in ``FAULTS``; together they are the records that this
-        process has gone through.
+        Position and stream are those of all processes. ``counts`` has ``used``, ``unlabelled`` and the names in
+        ``FAULTS``: the records of this process's share since it began, and on process 0 those of the state that it
+        began with. What is saved is ``total_state`` of it.
         """
-        position, counts = self._handed_out
-        return {"position": position, "counts": dict(counts), "stream": dict(self._stream)}
+        return {"position": self._position, "counts": dict(self._counts), "stream": dict(self._stream)}
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -192,28 +202,19 @@ class PairLoader:
                     "go on with the data and settings it was saved with, or start anew."
                 )
         self._position = state["position"]
-        self._counts |= state["counts"]
+        if self._process_index == 0:  # so that the sum over processes is right, whatever their number was
+            self._counts |= state["counts"]
 
-    def _next_row(self) -> dict[str, Any] | None:
-        """The record at the next position, or None if it cannot be used or is behind the end."""
-        position = self._position
-        self._position += self._step
-        if self._end is not None and position >= self._end:
-            return None
-        row = next(self._rows)
-        assert row["position"] == position
-        reason = row.get("reason")
-        self._counts[reason or "used"] += 1
-        self._in_vain = self._in_vain + 1 if reason else 0
-        if self._strict and reason in FAULTS:
-            raise UserError(
-                f"Record {row['record']} of the data cannot be used ({reason}: {FAULTS[reason]}); "
-                "mend it and prepare again, or skip such records with config.data.strict=False."
-            )
-        if self._in_vain >= self._max_in_vain:
-            counts = ", ".join(f"{count} {name}" for name, count in self._counts.items() if count)
-            raise UserError(f"None of the {self._num_records} records of the data can be used ({counts}).")
-        return None if reason else row
+    def _find_usable(self) -> None:
+        # This share may be without a good record for ever, though others have some: only all records tell.
+        reasons = []
+        for number in range(self._stream["num_records"]):
+            row = self._decode(number, number)
+            if "reason" not in row:
+                return
+            reasons.append(row["reason"])
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(reasons).items())
+        raise UserError(f"None of the {len(reasons)} records of the data can be used ({counts}).")
 
 
 class _Decode:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
@@ -48,3 +49,13 @@ def make_to_devices(tokenizers: Tokenizers, mesh: Mesh) -> Callable[[PairBatch],
         return JudgedPairs(**jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), rows))
 
     return to_devices
+
+
+def total_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a ``PairLoader`` with the counts of all processes added up; all of them have to call it.
+
+    This is what a checkpoint keeps, because from it any number of processes can go on.
+    """
+    counts = state["counts"]
+    by_process = multihost_utils.process_allgather(np.array(list(counts.values()), np.int32))  # JAX has no int64 here
+    return state | {"counts": dict(zip(counts, by_process.sum(axis=0).tolist(), strict=True))}

@@ -56,7 +56,8 @@ def make_spm_loss(
     """``loss(params, clean, pairs, timesteps [B]) -> (mean, scores [B, 2])`` for use with ``jax.grad``.
 
     ``clean`` are the pictures as ``make_predict_clean`` gives them. The mean is weighted by ``pairs.weights``,
-    normalised over the global batch: so a prompt with many pairs counts as one with few, as in the released code.
+    normalised over the global batch: so a prompt with many pairs counts as one with few, as in the released code. A
+    batch without any weight has loss and gradient 0.
     """
 
     def loss_fn(params: Any, clean: jax.Array, pairs: JudgedPairs, timesteps: jax.Array):
@@ -123,14 +124,14 @@ def make_spm_update(
 
 
 def spm_metrics(updates: list[SPMMetrics]) -> dict[str, float]:
-    """What is logged of some updates: means over their pairs, and over the updates for the gradient norm."""
+    """What is logged of some updates: means over their pairs (0 if there is none), and over updates of the norm."""
     updates = jax.device_get(updates)
     loss, weight, agreements, preferences, pairs = (
         float(np.sum([getattr(m, name) for m in updates]))
         for name in ("loss", "weight", "agreements", "num_preferences", "num_pairs")
     )
     return {
-        "loss": loss / weight,
+        "loss": loss / (weight or 1.0),
         "accuracy": agreements / max(preferences, 1.0),
         "num_pairs": pairs,
         "grad_norm": float(np.mean([m.grad_norm for m in updates])),

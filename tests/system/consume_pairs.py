@@ -34,7 +34,7 @@ def main(data, workdir, last_position, workers):
     with log.open("a") as file:
         for number, batch in enumerate(loader):
             rows = zip(batch.captions, batch.positions.tolist(), strict=True)
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(json.dumps(row) + "\n" for row in rows if row[1] >= 0)
             file.flush()
             done = loader.state()["position"] >= last_position
             if done or number % 3 == 2:

@@ -7,6 +7,7 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
@@ -24,11 +25,11 @@ from spo_jax.models import CLIPModel
 from spo_jax.models.published import CLIP_VIT_H
 from spo_jax.preference.pairs import labels_from_scores
 from spo_jax.preference.scorers import Scorer, make_clip_scorer
-from spo_jax.training.judged_pairs import make_encode_captions
+from spo_jax.training.judged_pairs import make_encode_captions, total_state
 from spo_jax.training.losses import preference_loss
 from spo_jax.training.noisy_pairs import make_predict_clean, pair_keys, score_pairs
 from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
-from spo_jax.training.spm_update import make_relabel, make_spm_loss, make_spm_update
+from spo_jax.training.spm_update import make_relabel, make_spm_loss, make_spm_update, spm_metrics
 from spo_jax.types import JudgedPairs, TrainState
 
 CAPTIONS = [
@@ -131,6 +132,26 @@ def test_weights_are_normalised_over_the_batch_and_rows_of_weight_zero_do_not_co
     )
 
 
+def test_a_batch_of_weight_zero_has_loss_and_gradient_zero(pipeline):
+    pairs = some_pairs(pipeline)
+    nothing = pairs.replace(weights=np.zeros(8, np.float32), images=np.zeros_like(pairs.images))
+    encode, schedule = make_encode_captions(pipeline), make_schedule(pipeline.scheduler_config, 1)
+    predict_clean = make_predict_clean(pipeline, schedule, 2.0)
+    optimizer = optax.MultiSteps(optax.sgd(0.5), 2)
+    update = jax.jit(make_spm_update(encode, predict_clean, BRIGHTNESS, optimizer))
+    moved = []
+    for first, second in ((pairs, nothing), (nothing, nothing)):
+        start = jnp.float32(3.0)
+        state, metrics = TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start)), []
+        for batch in (first, second):
+            state, result = update(state, pipeline.params, batch, jax.random.key(1))
+            metrics.append(result)
+        assert metrics[1].loss == metrics[1].grad_norm == metrics[1].num_pairs == 0
+        moved.append(abs(float(state.trained) - 3.0))
+    assert moved[0] > 0.0 and moved[1] == 0.0
+    assert spm_metrics(metrics) == {"loss": 0.0, "accuracy": 0.0, "num_pairs": 0.0, "grad_norm": 0.0}
+
+
 @given(st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=2), st.floats(0, 0.9))
 def test_a_judge_labels_what_it_is_sure_of_and_ties_the_rest(scores, threshold):
     labels = labels_from_scores(jnp.array(scores), threshold)
@@ -145,6 +166,15 @@ def test_relabelling_looks_at_the_clean_pictures(pipeline):
     means = pairs.images.mean((2, 3, 4)) / 127.5 - 1
     expected = jax.vmap(lambda s: labels_from_scores(s, 0.1))(5.0 * means)
     chex.assert_trees_all_close(make_relabel(BRIGHTNESS, 0.1)(5.0, pairs), expected)
+
+
+# ---------------------------------------------------------------------------------------------------- state of the data
+def test_counts_of_all_processes_are_saved(monkeypatch):
+    state = {"position": 96, "counts": {"used": 40, "unlabelled": 0, "record_broken": 8}, "stream": {"seed": 0}}
+    assert total_state(state) == state
+    others = np.array([[40, 5, 3]])
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", lambda x: np.concatenate([[x], others]))
+    assert total_state(state) == state | {"counts": {"used": 80, "unlabelled": 5, "record_broken": 11}}
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule
