@@ -1,9 +1,9 @@
 """Where each weight lies: rules by name, for parameters, adapters, optimizer state and averages alike.
 
-A rule gives the ``PartitionSpec`` of the last axes of whatever its pattern matches: ``P("fsdp", None)`` splits the input
-features of a kernel and leaves what comes before whole. Not the output features: the compiler would go on with split
-activations, and send those about, instead of gathering the weight. With ``config.mesh.fsdp = 1`` every split is into one part.
-Optimizers keep their moments under the names of the parameters, which so find the same rules.
+A rule gives the ``PartitionSpec`` of the last axes of whatever its pattern matches: ``P("fsdp", None)`` splits the
+input features of a kernel and leaves what comes before whole. Not the output features: the compiler would go on with
+split activations, and send those about, instead of gathering the weight. With ``config.mesh.fsdp = 1`` every split is
+into one part. Optimizers keep their moments under the names of the parameters, which so find the same rules.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def run_updates(fsdp, num_updates=2, **clip_changes):
     pipeline = read_pipeline(resolve("emoji:model"), sharding=placement)
     clip, start = read_clip(resolve("emoji:model/clip"), step_aware=True, sharding=placement)
     scorer = make_clip_scorer(clip.clone(**clip_changes))
-    # Adam's first step is the sign of the gradient, whatever its size: at 1e-3 rounding alone moves the next loss by 5e-5.
+    # Adam's first step is the gradient's sign, whatever its size: at 1e-3 rounding alone moves the next loss by 5e-5.
     optimizer = make_optimizer(config.train, warmup_linear_decay(1e-4, 0, 100))
     state = TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start))
     shardings = weight_shardings(mesh, state)

@@ -1,0 +1,76 @@
+"""Where every weight of the published models lies on eight devices, against recorded lists; and weights without a rule.
+
+After a change that is meant: ``python -m tests.unit.test_shardings`` writes the lists anew, and ``git diff`` shows it.
+"""
+
+import difflib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from configs import sd15, sdxl, spm_sd15
+from spo_jax.distributed.mesh import make_mesh
+from spo_jax.distributed.sharding import partition_spec, path_names, weight_sharding, weight_shardings
+from spo_jax.errors import UserError
+from spo_jax.planning.programs import make_run
+from spo_jax.training.optimizer import make_optimizer
+
+FOLDER = Path(__file__).parents[1] / "golden" / "shardings"
+CONFIGS = {"sd15": sd15, "sdxl": sdxl, "spm": spm_sd15}
+
+
+def listing(name):
+    """A line for each array that a run keeps: frozen weights, adapters or trained weights, optimizer state."""
+    config = CONFIGS[name].get_config()
+    config.mesh.data, config.mesh.fsdp = 1, 8
+    resident = make_run(config, make_mesh(1, 8)).resident
+    leaves = jax.tree_util.tree_flatten_with_path({k: v for k, v in resident.items() if k != "texts"})[0]
+    lines = []
+    for path, leaf in leaves:
+        spec = ", ".join(str(axis) for axis in leaf.sharding.spec)
+        lines.append(f"{'/'.join(path_names(path))} {list(leaf.shape)} ({spec})")
+    return lines
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_weight_lies_where_it_is_recorded(name):
+    recorded = (FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    difference = list(difflib.unified_diff(recorded, listing(name), f"recorded/{name}", "now", n=0, lineterm=""))
+    assert not difference, "\n".join(difference[:50])
+
+
+def test_a_weight_without_a_rule_is_refused_by_name():
+    with pytest.raises(UserError, match=r"No sharding rule knows the weight unet/new_layer/table of shape \(3, 4\)"):
+        partition_spec("unet/new_layer/table", (3, 4))
+    with pytest.raises(UserError, match="new_layer"):
+        weight_shardings(make_mesh(1, 8), {"new_layer": {"kernel": jnp.zeros((8, 8))}})
+
+
+def test_a_split_that_does_not_come_out_even_is_refused_with_the_numbers():
+    with pytest.raises(UserError, match=r"fsdp = 8 cannot split .* \(20, 64\): 20 is no multiple of 8"):
+        weight_sharding(make_mesh(1, 8), ("unet", "mid", "to_q", "kernel"), (20, 64))
+    assert weight_sharding(make_mesh(8, 1), ("unet", "mid", "to_q", "kernel"), (20, 64)).shard_shape((20, 64)) == (
+        20,
+        64,
+    )
+
+
+def test_optimizer_state_lies_with_its_parameter():
+    params = {"mid": {"to_q": {"kernel": jnp.zeros((256, 256)), "bias": jnp.zeros(256)}}}
+    config = sd15.get_config().train
+    for name, accumulation in (("adamw", 1), ("adamw", 4), ("adafactor", 1)):
+        config.optimizer, config.accumulation_steps = name, accumulation
+        state = make_optimizer(config).init(params)
+        leaves = jax.tree_util.tree_flatten_with_path(weight_shardings(make_mesh(1, 8), state))[0]
+        split = {"/".join(path_names(path)) for path, sharding in leaves if sharding.spec == P("fsdp", None)}
+        moments = {"adamw": {"mu", "nu"}, "adafactor": set()}[name]
+        assert {key.split("/")[-4] for key in split} == moments | ({"acc_grads"} if accumulation > 1 else set())
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for _name in CONFIGS:
+        (FOLDER / f"{_name}.txt").write_text("\n".join(listing(_name)) + "\n", encoding="utf-8")
