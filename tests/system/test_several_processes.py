@@ -71,7 +71,7 @@ def check_equal(workdir, alone):
 def test_two_processes_train_the_adapters_of_one_and_the_first_one_writes(tmp_path, alone, cache):
     first, second = train_together(tmp_path / "w", cache, 2)
     check_equal(tmp_path / "w", alone)
-    assert "Report:" in first and not second.strip()
+    assert "Report:" in first and "Report:" not in second
     ours, theirs = (json.loads((w / "summary.json").read_text(encoding="utf-8")) for w in (tmp_path / "w", alone))
     assert ours["tuned"]["preference_score"] == pytest.approx(theirs["tuned"]["preference_score"], rel=1e-3)
     assert os.listdir(tmp_path / "w" / "checkpoints") == ["2"]
