@@ -29,7 +29,7 @@ DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8", "64", "256"], "Numbe
 PROCESSES = flags.DEFINE_list("processes", [], "Numbers of processes whose wall clock is taken.")
 
 PROMPTS, PAIRS = 2, 4  # of a device
-PROGRAMS = ("pool", "update")
+PROGRAMS = ("pool", "exchange", "update")
 
 
 def config_for(count: int) -> ConfigDict:

@@ -101,15 +101,14 @@ class Pool:
 
 @flax.struct.dataclass
 class PreferencePairs:
-    """P = S * B win/lose transitions out of a pool, valid ones and others.
+    """Win/lose transitions: of a pool [S, B], one of each step and prompt; or of a minibatch, [P].
 
     Attributes:
-      latents: [P, h, w, c], the x_t that win and lose share; or that of win, where ``lose_latents`` is there.
-      win: [P, h, w, c]; lose: [P, h, w, c]: the better and the worse x_{t_prev}.
-      timesteps: int32 [P]; previous_timesteps: int32 [P].
-      prompt_index: int32 [P], row of the PromptBatch.
-      valid: bool [P], whether the preference is clear enough to learn from.
-      lose_latents: [P, h, w, c], the x_t of lose; None if every pair shares it (m = 0).
+      latents: [..., h, w, c], the x_t that win and lose share; or that of win, where ``lose_latents`` is there.
+      win: [..., h, w, c]; lose: [..., h, w, c]: the better and the worse x_{t_prev}.
+      timesteps: int32 [...]; previous_timesteps: int32 [...].
+      valid: bool [S, B], whether the preference is clear enough to learn from; None in a minibatch.
+      lose_latents: [..., h, w, c], the x_t of lose; None if every pair shares it (m = 0).
     """
 
     latents: jax.Array
@@ -117,8 +116,7 @@ class PreferencePairs:
     lose: jax.Array
     timesteps: jax.Array
     previous_timesteps: jax.Array
-    prompt_index: jax.Array
-    valid: jax.Array
+    valid: jax.Array | None
     lose_latents: jax.Array | None = None
 
 

@@ -27,7 +27,7 @@ from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
 from spo_jax.training.pair_accuracy import PLAIN, SCORER, TOLD_0, Judge, make_measure_pairs
 from spo_jax.training.rollout import make_encode, make_score_latents
 from spo_jax.training.spm_update import make_relabel, make_spm_update
-from spo_jax.training.spo import compile_programs, starting_point
+from spo_jax.training.spo import Programs, compile_programs, starting_point
 from spo_jax.types import JudgedPairs, TrainState
 
 
@@ -130,7 +130,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
     def key() -> Any:
         return everywhere(jax.eval_shape(lambda: jax.random.key(0)))
 
-    def compiled() -> tuple[Any, Any]:
+    def compiled() -> Programs:
         return compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
 
     scalar = everywhere(jax.ShapeDtypeStruct((), jnp.int32))
@@ -150,7 +150,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
         )
 
     def pool():
-        return compiled()[0], (params, state.trained, prompts(), key())
+        return compiled().pool, (params, state.trained, prompts(), key())
 
     def score():
         shape = (config.prompts_per_batch, config.sampling.num_candidates, *pipeline.latent_shape)
@@ -158,12 +158,24 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
         candidates = everywhere(jax.ShapeDtypeStruct(shape, jnp.float32))
         return jax.jit(make_score_latents(pipeline, scorer, **options)), (params, prompts(), candidates, scalar)
 
+    def exchange():
+        made = compiled()
+        pairs, scores = jax.eval_shape(made.pool, params, state.trained, prompts(), key())
+        order, count, *_ = everywhere(jax.eval_shape(made.arrange, key(), pairs.valid, scores))
+        by_prompt = batch_sharding(mesh, axis=1)
+        pairs = _sharded(pairs, lambda tree: jax.tree.map(lambda _: by_prompt, tree))
+        return made.exchange, (prompts(), pairs, order, count, scalar)
+
     def update():
-        collect, update = compiled()
-        batch = prompts()
-        rollout = everywhere(jax.eval_shape(collect, params, state.trained, batch, key()))
-        pairs = (rollout.pairs, rollout.order, rollout.num_valid)
-        return update, (state, params["unet"], batch, *pairs, scalar)
+        function, arguments = exchange()
+        spread, each = batch_sharding(mesh), replicated(mesh)
+        taken, pairs, mask = jax.eval_shape(function, *arguments)
+        some = jax.tree.map(lambda _: each, taken).map_rows(lambda _: spread)
+        minibatch = (
+            _sharded(taken, lambda _: some),
+            _sharded((pairs, mask), lambda t: jax.tree.map(lambda _: spread, t)),
+        )
+        return compiled().update, (state, params["unet"], minibatch[0], *minibatch[1])
 
     def evaluation():
         options = {"guidance_scale": config.sampling.guidance_scale, "eta": config.evaluation.eta}
@@ -174,7 +186,14 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
         variables = {"params": params["unet"], **state.trained}
         return jax.jit(measure, out_shardings=replicated(mesh)), (params, variables, some, judge_text, keys)
 
-    programs = {"encode": encoding, "pool": pool, "score": score, "update": update, "evaluation": evaluation}
+    programs = {
+        "encode": encoding,
+        "pool": pool,
+        "score": score,
+        "exchange": exchange,
+        "update": update,
+        "evaluation": evaluation,
+    }
     return Run(resident, programs)
 
 

@@ -21,7 +21,7 @@ def compare(scores: Float[Array, " k"], threshold: float) -> tuple[Int[Array, ""
 
 
 def make_pairs(pool: Pool, threshold: float) -> PreferencePairs:
-    """Best against worst candidate of every step and prompt, flattened to P = S * B.
+    """Best against worst candidate of every step and prompt, [S, B].
 
     The steps of a segment share its one preference.
     """
@@ -39,23 +39,18 @@ def make_pairs(pool: Pool, threshold: float) -> PreferencePairs:
         return jnp.roll(picked, 1, axis=0).at[::segment_size].set(pool.latents)
 
     def spread(per_step: jax.Array) -> jax.Array:
-        return _flatten(jnp.broadcast_to(per_step[:, None], (num_steps, batch_size)))
+        return jnp.broadcast_to(per_step[:, None], (num_steps, batch_size))
 
     better, worse = pick(win), pick(lose)
     return PreferencePairs(
-        latents=_flatten(starts(better)),
-        win=_flatten(better),
-        lose=_flatten(worse),
+        latents=starts(better),
+        win=better,
+        lose=worse,
         timesteps=spread(pool.timesteps),
         previous_timesteps=spread(pool.previous_timesteps),
-        prompt_index=_flatten(jnp.broadcast_to(jnp.arange(batch_size, dtype=jnp.int32), (num_steps, batch_size))),
-        valid=_flatten(valid[segments]),
-        lose_latents=_flatten(starts(worse)) if pool.num_inner_steps else None,
+        valid=valid[segments],
+        lose_latents=starts(worse) if pool.num_inner_steps else None,
     )
-
-
-def _flatten(values: jax.Array) -> jax.Array:
-    return values.reshape(-1, *values.shape[2:])
 
 
 def compact(key: jax.Array, valid: Bool[Array, " p"]) -> tuple[Int[Array, " p"], Int[Array, ""]]:

@@ -20,14 +20,14 @@ from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.pool import draw_pool_noise, sample_pool
 from spo_jax.diffusion.schedule import Schedule
 from spo_jax.distributed.mesh import batch_sharding, constrain_batch, replicated
-from spo_jax.preference.pairs import compact, make_pairs
+from spo_jax.preference.pairs import make_pairs
 from spo_jax.preference.scorers import Scorer
 from spo_jax.types import AddedConditions, PoolNoise, PreferencePairs, PromptBatch
 
 
 @flax.struct.dataclass
 class Rollout:
-    """Pairs of one batch of prompts, the valid ones first in ``order``; mean and deviation of all scores."""
+    """Pairs [S, B] of one batch of prompts, the valid ones first in ``order``; mean and deviation of all scores."""
 
     pairs: PreferencePairs
     order: jax.Array
@@ -143,14 +143,17 @@ def time_score(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, params: A
     return time.time() - start
 
 
-def make_collect(
+def make_pool(
     config: ConfigDict, pipeline: Pipeline, scorer: Scorer, schedule: Schedule, mesh: Mesh
-) -> Callable[..., Rollout]:
-    """``collect(params, trained, prompts, key) -> Rollout``: the whole sampling phase of a batch as one program."""
+) -> Callable[..., tuple[PreferencePairs, jax.Array]]:
+    """``pool(params, trained, prompts, key) -> (pairs [S, B, ...], scores [E, B, k])``: all of sampling in one program.
+
+    Everything of a prompt stays on its device.
+    """
     predict_guided = make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale)
     score_latents = make_score_latents(pipeline, scorer, step_aware=config.scorer.step_aware, chunk=config.scorer.chunk)
 
-    def collect(params: Any, trained: Any, prompts: PromptBatch, key: jax.Array) -> Rollout:
+    def pool(params: Any, trained: Any, prompts: PromptBatch, key: jax.Array) -> tuple[PreferencePairs, jax.Array]:
         batch_size = prompts.embeddings.shape[0]
         noise = draw_pool_noise(
             rng.stream(key, "pool"),
@@ -176,7 +179,7 @@ def make_collect(
             output = predict_guided(variables, flat, timesteps, *repeated.conditions)
             return output.reshape(latents.shape)
 
-        pool = sample_pool(
+        sampled = sample_pool(
             predict,
             lambda x0, timestep: score_latents(params, prompts, x0, timestep),
             schedule,
@@ -186,11 +189,9 @@ def make_collect(
             eta=config.sampling.eta,
             continuation=config.sampling.continuation,
         )
-        pairs = make_pairs(pool, config.pairs.threshold)
-        order, num_valid = compact(rng.stream(key, "shuffle"), pairs.valid)
-        return Rollout(pairs, order, num_valid, pool.scores.mean(), pool.scores.std())
+        return make_pairs(sampled, config.pairs.threshold), sampled.scores
 
-    return collect
+    return pool
 
 
 def make_generate(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,8 @@ from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import Schedule, check_trainable, make_schedule
 from spo_jax.distributed.mesh import (
+    batch_sharding,
     check_divisible,
-    constrain_batch,
     fetch,
     make_mesh,
     replicated,
@@ -47,13 +47,14 @@ from spo_jax.preference.scorers import Scorer, make_clip_scorer
 from spo_jax.training import checkpoint, preemption
 from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import encode_prompts, make_measure, summarize
+from spo_jax.training.exchange import arrange, make_exchange
 from spo_jax.training.judges import check_function, make_scorer, tokenizer_of
 from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, clipped_warning, read_metrics
 from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.report import write_report, write_summary
-from spo_jax.training.rollout import Rollout, make_collect, make_encode, rollout_metrics, shard_prompts, time_score
+from spo_jax.training.rollout import Rollout, make_encode, make_pool, rollout_metrics, shard_prompts, time_score
 from spo_jax.training.update import UpdateMetrics, make_loss, make_update, update_metrics
-from spo_jax.types import PromptBatch, TrainState
+from spo_jax.types import PreferencePairs, PromptBatch, TrainState
 
 NUM_REPORT_PICTURES = 24
 
@@ -129,7 +130,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     finished = saved = first_batch
 
     # ---------------------------------------------------------------------------------------------------------- loop
-    collect, update = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
+    programs = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
     measure = make_measure(
         pipeline,
         scorer,
@@ -177,12 +178,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             if batch == first_batch:
                 seconds_per_score = time_score(config, pipeline, scorer, params, prompt_batch)
             start = time.time()
-            rollout = collect(params, state.trained, prompt_batch, rng.stream(root, "rollout", batch))
+            rollout = collect(programs, params, state.trained, prompt_batch, rng.stream(root, "rollout", batch))
             num_valid = int(rollout.num_valid)
             if preempted():
                 break  # without updates of this batch: the next run makes the same pool again
             sampled = time.time()
-            state, updates = run_updates(config, update, state, params["unet"], prompt_batch, rollout, num_valid)
+            state, updates = run_updates(config, programs, state, params["unet"], prompt_batch, rollout, num_valid)
             num_pool_steps = config.sampling.num_steps - config.sampling.num_plain_steps
             num_scores = math.ceil(num_pool_steps / (config.sampling.num_inner_steps + 1))
             row = {
@@ -275,6 +276,15 @@ def write_result(workdir: Path, trained: Any, source: Path) -> None:
         write_pipeline(workdir / "model", source, trained["params"])
 
 
+class Programs(NamedTuple):
+    """The programs of training, each compiled once in a run."""
+
+    pool: Callable[..., tuple[PreferencePairs, jax.Array]]
+    arrange: Callable[..., tuple[jax.Array, ...]]
+    exchange: Callable[..., tuple[PromptBatch, PreferencePairs, jax.Array]]
+    update: Callable[..., tuple[TrainState, UpdateMetrics]]
+
+
 def compile_programs(
     config: ConfigDict,
     pipeline: Pipeline,
@@ -283,36 +293,29 @@ def compile_programs(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     state: TrainState,
-) -> tuple[Callable[..., Rollout], Callable[..., tuple[TrainState, UpdateMetrics]]]:
-    """The two programs of training, each compiled once in a run: the pool with its pairs, and the update.
+) -> Programs:
+    """The programs; of ``state`` only the shapes are read, to keep it split over the devices as it is."""
+    predict = make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale)
+    options = {"eta": config.sampling.eta, "beta": config.loss.beta, "clip_range": config.loss.clip_range}
+    update = make_update(make_loss(predict, schedule, **options), optimizer, config.train.ema_decay or 0.0)
+    everywhere, by_prompt = replicated(mesh), batch_sharding(mesh, axis=1)
+    return Programs(
+        pool=jax.jit(make_pool(config, pipeline, scorer, schedule, mesh), out_shardings=by_prompt),
+        arrange=jax.jit(arrange, out_shardings=everywhere),
+        exchange=jax.jit(make_exchange(mesh, config.train.minibatch_size)),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(weight_shardings(mesh, state), everywhere)),
+    )
 
-    Of ``state`` only the shapes are read, to keep it split over the devices as it is.
-    """
-    collect = make_collect(config, pipeline, scorer, schedule, mesh)
-    loss_fn = make_loss(
-        make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale),
-        schedule,
-        eta=config.sampling.eta,
-        beta=config.loss.beta,
-        clip_range=config.loss.clip_range,
-    )
-    update = make_update(
-        loss_fn,
-        optimizer,
-        config.train.minibatch_size,
-        config.train.ema_decay or 0.0,
-        lambda tree: constrain_batch(mesh, tree),
-    )
-    everywhere = replicated(mesh)
-    return (
-        jax.jit(collect, out_shardings=everywhere),
-        jax.jit(update, donate_argnums=0, out_shardings=(weight_shardings(mesh, state), everywhere)),
-    )
+
+def collect(programs: Programs, params: Any, trained: Any, prompts: PromptBatch, key: jax.Array) -> Rollout:
+    """Samples a batch of prompts and orders its pairs."""
+    pairs, scores = programs.pool(params, trained, prompts, key)
+    return Rollout(pairs, *programs.arrange(key, pairs.valid, scores))
 
 
 def run_updates(
     config: ConfigDict,
-    update: Callable[..., tuple[TrainState, UpdateMetrics]],
+    programs: Programs,
     state: TrainState,
     params: Any,
     prompts: PromptBatch,
@@ -322,8 +325,7 @@ def run_updates(
     """One optimizer step for each minibatch of valid pairs; none if no pair is valid."""
     updates = []
     for start in range(0, num_valid, config.train.minibatch_size):
-        state, metrics = update(
-            state, params, prompts, rollout.pairs, rollout.order, rollout.num_valid, jnp.int32(start)
-        )
+        minibatch = programs.exchange(prompts, rollout.pairs, rollout.order, rollout.num_valid, jnp.int32(start))
+        state, metrics = programs.update(state, params, *minibatch)
         updates.append(metrics)
     return state, jax.device_get(updates)

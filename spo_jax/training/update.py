@@ -76,13 +76,14 @@ def make_loss(
 ) -> Callable[..., tuple[jax.Array, PairLoss]]:
     """``loss(trained, params, prompts, pairs, mask) -> (masked mean, masked sums)`` for use with ``jax.grad``.
 
+    ``prompts`` has a row for each of the P pairs.
+
     The reference is the same network without the ``trained`` variables (see ``TrainState``). The network runs once a
     pair, or on both latents where win and lose may start from different ones.
     """
 
     def loss_fn(trained: Any, params: Any, prompts: PromptBatch, pairs: PreferencePairs, mask: jax.Array):
         latents, timesteps = pairs.latents, pairs.timesteps
-        prompts = prompts.map_rows(lambda rows: rows[pairs.prompt_index])
         if pairs.lose_latents is not None:
             latents, timesteps = interleave(latents, pairs.lose_latents), jnp.repeat(timesteps, 2)
             prompts = prompts.map_rows(lambda rows: jnp.repeat(rows, 2, axis=0))
@@ -103,38 +104,23 @@ def make_loss(
 def make_update(
     loss_fn: Callable[..., tuple[jax.Array, PairLoss]],
     optimizer: optax.GradientTransformation,
-    minibatch_size: int,
     ema_decay: float = 0.0,
-    constrain_batch: Callable[[Any], Any] = lambda tree: tree,
 ) -> Callable[..., tuple[TrainState, UpdateMetrics]]:
-    """The update on pairs ``order[start : start + minibatch_size]``; the last minibatch of a batch may be smaller.
+    """The update on a minibatch of pairs, as ``exchange`` gives it; the last one of a batch may be smaller.
 
     Args:
       loss_fn: from ``make_loss``.
       optimizer: acts on the trained variables.
-      minibatch_size: pairs a step, over all devices together.
       ema_decay: of the average, where the state has one.
-      constrain_batch: places the gathered pairs over the devices.
 
     Returns:
-      ``update(state, params, prompts, pairs, order, count, start) -> (state, metrics)``, compiled once. ``order`` and
-      ``count`` come from ``preference.pairs.compact``; ``start`` is a multiple of ``minibatch_size`` below ``count``.
+      ``update(state, params, prompts, pairs, mask) -> (state, metrics)``, compiled once.
     """
 
     def update(
-        state: TrainState,
-        params: Any,
-        prompts: PromptBatch,
-        pairs: PreferencePairs,
-        order: jax.Array,
-        count: jax.Array,
-        start: jax.Array,
+        state: TrainState, params: Any, prompts: PromptBatch, pairs: PreferencePairs, mask: jax.Array
     ) -> tuple[TrainState, UpdateMetrics]:
-        position = start + jnp.arange(minibatch_size)
-        index = order[jnp.minimum(position, order.shape[0] - 1)]
-        mask = position < count
-        minibatch, mask = constrain_batch((jax.tree.map(lambda values: values[index], pairs), mask))
-        grads, sums = jax.grad(loss_fn, has_aux=True)(state.trained, params, prompts, minibatch, mask)
+        grads, sums = jax.grad(loss_fn, has_aux=True)(state.trained, params, prompts, pairs, mask)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         average = state.average

@@ -151,7 +151,6 @@ def test_update_has_the_same_ratios_loss_and_gradient_of_every_adapter():
         lose=nhwc(GOLDEN["upd_sd_next"][1]),
         timesteps=t,
         previous_timesteps=jnp.clip(t - 50, 0, 999),
-        prompt_index=jnp.arange(count),
         valid=jnp.ones(count, bool),
     )
     prompts = PromptBatch(jnp.asarray(GOLDEN["upd_sd_emb"]), jnp.asarray(GOLDEN["upd_sd_neg"]), jnp.zeros((count, 1)))

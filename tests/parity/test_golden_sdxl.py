@@ -106,7 +106,6 @@ def test_update_has_the_same_ratios_loss_and_gradient_of_every_adapter():
         lose=nhwc(GOLDEN["upd_sdxl_next"][1]),
         timesteps=t,
         previous_timesteps=jnp.clip(t - 50, 0, 999),
-        prompt_index=jnp.arange(count),
         valid=jnp.ones(count, bool),
     )
     halves = zip(np.split(GOLDEN["upd_sdxl_pooled2"], 2), np.split(GOLDEN["upd_sdxl_time_ids2"], 2), strict=True)

@@ -33,7 +33,7 @@ from spo_jax.training.evaluation import encode_prompts
 from spo_jax.training.metrics import read_metrics
 from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.rollout import make_encode, make_generate, shard_prompts
-from spo_jax.training.spo import compile_programs, run_updates, train
+from spo_jax.training.spo import collect, compile_programs, run_updates, train
 from spo_jax.types import TrainState
 from tests.parity.test_live_pytorch import randomize
 from tests.preference_data import record
@@ -182,17 +182,17 @@ def test_one_batch_of_training_with_inner_steps(ours):
     optimizer = make_optimizer(config.train)
     trained = {"lora": init_lora(jax.random.key(1), params["unet"], 2)}
     state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
-    collect, update = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
+    programs = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
 
-    rollout = collect(params, trained, prompts, jax.random.key(2))
+    rollout = collect(programs, params, trained, prompts, jax.random.key(2))
     pairs, order = rollout.pairs, rollout.order
-    assert pairs.win.shape == pairs.lose_latents.shape == (5 * 8, 8, 12, 4)
+    assert pairs.win.shape == pairs.lose_latents.shape == (5, 8, 8, 12, 4)
     assert rollout.num_valid == order.shape[0] == 5 * 8
-    shared = (pairs.latents == pairs.lose_latents).all((1, 2, 3)).reshape(5, 8)
+    shared = (pairs.latents == pairs.lose_latents).all((2, 3, 4))
     np.testing.assert_array_equal(shared, np.array([True, False, True, False, True])[:, None].repeat(8, axis=1))
 
     before = jax.device_get(trained)
-    state, updates = run_updates(config, update, state, params["unet"], prompts, rollout, int(rollout.num_valid))
+    state, updates = run_updates(config, programs, state, params["unet"], prompts, rollout, int(rollout.num_valid))
     assert [int(u.num_pairs) for u in updates] == [24, 16]
     np.testing.assert_allclose(updates[0].sums.loss / 24, math.log(2), rtol=1e-5)
     np.testing.assert_allclose([updates[0].sums.win_ratio, updates[0].sums.lose_ratio], 24, rtol=1e-5)

