@@ -44,7 +44,7 @@ class PromptBatch:
 
     embeddings: jax.Array
     negative_embeddings: jax.Array
-    scorer_text: jax.Array | None
+    scorer_text: jax.Array
     added: AddedConditions | None = None
     negative_added: AddedConditions | None = None
 

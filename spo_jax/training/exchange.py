@@ -62,7 +62,8 @@ def make_exchange(mesh: Mesh, minibatch_size: int) -> Callable[..., tuple[Prompt
         index = order[jnp.minimum(position, order.shape[0] - 1)]
         rows = (prompts.embeddings, prompts.added)
         minibatch, (embeddings, added) = given(dataclasses.replace(pairs, valid=None), rows, index)
-        taken = dataclasses.replace(prompts, embeddings=embeddings, added=added, scorer_text=None)
+        no_text: Any = None
+        taken = dataclasses.replace(prompts, embeddings=embeddings, added=added, scorer_text=no_text)
         return taken, minibatch, constrain_batch(mesh, position < count)
 
     return exchange
