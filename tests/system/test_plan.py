@@ -15,7 +15,7 @@ def test_an_estimate_of_the_tiny_recipe(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "cpu:2: 2 devices, mesh data 2 x fsdp 1, 8 prompts and 8 pairs on each" in result.stdout
     rows = dict(re.findall(r"^(\w+) +[\d.]+ +([\d.]+) +[\d.]+ +- +-$", result.stdout, re.M))
-    assert list(rows) == ["encode", "pool", "score", "update", "evaluation"]
+    assert list(rows) == ["encode", "pool", "score", "exchange", "update", "evaluation"]
     assert f"The program 'update' needs {rows['update']} GiB, the most of all" in result.stdout
 
 
