@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -64,8 +65,6 @@ def main() -> None:
 
 def seconds_a_batch(count: int) -> float:
     """Seconds of a batch of eight prompts in ``count`` processes of one device, the median of five after the first."""
-    from statistics import median
-
     from spo_jax.training.metrics import read_metrics
 
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:

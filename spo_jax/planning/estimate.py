@@ -23,6 +23,7 @@ _UNREAD = {
     "pool": ("train", "remat", "evaluation"),
     "score": ("train", "remat", "evaluation"),
     "encode": ("train", "remat", "evaluation", "scorer.chunk"),
+    "exchange": ("remat", "scorer.chunk", "evaluation"),
     "update": ("prompts_per_batch", "scorer.chunk", "evaluation", "train.accumulation_steps"),
     "evaluation": ("prompts_per_batch", "train", "scorer.chunk", "remat"),
 }
@@ -68,11 +69,8 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
         own, extra = cost.peak, extra_bytes(program, run)
         if target.platform == "tpu":
             own += _CODE_BYTES * cost.products
-        # The pool's result, the pairs of all devices, is on every device, and so it comes to the update.
-        if name == "pool":
-            own += (target.num_devices - 1) * cost.results
-        if name == "update" and config.method == "spo":
-            extra *= target.num_devices
+        if name == "exchange":  # each device goes through the minibatch of all of them
+            own *= target.num_devices
         _known[key] = cost.flops, extra, own
     return _known[key]
 

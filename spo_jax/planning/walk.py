@@ -42,13 +42,11 @@ class Cost:
     Attributes:
       flops: of matrix products and convolutions.
       peak: the most bytes of its own arrays at one time.
-      results: bytes of its results that take no argument's place.
       products: products and convolutions in its text, those in loops once.
     """
 
     flops: float
     peak: int
-    results: int = 0
     products: int = 0
 
 
@@ -158,9 +156,8 @@ def walk(
         return [read(atom) for atom in jaxpr.outvars]
 
     results = visit(jaxpr, [frozenset()] * len(jaxpr.invars))
-    made = sum(size_of(atom.aval) for atom in jaxpr.outvars[num_donated:])
     peak = _peak(steps, sizes, frozenset().union(*results[num_donated:]))
-    return Cost(flops, peak, made, products)
+    return Cost(flops, peak, products)
 
 
 _SMALL = 2**16
