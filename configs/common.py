@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     c.num_batches = 1000  # batches of prompts to train on
     c.prompts_per_batch = 40  # over all devices together
     c.dtype = "bfloat16"  # of the frozen networks; "float32" on CPUs
+    c.offload = False  # True keeps text encoders and evaluation's judge in the host's memory while they are not used
     c.remat = False  # True computes activations again in the backward pass instead of keeping them: less memory
 
     c.sampling = ConfigDict()
@@ -38,7 +39,7 @@ def get_config() -> ConfigDict:
     c.scorer.fn = ""  # "my_module:score", a function of your own instead of scorer.path; see docs/judges.md
     c.scorer.tokenizer = ""  # its tokenizer; empty: the pipeline's first one
     c.scorer.step_aware = True  # False tells it t = 0 at every step (ablation)
-    c.scorer.chunk = 0  # candidates of a prompt that are decoded and scored at a time; 0: all of them
+    c.scorer.chunk = 0  # pictures that a device decodes and scores at a time, at most; 0: all that it has
 
     c.pairs = ConfigDict()
     c.pairs.threshold = 0.3  # least p(win) - p(lose) for a pair to be used
@@ -78,7 +79,7 @@ def get_config() -> ConfigDict:
     c.evaluation = ConfigDict()
     c.evaluation.prompts = "evaluation_prompts.json"  # never trained on
     c.evaluation.num_prompts = 500  # the first so many of the file
-    c.evaluation.batch_size = 8  # pictures at a time
+    c.evaluation.batch_size = 8  # pictures at a time, over all devices together; rounded up so that they can be split
     c.evaluation.eta = 0.0  # deterministic DDIM
     c.evaluation.judge = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"  # measures alignment
     return c

@@ -21,7 +21,7 @@ def get_config(device: str = "") -> ConfigDict:
     """The paper's recipe: 4 devices with 10 prompts and 10 pairs each, 10 epochs over 4,000 prompts."""
     c = common.get_config()
     c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5@451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
-    c.scorer.chunk, c.remat = 1, True  # so that the load of a device fits 16 GB, see docs/memory.md
+    c.scorer.chunk, c.remat = 8, True  # so that the load of a device fits 16 GB, see docs/memory.md
     if device == "16gb":
         c.prompts_per_batch, c.num_batches = 4, 10_000
         c.train.minibatch_size, c.train.accumulation_steps = 4, 10

@@ -35,6 +35,7 @@ def get_config(device: str = "") -> ConfigDict:
         c.prompts_per_batch, c.num_batches = 1, 40_000
         c.train.minibatch_size, c.train.accumulation_steps = 1, 16
         c.evaluation.batch_size = 1
+        c.offload = True
     elif device:
         raise ValueError(f"configs/sdxl.py:{device} is not known; leave the argument out, or use 16gb.")
     return c

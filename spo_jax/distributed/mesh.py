@@ -49,6 +49,11 @@ def check_divisible(name: str, size: int, mesh: Mesh) -> None:
         raise UserError(f"{name} = {size} cannot be split over {mesh.size} devices; make it a multiple of {mesh.size}.")
 
 
+def round_up(size: int, num_devices: int) -> int:
+    """The smallest batch size from ``size`` on that so many devices can split."""
+    return math.ceil(size / num_devices) * num_devices
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())

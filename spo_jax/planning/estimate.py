@@ -10,14 +10,14 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from spo_jax.distributed.mesh import AXES, make_mesh, mesh_sizes
+from spo_jax.distributed.mesh import AXES, make_mesh, mesh_sizes, round_up
 from spo_jax.planning.programs import Run, extra_bytes, make_run
 from spo_jax.planning.shapes import device_bytes
 from spo_jax.planning.targets import Target
 from spo_jax.planning.walk import walk
 
 # Programs whose batch is not split over the devices: each device does all of it.
-_WHOLE = ("encode", "evaluation")
+_WHOLE = ("encode",)
 # Keys that do not matter for a program.
 _UNREAD = {
     "pool": ("train", "remat", "evaluation"),
@@ -25,7 +25,7 @@ _UNREAD = {
     "encode": ("train", "remat", "evaluation", "scorer.chunk"),
     "exchange": ("remat", "scorer.chunk", "evaluation"),
     "update": ("prompts_per_batch", "scorer.chunk", "evaluation", "train.accumulation_steps"),
-    "evaluation": ("prompts_per_batch", "train", "scorer.chunk", "remat"),
+    "evaluation": ("prompts_per_batch", "train", "remat"),
 }
 # A TPU's programs lie in its memory. Seen: 0.35 GiB for the pool of SD1.5, 0.92 GiB for its update.
 _CODE_BYTES = 300_000
@@ -46,6 +46,8 @@ def share_of(config: ConfigDict, num_devices: int) -> ConfigDict:
         if config.method == "spo":
             share.prompts_per_batch = max(1, config.prompts_per_batch // num_devices)
             share.train.minibatch_size = max(1, config.train.minibatch_size // num_devices)
+            pictures = min(config.evaluation.batch_size, config.evaluation.num_prompts)
+            share.evaluation.batch_size = round_up(pictures, num_devices) // num_devices
         else:
             share.train.batch_size = max(1, config.train.batch_size // num_devices)
             share.validation.batch_size = max(1, config.validation.batch_size // num_devices)

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts, with_image_size
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.distributed.mesh import batch_sharding, replicated
+from spo_jax.distributed.mesh import batch_sharding, replicated, round_up
+from spo_jax.distributed.offload import in_host_memory, weight_placement
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.planning.shapes import clip_shapes, device_bytes, pipeline_shapes
 from spo_jax.preference.scorers import Scorer, make_clip_scorer, make_function_scorer
@@ -25,9 +26,9 @@ from spo_jax.training.judges import load_function
 from spo_jax.training.noisy_pairs import make_predict_clean
 from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
 from spo_jax.training.pair_accuracy import PLAIN, SCORER, TOLD_0, Judge, make_measure_pairs
+from spo_jax.training.programs import ENCODE_PARTS, POOL_PARTS, Programs, compile_programs, starting_state
 from spo_jax.training.rollout import make_encode, make_score_latents
 from spo_jax.training.spm_update import make_relabel, make_spm_update
-from spo_jax.training.spo import Programs, compile_programs, starting_point
 from spo_jax.types import JudgedPairs, TrainState
 
 
@@ -82,7 +83,7 @@ def extra_bytes(program: Program, run: Run) -> int:
 # --------------------------------------------------------------------------------------------------------------- SPO
 def _spo(config: ConfigDict, mesh: Mesh) -> Run:
     dtype = jnp.dtype(config.dtype)
-    place = functools.partial(weight_sharding, mesh)
+    place = weight_placement(mesh, offload=config.offload)
     pipeline = with_tokenizers(pipeline_shapes(config.model, dtype, place, vae=config.vae))
     pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
     pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
@@ -96,9 +97,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
     def first_state(unet: Any) -> TrainState:
         start = config.copy_and_resolve_references()
         start.lora.init = ""  # the same shapes as fresh adapters, and its file need not be here
-        trained = starting_point(start, jax.random.key(0), unet)
-        average = None if config.train.ema_decay is None else trained
-        return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), average)
+        return starting_state(start, optimizer, jax.random.key(0), unet)
 
     state = _sharded(jax.eval_shape(first_state, params["unet"]), lambda tree: weight_shardings(mesh, tree))
     encode = make_encode(pipeline, scorer)
@@ -122,6 +121,20 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
     def everywhere(tree: Any) -> Any:
         return _sharded(tree, lambda t: jax.tree.map(lambda _: replicated(mesh), t))
 
+    def split(tree: Any) -> Any:
+        return _sharded(tree, lambda t: jax.tree.map(lambda _: batch_sharding(mesh), t))
+
+    pool_params = {name: params[name] for name in POOL_PARTS}
+
+    def visiting(*names: str) -> Any:
+        """Parts as programs get them: those that wait in the host's memory come as arguments of their own."""
+
+        def one(leaf: Any) -> Any:
+            on_device = leaf.sharding.with_memory_kind("device")
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_device) if in_host_memory(leaf) else leaf
+
+        return {name: jax.tree.map(one, params[name]) for name in names if name in params}
+
     def prompts() -> Any:
         size = config.prompts_per_batch
         batch = jax.eval_shape(lambda p: encode_prompts(encode, p, pipeline, pipeline.tokenizer, [""] * size), params)
@@ -143,24 +156,24 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
             )
         )
         return jax.jit(encode), (
-            params,
+            visiting(*ENCODE_PARTS),
             tokens,
             None if pipeline.force_zeros_for_empty_prompt else negative,
             tokens[0],
         )
 
     def pool():
-        return compiled().pool, (params, state.trained, prompts(), key())
+        return compiled().pool, (pool_params, state.trained, prompts(), key())
 
     def score():
         shape = (config.prompts_per_batch, config.sampling.num_candidates, *pipeline.latent_shape)
-        options = {"step_aware": config.scorer.step_aware, "chunk": config.scorer.chunk}
-        candidates = everywhere(jax.ShapeDtypeStruct(shape, jnp.float32))
-        return jax.jit(make_score_latents(pipeline, scorer, **options)), (params, prompts(), candidates, scalar)
+        options = {"step_aware": config.scorer.step_aware, "chunk": config.scorer.chunk, "num_devices": mesh.size}
+        candidates = split(jax.ShapeDtypeStruct(shape, jnp.float32))
+        return jax.jit(make_score_latents(pipeline, scorer, **options)), (pool_params, prompts(), candidates, scalar)
 
     def exchange():
         made = compiled()
-        pairs, scores = jax.eval_shape(made.pool, params, state.trained, prompts(), key())
+        pairs, scores = jax.eval_shape(made.pool, pool_params, state.trained, prompts(), key())
         order, count, *_ = everywhere(jax.eval_shape(made.arrange, key(), pairs.valid, scores))
         by_prompt = batch_sharding(mesh, axis=1)
         pairs = _sharded(pairs, lambda tree: jax.tree.map(lambda _: by_prompt, tree))
@@ -168,23 +181,19 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
 
     def update():
         function, arguments = exchange()
-        spread, each = batch_sharding(mesh), replicated(mesh)
         taken, pairs, mask = jax.eval_shape(function, *arguments)
-        some = jax.tree.map(lambda _: each, taken).map_rows(lambda _: spread)
-        minibatch = (
-            _sharded(taken, lambda _: some),
-            _sharded((pairs, mask), lambda t: jax.tree.map(lambda _: spread, t)),
-        )
-        return compiled().update, (state, params["unet"], minibatch[0], *minibatch[1])
+        return compiled().update, (state, params["unet"], _prompt_shards(mesh, taken), *split((pairs, mask)))
 
     def evaluation():
         options = {"guidance_scale": config.sampling.guidance_scale, "eta": config.evaluation.eta}
-        measure = make_measure_batch(pipeline, scorer, judge, schedule, **options)
-        rows = min(config.evaluation.batch_size, num_texts)
-        some = held_out.map_rows(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding))
-        keys = everywhere(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)))
-        variables = {"params": params["unet"], **state.trained}
-        return jax.jit(measure, out_shardings=replicated(mesh)), (params, variables, some, judge_text, keys)
+        options["chunk"] = config.scorer.chunk
+        measure = make_measure_batch(pipeline, scorer, judge, schedule, mesh, **options)
+        rows = round_up(min(config.evaluation.batch_size, num_texts), mesh.size)
+        some = held_out.map_rows(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype))
+        keys = split(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)))
+        arguments = pool_params | visiting("judge"), {"params": params["unet"], **state.trained}
+        some = _prompt_shards(mesh, some)
+        return jax.jit(measure, out_shardings=replicated(mesh)), (*arguments, some, judge_text, keys)
 
     programs = {
         "encode": encoding,

@@ -7,6 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from spo_jax.distributed.mesh import round_up
+from spo_jax.distributed.pieces import piece_size
+
 MAX_TURNS = 40
 _LARGE_REST = 75  # percent; with so little left for programs, weights are split before anything else is given up
 
@@ -50,19 +53,24 @@ def _turns(config: ConfigDict, program: str, count: int, resident_share: int) ->
 
 
 def _spo(config: ConfigDict, program: str, count: int) -> Iterator[dict[str, Any]]:
-    candidates, train = config.sampling.num_candidates, config.train
-    if program in ("pool", "score"):
-        chunk = config.scorer.chunk or candidates
-        if chunk > 1:
-            yield {"scorer.chunk": max(n for n in range(1, chunk) if candidates % n == 0)}
-    if program == "update":
-        if not config.remat:
-            yield {"remat": True}
-        if train.minibatch_size > count and (half := _smaller(train.minibatch_size, count)):
-            more = train.accumulation_steps * train.minibatch_size // half
-            yield {"train.minibatch_size": half, "train.accumulation_steps": more}
-    if program == "evaluation" and config.evaluation.batch_size > 1:
-        yield {"evaluation.batch_size": config.evaluation.batch_size // 2}
+    train, evaluation = config.train, config.evaluation
+    pictures = {
+        "pool": config.prompts_per_batch * config.sampling.num_candidates,
+        "evaluation": round_up(evaluation.batch_size, count),
+    }
+    if (together := pictures.get("pool" if program == "score" else program)) is not None:
+        size = piece_size(together, count, config.scorer.chunk) // count
+        if size > 1:
+            yield {"scorer.chunk": piece_size(together, count, size - 1) // count}
+    if program == "update" and not config.remat:
+        yield {"remat": True}
+    if program != "encode" and not config.offload:
+        yield {"offload": True}
+    if program == "update" and train.minibatch_size > count and (half := _smaller(train.minibatch_size, count)):
+        more = train.accumulation_steps * train.minibatch_size // half
+        yield {"train.minibatch_size": half, "train.accumulation_steps": more}
+    if program == "evaluation" and evaluation.batch_size > count:
+        yield {"evaluation.batch_size": evaluation.batch_size // 2}
     if program in ("encode", "pool", "score") and (half := _smaller(config.prompts_per_batch, count)):
         yield {"prompts_per_batch": half, "num_batches": config.num_batches * config.prompts_per_batch // half}
 

@@ -14,6 +14,7 @@ from jax.sharding import Sharding
 from spo_jax.checkpoints import pipeline as reading
 from spo_jax.checkpoints.hub import find_file, repository_of
 from spo_jax.checkpoints.pipeline import Pipeline, read_json
+from spo_jax.distributed.offload import in_host_memory
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.models import (
@@ -125,9 +126,14 @@ def num_parameters(tree: Any) -> int:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of sharded arrays or shapes on the device that holds most (all hold the same here)."""
+    """Bytes of a tree of sharded arrays or shapes on the device that holds most (all hold the same here).
+
+    What waits in the host's memory (``config.offload``) is not counted.
+    """
 
     def one(leaf: Any) -> int:
+        if in_host_memory(leaf):
+            return 0
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
             return 16 * leaf.size  # random keys
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape

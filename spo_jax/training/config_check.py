@@ -24,12 +24,7 @@ def check_config(config: ConfigDict) -> None:
         ("sampling.num_candidates", sampling.num_candidates >= 2, "at least 2"),
         ("sampling.eta", sampling.eta > 0, "positive, because candidates differ only by their noise"),
         ("sampling.continuation", sampling.continuation in ("random", "win"), "random or win"),
-        (
-            "scorer.chunk",
-            config.scorer.chunk == 0
-            or (config.scorer.chunk > 0 and sampling.num_candidates % config.scorer.chunk == 0),
-            "0 or a divisor of sampling.num_candidates",
-        ),
+        ("scorer.chunk", config.scorer.chunk >= 0, "at least 1, or 0 for no limit"),
         ("pairs.threshold", 0 <= config.pairs.threshold < 1, "in [0, 1)"),
         ("loss.beta", config.loss.beta > 0, "positive"),
         ("loss.clip_range", 0 < config.loss.clip_range < 1, "in (0, 1)"),
@@ -43,6 +38,7 @@ def check_config(config: ConfigDict) -> None:
         ("checkpoint.every", config.checkpoint.every >= 1, "at least 1"),
         ("checkpoint.keep", config.checkpoint.keep >= 1, "at least 1"),
         ("evaluation.num_prompts", config.evaluation.num_prompts >= 1, "at least 1"),
+        ("evaluation.batch_size", config.evaluation.batch_size >= 1, "at least 1"),
     ]
     _refuse(rules)
     if config.scorer.fn:

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from spo_jax import rng
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import Schedule
-from spo_jax.distributed.mesh import replicated
+from spo_jax.distributed.mesh import batch_sharding, constrain_batch, replicated, round_up
+from spo_jax.distributed.pieces import map_in_pieces, piece_size
 from spo_jax.preference.colorfulness import colorfulness
 from spo_jax.preference.scorers import Scorer
-from spo_jax.training.rollout import make_generate
+from spo_jax.training.rollout import make_decode, make_sample, shard_prompts
 from spo_jax.types import PromptBatch
 
 
@@ -33,29 +34,45 @@ class Measured:
 
 
 def make_measure_batch(
-    pipeline: Pipeline, scorer: Scorer, judge: Scorer, schedule: Schedule, *, guidance_scale: float, eta: float
+    pipeline: Pipeline,
+    scorer: Scorer,
+    judge: Scorer,
+    schedule: Schedule,
+    mesh: Mesh,
+    *,
+    guidance_scale: float,
+    eta: float,
+    chunk: int,
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """``measure_batch(params, variables, prompts, judge_text [n, E], keys [B])``, the program behind ``make_measure``.
 
     It gives images [B, H, W, 3], preference scores, colourfulness, and the nearest of the n captions, [B] each.
     """
-    generate = make_generate(pipeline, schedule, guidance_scale=guidance_scale, eta=eta)
+    sample_latents = make_sample(pipeline, schedule, guidance_scale=guidance_scale, eta=eta)
+    decode = make_decode(pipeline)
     shape = pipeline.latent_shape
 
     def measure_batch(params, variables, prompts: PromptBatch, judge_text, keys):
+        keys = constrain_batch(mesh, keys)
         initial = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "initial"), shape))(keys)
         noise = None
         if eta > 0:
             noise = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "steps"), (schedule.num_steps, *shape)))(keys)
             noise = jnp.swapaxes(noise, 0, 1)
-        images = generate(params, variables, prompts, initial, noise)
-        images = jnp.clip(images, -1.0, 1.0)
-        zeros = jnp.zeros((images.shape[0],), jnp.int32)
-        scores = scorer.score(params["scorer"], images, prompts.scorer_text, zeros)
-        similarity = jax.vmap(
-            lambda text: judge.score(params["judge"], images, jnp.broadcast_to(text, (len(keys), len(text))), zeros)
-        )(judge_text)
-        return images, scores, colorfulness(images), similarity.argmax(axis=0)
+
+        def look(rows: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+            latents, scorer_text = rows
+            images = jnp.clip(decode(params, latents), -1.0, 1.0)
+            count = len(images)
+            zeros = jnp.zeros((count,), jnp.int32)
+            scores = scorer.score(params["scorer"], images, scorer_text, zeros)
+            similarity = jax.vmap(
+                lambda text: judge.score(params["judge"], images, jnp.broadcast_to(text, (count, len(text))), zeros)
+            )(judge_text)
+            return images, scores, colorfulness(images), similarity.argmax(axis=0)
+
+        latents = sample_latents(variables, prompts, initial, noise)
+        return map_in_pieces(look, (latents, prompts.scorer_text), piece_size(len(keys), mesh.size, chunk))
 
     return measure_batch
 
@@ -70,6 +87,7 @@ def make_measure(
     guidance_scale: float,
     eta: float,
     batch_size: int,
+    chunk: int = 0,
 ) -> Callable[..., Measured]:
     """``measure(params, trained, prompts, judge_text [n, E], key) -> Measured``.
 
@@ -78,18 +96,20 @@ def make_measure(
       scorer: the preference model, asked at timestep 0.
       judge: a plain CLIP; alignment is whether a picture's own caption is the nearest of all n.
       schedule: sampling steps.
-      mesh: the devices; all processes get all results.
+      mesh: the devices, which split the pictures; all processes get all results.
       guidance_scale: as in training.
       eta: DDIM's; 0 for the deterministic sampler.
-      batch_size: pictures at a time.
+      batch_size: pictures at a time, over all devices together; rounded up to a multiple of their number.
+      chunk: pictures that a device decodes and judges at a time, at most; 0 for its share of the batch.
 
     Returns:
       A function of the UNet's trained variables, {} for the base model (see ``TrainState``). The same key gives the
       same noise to each prompt, whatever the model and the batch size.
     """
-    options = {"guidance_scale": guidance_scale, "eta": eta}
-    measure_batch = make_measure_batch(pipeline, scorer, judge, schedule, **options)
+    options: dict[str, Any] = {"guidance_scale": guidance_scale, "eta": eta, "chunk": chunk}
+    measure_batch = make_measure_batch(pipeline, scorer, judge, schedule, mesh, **options)
     one_batch = jax.jit(measure_batch, out_shardings=replicated(mesh))
+    batch_size = round_up(batch_size, mesh.size)
 
     def measure(params: Any, trained: Any, prompts: PromptBatch, judge_text: jax.Array, key: jax.Array) -> Measured:
         count = prompts.embeddings.shape[0]
@@ -97,12 +117,12 @@ def make_measure(
         variables = {"params": params["unet"], **trained}
         results = []
         for start in range(0, count, batch_size):
-            # The last batch starts earlier instead of being smaller, so that one program serves all.
-            begin = max(0, min(start, count - batch_size))
-            rows = slice(begin, begin + batch_size)
-            batch = prompts.map_rows(itemgetter(rows))
-            outputs = jax.device_get(one_batch(params, variables, batch, judge_text, keys[rows]))
-            results.append([values[start - begin :] for values in outputs])
+            # The last batch is filled up with prompts from the start, so that one program serves all.
+            rows = np.arange(start, start + batch_size) % count
+            batch = shard_prompts(prompts.map_rows(itemgetter(rows)), mesh)
+            some_keys = jax.device_put(keys[rows], batch_sharding(mesh))
+            outputs = jax.device_get(one_batch(params, variables, batch, judge_text, some_keys))
+            results.append([values[: count - start] for values in outputs])
         images, scores, colors, nearest = (np.concatenate(column) for column in zip(*results, strict=True))
         return Measured(images, scores, colors, nearest == np.arange(count))
 

@@ -21,6 +21,7 @@ from spo_jax.diffusion.ddim import predict_x0_and_noise
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import Schedule
 from spo_jax.distributed.mesh import replicated
+from spo_jax.distributed.pieces import map_in_pieces
 from spo_jax.preference.scorers import Scorer
 from spo_jax.training.rollout import make_decode
 from spo_jax.types import JudgedPairs, PromptBatch
@@ -75,22 +76,13 @@ def make_predict_clean(
         return clean.reshape(-1, 2, *clean.shape[1:])
 
     def predict_clean(params: Any, images: jax.Array, prompts: PromptBatch, timesteps: jax.Array, keys: jax.Array):
-        if not chunk or chunk == len(images):
-            clean = predict_together(params, images, prompts, timesteps, keys)
-        else:
-            # Row r is in chunk r % n: a batch that is split over devices along its rows stays split in every chunk.
-            def split(rows: jax.Array) -> jax.Array:
-                return jnp.swapaxes(rows.reshape(chunk, -1, *rows.shape[1:]), 0, 1)
+        def some(rows: tuple[Any, ...]) -> jax.Array:
+            images, (embeddings, added), timesteps, keys = rows
+            some_prompts = dataclasses.replace(prompts, embeddings=embeddings, added=added)
+            return predict_together(params, images, some_prompts, timesteps, keys)
 
-            def one(rows: tuple[Any, ...]) -> jax.Array:
-                images, (embeddings, added), timesteps, keys = rows
-                some = dataclasses.replace(prompts, embeddings=embeddings, added=added)
-                return predict_together(params, images, some, timesteps, keys)
-
-            rows = (images, (prompts.embeddings, prompts.added), timesteps, keys)
-            clean = jax.lax.map(one, jax.tree.map(split, rows))
-            clean = jnp.swapaxes(clean, 0, 1).reshape(len(images), *clean.shape[2:])
-        return jax.lax.stop_gradient(clean)
+        rows = (images, (prompts.embeddings, prompts.added), timesteps, keys)
+        return jax.lax.stop_gradient(map_in_pieces(some, rows, chunk or len(images)))
 
     return predict_clean
 

@@ -20,6 +20,7 @@ from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.pool import draw_pool_noise, sample_pool
 from spo_jax.diffusion.schedule import Schedule
 from spo_jax.distributed.mesh import batch_sharding, constrain_batch, replicated
+from spo_jax.distributed.pieces import map_in_pieces, piece_size
 from spo_jax.preference.pairs import make_pairs
 from spo_jax.preference.scorers import Scorer
 from spo_jax.types import AddedConditions, PoolNoise, PreferencePairs, PromptBatch
@@ -101,42 +102,44 @@ def make_decode(pipeline: Pipeline) -> Callable[[Any, jax.Array], jax.Array]:
 
 
 def make_score_latents(
-    pipeline: Pipeline, scorer: Scorer, *, step_aware: bool, chunk: int = 0
+    pipeline: Pipeline, scorer: Scorer, *, step_aware: bool, chunk: int = 0, num_devices: int = 1
 ) -> Callable[..., jax.Array]:
     """``score_latents(params, prompts, x0 [B, k, h, w, c], timestep scalar) -> float32 [B, k]``.
 
-    With ``step_aware`` False the preference model is told t = 0 whatever the timestep is, as in the paper's ablation.
-    With ``chunk`` > 0 so many of a prompt's candidates, a divisor of k, are decoded and scored at a time: the pictures
-    of all would need more memory than anything else in sampling.
+    Args:
+      pipeline: its autoencoder decodes.
+      scorer: the preference model.
+      step_aware: False tells it t = 0 whatever the timestep is, as in the paper's ablation.
+      chunk: pictures that a device decodes and scores at a time, at most; 0 for all of its pictures, which need more
+        memory than anything else in sampling.
+      num_devices: that split the B prompts.
     """
     decode = make_decode(pipeline)
 
     def score_latents(params: Any, prompts: PromptBatch, x0: jax.Array, timestep: jax.Array) -> jax.Array:
-        if not chunk:
-            return score_together(params, prompts, x0, timestep)
-        batch, count = x0.shape[:2]
-        chunks = jnp.moveaxis(x0.reshape(batch, count // chunk, chunk, *x0.shape[2:]), 1, 0)
-        scores = jax.lax.map(lambda x: score_together(params, prompts, x, timestep), chunks)
-        return jnp.moveaxis(scores, 0, 1).reshape(batch, count)
+        def score(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+            latents, text = rows
+            timesteps = jnp.full((len(latents),), timestep if step_aware else 0)
+            return scorer.score(params["scorer"], decode(params, latents), text, timesteps)
 
-    def score_together(params: Any, prompts: PromptBatch, x0: jax.Array, timestep: jax.Array) -> jax.Array:
         batch, count = x0.shape[:2]
-        images = decode(params, x0.reshape(batch * count, *x0.shape[2:]))
-        text = jnp.repeat(prompts.scorer_text, count, axis=0)
-        timesteps = jnp.full((batch * count,), timestep if step_aware else 0)
-        return scorer.score(params["scorer"], images, text, timesteps).reshape(batch, count)
+        rows = x0.reshape(batch * count, *x0.shape[2:]), jnp.repeat(prompts.scorer_text, count, axis=0)
+        return map_in_pieces(score, rows, piece_size(batch * count, num_devices, chunk)).reshape(batch, count)
 
     return score_latents
 
 
-def time_score(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, params: Any, prompts: PromptBatch) -> float:
+def time_score(
+    config: ConfigDict, pipeline: Pipeline, scorer: Scorer, params: Any, prompts: PromptBatch, mesh: Mesh
+) -> float:
     """Seconds to decode and score one step's candidates, measured once by itself.
 
     Inside the pool, which is one program, the share of the scorer cannot be timed.
     """
-    options = {"step_aware": config.scorer.step_aware, "chunk": config.scorer.chunk}
+    options = {"step_aware": config.scorer.step_aware, "chunk": config.scorer.chunk, "num_devices": mesh.size}
     score_latents = jax.jit(make_score_latents(pipeline, scorer, **options))
-    x0 = jnp.zeros((config.prompts_per_batch, config.sampling.num_candidates, *pipeline.latent_shape))
+    shape = (config.prompts_per_batch, config.sampling.num_candidates, *pipeline.latent_shape)
+    x0 = jnp.zeros(shape, device=batch_sharding(mesh))
     score_latents(params, prompts, x0, jnp.int32(0)).block_until_ready()
     start = time.time()
     score_latents(params, prompts, x0, jnp.int32(0)).block_until_ready()
@@ -151,7 +154,8 @@ def make_pool(
     Everything of a prompt stays on its device.
     """
     predict_guided = make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale)
-    score_latents = make_score_latents(pipeline, scorer, step_aware=config.scorer.step_aware, chunk=config.scorer.chunk)
+    options = {"step_aware": config.scorer.step_aware, "chunk": config.scorer.chunk, "num_devices": mesh.size}
+    score_latents = make_score_latents(pipeline, scorer, **options)
 
     def pool(params: Any, trained: Any, prompts: PromptBatch, key: jax.Array) -> tuple[PreferencePairs, jax.Array]:
         batch_size = prompts.embeddings.shape[0]
@@ -194,24 +198,33 @@ def make_pool(
     return pool
 
 
-def make_generate(
+def make_sample(
     pipeline: Pipeline, schedule: Schedule, *, guidance_scale: float, eta: float, solver: str = "ddim"
 ) -> Callable[..., jax.Array]:
-    """``generate(params, variables, prompts, initial, noise) -> images [B, H, W, 3]``.
+    """``sample_latents(variables, prompts, initial, noise) -> latents [B, h, w, c]``.
 
     ``variables`` are the UNet's: ``{"params": ...}``, with ``"lora"`` for a tuned model. ``noise`` [N, B, h, w, c] may
     be None when ``eta`` is 0. ``solver`` "dpmpp_2m" goes with a schedule of its own and knows no ``eta``.
     """
     predict_guided = make_guided_prediction(pipeline.unet.apply, guidance_scale)
-    decode = make_decode(pipeline)
 
-    def generate(params, variables, prompts, initial, noise=None):
+    def sample_latents(variables, prompts, initial, noise=None):
         def predict(latents, timestep):
             timesteps = jnp.full((latents.shape[0],), timestep)
             return predict_guided(variables, latents, timesteps, *prompts.conditions)
 
         if solver == "dpmpp_2m":
-            return decode(params, sample_dpmpp_2m(predict, schedule, initial))
-        return decode(params, sample(predict, schedule, initial, noise, eta=eta))
+            return sample_dpmpp_2m(predict, schedule, initial)
+        return sample(predict, schedule, initial, noise, eta=eta)
+
+    return sample_latents
+
+
+def make_generate(pipeline: Pipeline, schedule: Schedule, **options: Any) -> Callable[..., jax.Array]:
+    """``generate(params, variables, prompts, initial, noise) -> images [B, H, W, 3]``; see ``make_sample``."""
+    sample_latents, decode = make_sample(pipeline, schedule, **options), make_decode(pipeline)
+
+    def generate(params, variables, prompts, initial, noise=None):
+        return decode(params, sample_latents(variables, prompts, initial, noise))
 
     return generate

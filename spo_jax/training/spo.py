@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spo_jax import rng
-from spo_jax.checkpoints.lora import starting_lora, write_lora
+from spo_jax.checkpoints.lora import write_lora
 from spo_jax.checkpoints.pipeline import (
-    Pipeline,
     read_clip,
     read_pipeline,
     tokenize,
@@ -30,31 +25,26 @@ from spo_jax.checkpoints.pipeline import (
 )
 from spo_jax.checkpoints.write_pipeline import write_pipeline
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
-from spo_jax.diffusion.guidance import make_guided_prediction
-from spo_jax.diffusion.schedule import Schedule, check_trainable, make_schedule
-from spo_jax.distributed.mesh import (
-    batch_sharding,
-    check_divisible,
-    fetch,
-    make_mesh,
-    replicated,
-)
+from spo_jax.diffusion.schedule import check_trainable, make_schedule
+from spo_jax.distributed.mesh import check_divisible, fetch, make_mesh
+from spo_jax.distributed.offload import to_device, weight_placement
+from spo_jax.distributed.pieces import piece_size
 from spo_jax.distributed.processes import is_main_process
-from spo_jax.distributed.sharding import weight_sharding, weight_shardings
+from spo_jax.distributed.sharding import weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.images import grid, to_uint8, write_png
-from spo_jax.preference.scorers import Scorer, make_clip_scorer
+from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training import checkpoint, preemption
 from spo_jax.training.config_check import check_config
-from spo_jax.training.evaluation import encode_prompts, make_measure, summarize
-from spo_jax.training.exchange import arrange, make_exchange
+from spo_jax.training.evaluation import Measured, encode_prompts, make_measure, summarize
 from spo_jax.training.judges import check_function, make_scorer, tokenizer_of
 from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, clipped_warning, read_metrics
 from spo_jax.training.optimizer import make_optimizer
+from spo_jax.training.programs import ENCODE_PARTS, POOL_PARTS, collect, compile_programs, run_updates, starting_state
 from spo_jax.training.report import write_report, write_summary
-from spo_jax.training.rollout import Rollout, make_encode, make_pool, rollout_metrics, shard_prompts, time_score
-from spo_jax.training.update import UpdateMetrics, make_loss, make_update, update_metrics
-from spo_jax.types import PreferencePairs, PromptBatch, TrainState
+from spo_jax.training.rollout import make_encode, rollout_metrics, shard_prompts, time_score
+from spo_jax.training.update import update_metrics
+from spo_jax.types import PromptBatch
 
 NUM_REPORT_PICTURES = 24
 
@@ -81,7 +71,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_divisible("config.prompts_per_batch", config.prompts_per_batch, mesh)
     check_divisible("config.train.minibatch_size", config.train.minibatch_size, mesh)
-    placement = functools.partial(weight_sharding, mesh)
+    placement = weight_placement(mesh, offload=config.offload)
 
     # ---------------------------------------------------------------------------------------------------------- data
     prompts = read_prompts(resolve(config.prompts))
@@ -98,14 +88,18 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     scorer_tokenizer = tokenizer_of(config.scorer.tokenizer, pipeline)
     check_function(
         config.scorer.fn,
-        num_images=config.prompts_per_batch * (config.scorer.chunk or config.sampling.num_candidates),
+        num_images=piece_size(
+            config.prompts_per_batch * config.sampling.num_candidates, mesh.size, config.scorer.chunk
+        ),
         image_size=pipeline.image_size,
         tokenizer=scorer_tokenizer,
     )
     scorer, scorer_params = make_scorer(config.scorer.path, config.scorer.fn, **options)
+    options["sharding"] = lambda path, shape: placement(("judge", *path), shape)
     judge_clip, judge_params = read_clip(resolve(config.evaluation.judge), step_aware=False, **options)
     judge = make_clip_scorer(judge_clip)
     params = {**pipeline.params, "scorer": scorer_params, "judge": judge_params}
+    pool_params = {name: params[name] for name in POOL_PARTS}
     schedule = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
     check_trainable(schedule)
     encode = jax.jit(make_encode(pipeline, scorer))
@@ -113,10 +107,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     # --------------------------------------------------------------------------------------------------------- state
     root = jax.random.key(config.seed)
     optimizer = make_optimizer(config.train)
-    trained = starting_point(config, rng.stream(root, "lora"), params["unet"])
-    # A copy, because the update gives the buffers of the old state away.
-    average = None if config.train.ema_decay is None else jax.tree.map(jnp.copy, trained)
-    state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), average)
+    state = starting_state(config, optimizer, rng.stream(root, "lora"), params["unet"])
     state = jax.device_put(state, weight_shardings(mesh, state))
 
     # ------------------------------------------------------------------------------------------------------- restore
@@ -131,7 +122,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
     # ---------------------------------------------------------------------------------------------------------- loop
     programs = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
-    measure = make_measure(
+    measure_prompts = make_measure(
         pipeline,
         scorer,
         judge,
@@ -140,9 +131,19 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         guidance_scale=config.sampling.guidance_scale,
         eta=config.evaluation.eta,
         batch_size=min(config.evaluation.batch_size, len(held_out)),
+        chunk=config.scorer.chunk,
     )
-    held_out_batch = encode_prompts(encode, params, pipeline, scorer_tokenizer, held_out)
-    judge_text = jax.jit(judge.encode_text)(params["judge"], tokenize(pipeline.tokenizer, held_out))
+
+    def encode_texts(texts: list[str]) -> PromptBatch:
+        some = to_device({name: part for name, part in params.items() if name in ENCODE_PARTS})
+        return encode_prompts(encode, some, pipeline, scorer_tokenizer, texts)
+
+    def measure(trained: Any, prompts: PromptBatch) -> Measured:
+        some = pool_params | {"judge": to_device(params["judge"])}
+        return measure_prompts(some, trained, prompts, judge_text, evaluation_key)
+
+    held_out_batch = encode_texts(held_out)
+    judge_text = jax.jit(judge.encode_text)(to_device(params["judge"]), tokenize(pipeline.tokenizer, held_out))
     evaluation_key = rng.stream(root, "evaluation")
     seconds_per_score = 0.0
     history: list[dict[str, float]] = []
@@ -173,12 +174,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     ):
         for batch in range(first_batch, config.num_batches):
             indices = batch_indices(len(prompts), config.prompts_per_batch, config.seed, batch)
-            prompt_batch = encode_prompts(encode, params, pipeline, scorer_tokenizer, [prompts[i] for i in indices])
-            prompt_batch = shard_prompts(prompt_batch, mesh)
+            prompt_batch = shard_prompts(encode_texts([prompts[i] for i in indices]), mesh)
             if batch == first_batch:
-                seconds_per_score = time_score(config, pipeline, scorer, params, prompt_batch)
+                seconds_per_score = time_score(config, pipeline, scorer, pool_params, prompt_batch, mesh)
             start = time.time()
-            rollout = collect(programs, params, state.trained, prompt_batch, rng.stream(root, "rollout", batch))
+            rollout = collect(programs, pool_params, state.trained, prompt_batch, rng.stream(root, "rollout", batch))
             num_valid = int(rollout.num_valid)
             if preempted():
                 break  # without updates of this batch: the next run makes the same pool again
@@ -212,7 +212,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             if config.validation.every and (done or finished % config.validation.every == 0):
                 rows = slice(0, config.validation.num_prompts)
                 some = held_out_batch.map_rows(itemgetter(rows))
-                shown = measure(params, state.result, some, judge_text[rows], evaluation_key)
+                shown = measure(state.result, some)
                 if main:
                     sheet = grid(to_uint8(shown.images))
                     write_png(workdir / "validation" / f"batch_{finished:06d}.png", sheet, zoom=3)
@@ -226,8 +226,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     write_result(workdir, state.result, pipeline.folder)
 
     # ------------------------------------------------------------------------------------------------------ evidence
-    base = measure(params, {}, held_out_batch, judge_text, evaluation_key)
-    tuned = measure(params, state.result, held_out_batch, judge_text, evaluation_key)
+    base = measure({}, held_out_batch)
+    tuned = measure(state.result, held_out_batch)
     summary = {
         **summarize(base, tuned),
         "seconds": round(time.time() - began + seconds_before, 1),
@@ -254,14 +254,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
-def starting_point(config: ConfigDict, key: jax.Array, unet_params: Any) -> Any:
-    """The trained variables before the first update: adapters, or with rank 0 a float32 copy of the whole UNet."""
-    if config.lora.rank == 0:
-        return {"params": jax.tree.map(lambda x: jnp.array(x, jnp.float32), unet_params)}
-    start_from = resolve(config.lora.init) if config.lora.init else None
-    return {"lora": starting_lora(key, unet_params, config.lora.rank, start_from)}
-
-
 def write_result(workdir: Path, trained: Any, source: Path) -> None:
     """Writes ``pytorch_lora_weights.safetensors``, or after full fine-tuning the pipeline folder ``model``.
 
@@ -274,58 +266,3 @@ def write_result(workdir: Path, trained: Any, source: Path) -> None:
         write_lora(workdir, trained["lora"])
     elif not (workdir / "model").exists():
         write_pipeline(workdir / "model", source, trained["params"])
-
-
-class Programs(NamedTuple):
-    """The programs of training, each compiled once in a run."""
-
-    pool: Callable[..., tuple[PreferencePairs, jax.Array]]
-    arrange: Callable[..., tuple[jax.Array, ...]]
-    exchange: Callable[..., tuple[PromptBatch, PreferencePairs, jax.Array]]
-    update: Callable[..., tuple[TrainState, UpdateMetrics]]
-
-
-def compile_programs(
-    config: ConfigDict,
-    pipeline: Pipeline,
-    scorer: Scorer,
-    schedule: Schedule,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    state: TrainState,
-) -> Programs:
-    """The programs; of ``state`` only the shapes are read, to keep it split over the devices as it is."""
-    predict = make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale)
-    options = {"eta": config.sampling.eta, "beta": config.loss.beta, "clip_range": config.loss.clip_range}
-    update = make_update(make_loss(predict, schedule, **options), optimizer, config.train.ema_decay or 0.0)
-    everywhere, by_prompt = replicated(mesh), batch_sharding(mesh, axis=1)
-    return Programs(
-        pool=jax.jit(make_pool(config, pipeline, scorer, schedule, mesh), out_shardings=by_prompt),
-        arrange=jax.jit(arrange, out_shardings=everywhere),
-        exchange=jax.jit(make_exchange(mesh, config.train.minibatch_size)),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(weight_shardings(mesh, state), everywhere)),
-    )
-
-
-def collect(programs: Programs, params: Any, trained: Any, prompts: PromptBatch, key: jax.Array) -> Rollout:
-    """Samples a batch of prompts and orders its pairs."""
-    pairs, scores = programs.pool(params, trained, prompts, key)
-    return Rollout(pairs, *programs.arrange(key, pairs.valid, scores))
-
-
-def run_updates(
-    config: ConfigDict,
-    programs: Programs,
-    state: TrainState,
-    params: Any,
-    prompts: PromptBatch,
-    rollout: Rollout,
-    num_valid: int,
-) -> tuple[TrainState, list[UpdateMetrics]]:
-    """One optimizer step for each minibatch of valid pairs; none if no pair is valid."""
-    updates = []
-    for start in range(0, num_valid, config.train.minibatch_size):
-        minibatch = programs.exchange(prompts, rollout.pairs, rollout.order, rollout.num_valid, jnp.int32(start))
-        state, metrics = programs.update(state, params, *minibatch)
-        updates.append(metrics)
-    return state, jax.device_get(updates)

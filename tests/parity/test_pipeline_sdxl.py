@@ -32,8 +32,9 @@ from spo_jax.training import spm
 from spo_jax.training.evaluation import encode_prompts
 from spo_jax.training.metrics import read_metrics
 from spo_jax.training.optimizer import make_optimizer
+from spo_jax.training.programs import collect, compile_programs, run_updates
 from spo_jax.training.rollout import make_encode, make_generate, shard_prompts
-from spo_jax.training.spo import collect, compile_programs, run_updates, train
+from spo_jax.training.spo import train
 from spo_jax.types import TrainState
 from tests.parity.test_live_pytorch import randomize
 from tests.preference_data import record

@@ -132,7 +132,13 @@ def test_full_fine_tuning_writes_a_pipeline_that_diffusers_reads(tmp_path, cache
     from tests import pictures
 
     changes = {"lora__rank": 0, "num_batches": 2, "train__optimizer": "adafactor", "train__accumulation_steps": 2}
-    changes |= {"train__ema_decay": 0.5, "train__learning_rate": 1e-3, "remat": True, "scorer__chunk": 1}
+    changes |= {
+        "train__ema_decay": 0.5,
+        "train__learning_rate": 1e-3,
+        "remat": True,
+        "offload": True,
+        "scorer__chunk": 1,
+    }
     workdir = tmp_path / "w"
     for _ in range(2):
         result = run(command(workdir, **changes), environment(cache))

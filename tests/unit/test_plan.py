@@ -248,7 +248,7 @@ def worst_of(sizes, limit):
 def test_knobs_are_turned_for_the_program_that_needs_most_until_all_fit():
     def sizes(config):
         return {
-            "pool": config.prompts_per_batch * (config.scorer.chunk or 4),
+            "pool": config.prompts_per_batch * ((config.scorer.chunk or 40) + 9) / 10,
             "update": config.train.minibatch_size * (1 if config.remat else 3),
             "evaluation": config.evaluation.batch_size,
         }
@@ -258,6 +258,7 @@ def test_knobs_are_turned_for_the_program_that_needs_most_until_all_fit():
     assert changed == {
         "scorer.chunk": 1,
         "remat": True,
+        "offload": True,
         "train.minibatch_size": 20,
         "train.accumulation_steps": 2,
         "prompts_per_batch": 20,
@@ -277,6 +278,13 @@ def test_spm_takes_chunks_that_devices_can_split():
     config.mesh.fsdp = 8
     _, changed = search(config, 8, lambda c: ("update", c.remat and 0 < c.chunk <= 16, 0))
     assert changed == {"remat": True, "chunk": 16}
+
+
+def test_pictures_of_evaluation_are_judged_in_pieces_and_then_fewer():
+    _, changed = search(
+        common.get_config(), 2, lambda c: ("evaluation", c.offload and c.evaluation.batch_size * c.scorer.chunk == 4, 0)
+    )
+    assert changed == {"scorer.chunk": 1, "offload": True, "evaluation.batch_size": 4}
 
 
 def test_where_no_knob_is_left_there_is_no_proposal():

@@ -1,9 +1,12 @@
 """What a config can switch on: the shipped recipes, memory savers, accumulation, averages, warnings."""
 
 import functools
+import re
 from importlib import import_module
 
 import chex
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +16,9 @@ import pytest
 from configs import common, tiny
 from spo_jax.checkpoints.pipeline import read_pipeline, with_vae
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.distributed.mesh import make_mesh
+from spo_jax.distributed.mesh import batch_sharding, make_mesh, replicated
+from spo_jax.distributed.offload import to_device, weight_placement
+from spo_jax.distributed.pieces import map_in_pieces, piece_size
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
@@ -25,8 +30,8 @@ from spo_jax.training.evaluation import encode_prompts
 from spo_jax.training.losses import PairLoss
 from spo_jax.training.metrics import CLIPPED_BATCHES, clipped_warning
 from spo_jax.training.optimizer import make_optimizer
+from spo_jax.training.programs import collect, compile_programs, run_updates, starting_state
 from spo_jax.training.rollout import make_encode, make_score_latents, shard_prompts
-from spo_jax.training.spo import collect, compile_programs, run_updates, starting_point
 from spo_jax.training.update import make_update
 from spo_jax.types import PreferencePairs, PromptBatch, TrainState
 from tests.golden_data import FOLDER
@@ -94,20 +99,83 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert "remat" in str(jax.make_jaxpr(jax.grad(loss))(lora))
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
+def test_pieces_are_of_one_size_and_not_above_the_limit():
+    assert piece_size(40, num_devices=1, limit=8) == 8
+    assert piece_size(4 * 14, num_devices=4, limit=8) == 4 * 7
+    assert piece_size(8, num_devices=2, limit=0) == piece_size(8, num_devices=2, limit=100) == 8
+    assert piece_size(7, num_devices=1, limit=6) == 1
+
+
+@hypothesis.given(
+    st.integers(1, 4).flatmap(lambda d: st.tuples(st.just(d), st.integers(1, 9).map(lambda n: n * d))),
+    st.integers(0, 5),
+)
+def test_pieces_give_what_the_whole_gives(sizes, limit):
+    num_devices, count = sizes
+    size = piece_size(count, num_devices, limit)
+    rows = {"a": jnp.arange(count), "b": jnp.arange(2 * count).reshape(count, 2)}
+    largest = []
+
+    def function(rows):
+        largest.append(len(rows["a"]))
+        return rows["a"] + 10 * rows["b"][:, 1], rows["b"]
+
+    pieces = map_in_pieces(function, rows, size)
+    assert max(largest) == size and (limit == 0 or size <= limit * num_devices)
+    chex.assert_trees_all_equal(pieces, function(rows))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_scores_do_not_depend_on_how_many_are_made_at_a_time(chunk):
     pipeline = read_pipeline(resolve("emoji:model"))
     scorer = Scorer(lambda params, tokens: tokens, lambda params, images, text, t: images.mean((1, 2, 3)) * text + t)
     prompts = PromptBatch(jnp.zeros((2, 1, 1)), jnp.zeros((1, 1, 1)), jnp.array([1.0, -3.0]))
     latents = jax.random.normal(jax.random.key(0), (2, 4, *pipeline.latent_shape))
     whole, parts = (
-        make_score_latents(pipeline, scorer, step_aware=True, chunk=size)(
+        make_score_latents(pipeline, scorer, step_aware=True, chunk=size, num_devices=devices)(
             pipeline.params | {"scorer": {}}, prompts, latents, jnp.int32(7)
         )
-        for size in (0, chunk)
+        for size, devices in ((0, 1), (chunk, 2))
     )
     np.testing.assert_allclose(whole, parts, atol=1e-5)
     assert len(np.unique(np.asarray(whole))) == 8
+
+
+def test_a_device_decodes_its_own_pictures_one_at_a_time():
+    """On eight devices with two prompts each and two candidates: four rounds of one picture, and nothing is sent."""
+    mesh = make_mesh(-1, 1)
+    pipeline = read_pipeline(resolve("emoji:model"))
+    heights = []
+
+    def look(params, images, text, timesteps):
+        heights.append(images.shape[0])
+        return images.mean((1, 2, 3))
+
+    scorer = Scorer(lambda params, tokens: tokens, look)
+    spread = batch_sharding(mesh)
+    prompts = PromptBatch(jnp.zeros((16, 1, 1)), jnp.zeros((1, 1, 1)), jax.device_put(jnp.ones(16), spread))
+    latents = jax.device_put(jnp.zeros((16, 2, *pipeline.latent_shape)), spread)
+    score = make_score_latents(pipeline, scorer, step_aware=True, chunk=1, num_devices=8)
+    params = jax.device_put(pipeline.params | {"scorer": {}}, replicated(mesh))
+    compiled = jax.jit(score, out_shardings=spread).lower(params, prompts, latents, jnp.int32(7)).compile().as_text()
+    assert heights == [8]
+    height, width = pipeline.image_size
+    assert re.search(rf"f32\[1,{height},{width},3\]", compiled), "the picture of a device"
+    assert not re.search(r"all-reduce|all-gather|all-to-all|collective-permute", compiled)
+
+
+def test_weights_that_are_seldom_used_wait_in_the_hosts_memory():
+    mesh = make_mesh(1, 8)
+    kinds = {}
+    for offload in (False, True):
+        pipeline = read_pipeline(resolve("emoji:model"), sharding=weight_placement(mesh, offload=offload))
+        kinds[offload] = {
+            name: {x.sharding.memory_kind for x in jax.tree.leaves(part)} for name, part in pipeline.params.items()
+        }
+        visiting = to_device(pipeline.params["text_encoder"])
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(visiting)} == {"device"}
+    assert kinds[False] == {name: {"device"} for name in ("unet", "vae", "text_encoder")}
+    assert kinds[True] == kinds[False] | {"text_encoder": {"pinned_host"}}
 
 
 def test_an_autoencoder_of_other_latents_is_refused():
@@ -197,8 +265,7 @@ def test_split_weights_and_state_give_the_update_of_whole_ones():
             make_encode(pipeline, scorer), params, pipeline, pipeline.tokenizer, ["a fox on a teal background"] * 8
         )
         prompts = shard_prompts(prompts, mesh)
-        trained = starting_point(config, jax.random.key(0), params["unet"])
-        state = TrainState(jnp.int32(0), trained, optimizer.init(trained))
+        state = starting_state(config, optimizer, jax.random.key(0), params["unet"])
         state = jax.device_put(state, weight_shardings(mesh, state))
         schedule = make_schedule(pipeline.scheduler_config, 4)
         programs = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
