@@ -69,6 +69,7 @@ def main() -> None:
     from spo_jax.distributed.processes import is_main_process
     from spo_jax.emoji import resolve
     from spo_jax.training import pair_accuracy
+    from spo_jax.training.judged_pairs import total_state
     from spo_jax.training.judges import check_function, load_function, make_scorer, tokenizer_of
     from spo_jax.training.noisy_pairs import make_predict_clean
     from spo_jax.training.pair_accuracy import Judge, accuracy_row, accuracy_table, first_pairs, make_measure_accuracy
@@ -108,15 +109,16 @@ def main() -> None:
     measure = make_measure_accuracy(pipeline, predict_clean, judges, mesh)
     num_pairs = min(NUM_PAIRS.value or len(source), len(source))
     once = {"seed": 0, "shuffle": False, "num_epochs": 1, "num_workers": NUM_WORKERS.value}
-    with contextlib.closing(
-        PairLoader(source, batch_size=BATCH_SIZE.value, size=pipeline.image_size, **once)
-    ) as loader:
+    once |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    local_size = BATCH_SIZE.value // jax.process_count()
+    with contextlib.closing(PairLoader(source, batch_size=local_size, size=pipeline.image_size, **once)) as loader:
         bar = {"unit": "batch", "dynamic_ncols": True, "disable": not is_main_process()}
         num_batches = -(-num_pairs // BATCH_SIZE.value)
         batches = tqdm(first_pairs(loader, num_pairs), "pairs", num_batches, **bar)
         key = rng.stream(jax.random.key(SEED.value), "accuracy")
         measured = measure({**pipeline.params, "judges": params}, batches, timesteps, key)
-        skipped = {name: count for name, count in loader.state()["counts"].items() if count and name != "used"}
+        counts = total_state(loader.state())["counts"]
+        skipped = {name: count for name, count in counts.items() if count and name != "used"}
 
     some = measured[timesteps[0]].accuracy[pair_accuracy.SCORER]
     if not some.count:
@@ -125,8 +127,8 @@ def main() -> None:
         return
     print(accuracy_table(measured, list(judges)))
     left_out = {"ties": int(some.ties)} if some.ties else {}
-    counts = "".join(f", {name} left out: {count}" for name, count in (left_out | skipped).items())
-    print(f"{some.count:.0f} pairs{counts}.")
+    said = "".join(f", {name} left out: {count}" for name, count in (left_out | skipped).items())
+    print(f"{some.count:.0f} pairs{said}.")
     if out is not None:
         numbers = {
             **{flag.name: flag.value for flag in (SCORER, FN, PLAIN, PAIRS, MODEL, GUIDANCE_SCALE, SEED)},

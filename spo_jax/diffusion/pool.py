@@ -80,15 +80,17 @@ def sample_pool(
         mean, sigma = ddim_distribution(schedule, x0, eps, timestep, previous, eta)
         return mean + sigma * step_noise
 
-    def plain_step(latents, inputs):
-        timestep, previous, step_noise = inputs
-        x0, eps = look_ahead(latents, timestep)
-        return draw(x0, eps, timestep, previous, step_noise[:, None]), None
+    def plain_step(states, inputs):
+        _, x0, eps = states
+        step, step_noise = inputs
+        drawn = draw(x0, eps, timesteps[step - 1], previous_timesteps[step - 1], step_noise[:, None])
+        latents = jnp.where(step == 0, initial, drawn)
+        return (latents, *look_ahead(latents, timesteps[step])), None
 
-    latents = noise.initial.astype(jnp.float32)[:, None]
-    plain_inputs = (timesteps[:first], previous_timesteps[:first], noise.plain)
-    latents, _ = jax.lax.scan(plain_step, latents, plain_inputs)
-    states = (latents, *look_ahead(latents, timesteps[first]))
+    # The first look needs no step before it; in one loop with the others the network is compiled once for all of them.
+    initial = noise.initial.astype(jnp.float32)[:, None]
+    plain_noise = jnp.concatenate([jnp.zeros_like(noise.initial)[None], noise.plain])
+    states, _ = jax.lax.scan(plain_step, (initial,) * 3, (jnp.arange(first + 1), plain_noise))
 
     # Where candidates start a step: one [B, 1, h, w, c] for all, or with inner steps each its own, [B, k, h, w, c].
     batch_size, num_candidates = noise.candidates.shape[1:3]

@@ -190,10 +190,9 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
         measure = make_measure_batch(pipeline, scorer, judge, schedule, mesh, **options)
         rows = round_up(min(config.evaluation.batch_size, num_texts), mesh.size)
         some = held_out.map_rows(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype))
-        keys = split(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)))
-        arguments = pool_params | visiting("judge"), {"params": params["unet"], **state.trained}
-        some = _prompt_shards(mesh, some)
-        return jax.jit(measure, out_shardings=replicated(mesh)), (*arguments, some, judge_text, keys)
+        weights = pool_params | visiting("judge"), {"params": params["unet"], **state.trained}
+        rest = _prompt_shards(mesh, some), judge_text, key(), split(jax.ShapeDtypeStruct((rows,), jnp.int32))
+        return jax.jit(measure, out_shardings=replicated(mesh)), weights + rest
 
     programs = {
         "encode": encoding,

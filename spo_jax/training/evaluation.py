@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from spo_jax import rng
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import Schedule
-from spo_jax.distributed.mesh import batch_sharding, constrain_batch, replicated, round_up
+from spo_jax.distributed.mesh import batch_sharding, replicated, round_up
 from spo_jax.distributed.pieces import map_in_pieces, piece_size
 from spo_jax.preference.colorfulness import colorfulness
 from spo_jax.preference.scorers import Scorer
@@ -44,16 +44,17 @@ def make_measure_batch(
     eta: float,
     chunk: int,
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """``measure_batch(params, variables, prompts, judge_text [n, E], keys [B])``, the program behind ``make_measure``.
+    """``measure_batch(params, variables, prompts, judge_text [n, E], key, numbers int32 [B])``.
 
-    It gives images [B, H, W, 3], preference scores, colourfulness, and the nearest of the n captions, [B] each.
+    The program behind ``make_measure``, of B of the n prompts with their numbers. It gives images [B, H, W, 3],
+    preference scores, colourfulness, and the nearest of the n captions, [B] each.
     """
     sample_latents = make_sample(pipeline, schedule, guidance_scale=guidance_scale, eta=eta)
     decode = make_decode(pipeline)
     shape = pipeline.latent_shape
 
-    def measure_batch(params, variables, prompts: PromptBatch, judge_text, keys):
-        keys = constrain_batch(mesh, keys)
+    def measure_batch(params, variables, prompts: PromptBatch, judge_text, key, numbers):
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
         initial = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "initial"), shape))(keys)
         noise = None
         if eta > 0:
@@ -72,7 +73,7 @@ def make_measure_batch(
             return images, scores, colorfulness(images), similarity.argmax(axis=0)
 
         latents = sample_latents(variables, prompts, initial, noise)
-        return map_in_pieces(look, (latents, prompts.scorer_text), piece_size(len(keys), mesh.size, chunk))
+        return map_in_pieces(look, (latents, prompts.scorer_text), piece_size(len(numbers), mesh.size, chunk))
 
     return measure_batch
 
@@ -113,15 +114,14 @@ def make_measure(
 
     def measure(params: Any, trained: Any, prompts: PromptBatch, judge_text: jax.Array, key: jax.Array) -> Measured:
         count = prompts.embeddings.shape[0]
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
         variables = {"params": params["unet"], **trained}
         results = []
         for start in range(0, count, batch_size):
             # The last batch is filled up with prompts from the start, so that one program serves all.
-            rows = np.arange(start, start + batch_size) % count
+            rows = np.arange(start, start + batch_size, dtype=np.int32) % count
             batch = shard_prompts(prompts.map_rows(itemgetter(rows)), mesh)
-            some_keys = jax.device_put(keys[rows], batch_sharding(mesh))
-            outputs = jax.device_get(one_batch(params, variables, batch, judge_text, some_keys))
+            numbers = jax.device_put(rows, batch_sharding(mesh))
+            outputs = jax.device_get(one_batch(params, variables, batch, judge_text, key, numbers))
             results.append([values[: count - start] for values in outputs])
         images, scores, colors, nearest = (np.concatenate(column) for column in zip(*results, strict=True))
         return Measured(images, scores, colors, nearest == np.arange(count))

@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
@@ -123,11 +124,16 @@ def make_measure_accuracy(
 
 
 def first_pairs(batches: Iterable[PairBatch], count: int) -> Iterator[PairBatch]:
-    """The first ``count`` pairs that have a weight: all behind them get weight 0."""
+    """The first ``count`` pairs that have a weight, in all processes together: all behind them get weight 0.
+
+    All processes must go through it, each with its share of every batch as ``PairLoader`` gives it.
+    """
     for batch in batches:
-        real = batch.weights > 0
-        yield dataclasses.replace(batch, weights=np.where(np.cumsum(real) <= count, batch.weights, np.float32(0)))
-        count -= int(real.sum())
+        # Row r of process i is row r * P + i of the batch of all P processes.
+        usable = np.asarray(multihost_utils.process_allgather(batch.weights > 0)).T
+        number = np.cumsum(usable).reshape(usable.shape)[:, jax.process_index()]
+        yield dataclasses.replace(batch, weights=np.where(number <= count, batch.weights, np.float32(0)))
+        count -= int(usable.sum())
         if count <= 0:
             return
 

@@ -172,7 +172,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         """Accuracy by timestep on the validation pairs, always the same with the same noise; None if preempted."""
         params = {**pipeline.params, "judges": dict.fromkeys(judges, state.result) | fixed}
         with contextlib.closing(validation_pairs()) as loader:
-            batches = first_pairs(loader, config.validation.num_pairs // jax.process_count())
+            batches = first_pairs(loader, config.validation.num_pairs)
             batches = itertools.takewhile(lambda _: not preempted(), batches)
             totals = measure_accuracy(params, batches, config.validation.timesteps, validation_key)
         if preempted():

@@ -41,7 +41,7 @@ processes.HEARTBEAT_SECONDS = 5
 from spo_jax import cli, main
 cli.run(main.main)
 """
-LIMIT = 120  # seconds in which a process has to end by itself when the other one has gone, or when it is told to
+LIMIT = 300  # seconds in which a process has to end by itself when the other one has gone, or when it is told to
 
 
 class Pair:

@@ -2,15 +2,17 @@
 
 import json
 import os
-import socket
-import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from spo_jax.checkpoints.safetensors_io import read_tensors
+from spo_jax.data.builder import write_split
 from spo_jax.training.metrics import read_metrics
-from tests.system.commands import ROOT, command, environment, run
+from tests.preference_data import DAMAGE, damage, record
+from tests.system.commands import command, environment, run
+from tests.system.together import run_together
 
 SETTINGS = {"num_batches": 2, "checkpoint__every": 2}
 
@@ -29,32 +31,6 @@ def alone(tmp_path_factory, cache):
     return workdir
 
 
-def train_together(workdir, cache, count, **changes):
-    """Runs the command in so many processes of one device each; returns what they printed."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = [f"--coordinator_address={address}", f"--num_processes={count}"]
-    started = [
-        subprocess.Popen(
-            [*command(workdir, **SETTINGS, **changes), *flags, f"--process_id={i}"],
-            cwd=ROOT,
-            env=environment(cache),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(count)
-    ]
-    try:
-        outputs = [process.communicate(timeout=900) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, errors) in zip(started, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [output for output, _ in outputs]
-
-
 def check_equal(workdir, alone):
     ours, theirs = (read_tensors(w / "pytorch_lora_weights.safetensors") for w in (workdir, alone))
     assert ours.keys() == theirs.keys()
@@ -69,7 +45,7 @@ def check_equal(workdir, alone):
 
 
 def test_two_processes_train_the_adapters_of_one_and_the_first_one_writes(tmp_path, alone, cache):
-    first, second = train_together(tmp_path / "w", cache, 2)
+    first, second = run_together(command(tmp_path / "w", **SETTINGS), environment(cache), 2)
     check_equal(tmp_path / "w", alone)
     assert "Report:" in first and "Report:" not in second
     ours, theirs = (json.loads((w / "summary.json").read_text(encoding="utf-8")) for w in (tmp_path / "w", alone))
@@ -79,5 +55,58 @@ def test_two_processes_train_the_adapters_of_one_and_the_first_one_writes(tmp_pa
 
 @pytest.mark.slow
 def test_four_processes_that_also_split_the_weights_train_the_adapters_of_one(tmp_path, alone, cache):
-    train_together(tmp_path / "w", cache, 4, mesh__data=2, mesh__fsdp=2)
+    arguments = command(tmp_path / "w", **SETTINGS, mesh__data=2, mesh__fsdp=2)
+    run_together(arguments, environment(cache), 4)
     check_equal(tmp_path / "w", alone)
+
+
+# -------------------------------------------------------------------------------------------------- preference model
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Every fifth record of both splits is damaged, every third one a tie."""
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    for split, first in (("train", 0), ("validation", 1000)):
+        records = [record(first + i) for i in range(30)]
+        for i in range(0, 30, 5):
+            records[i] = damage(records[i], list(DAMAGE)[i // 5])
+        write_split(folder, split, records)
+    return folder
+
+
+def test_two_processes_evaluate_the_pairs_of_one(data, cache, tmp_path):
+    """The first pairs that can be used, whoever has them; records that cannot are counted in all processes."""
+    results = []
+    for count in (1, 2):
+        out = tmp_path / f"{count}.json"
+        arguments = [sys.executable, "-m", "spo_jax.evaluate", f"--pairs={data}@validation", "--model=emoji:model"]
+        arguments += ["--scorer=emoji:model/scorer", "--timesteps=501", "--num_pairs=13", "--batch_size=4"]
+        outputs = run_together([*arguments, "--num_workers=0", f"--out={out}"], environment(cache), count)
+        assert ["pairwise accuracy" in output for output in outputs] == [True] + [False] * (count - 1)
+        results.append(json.loads(out.read_text(encoding="utf-8")))
+    alone, together = results
+    assert together == alone
+    assert alone["num_pairs"] + alone["num_ties"] == 13 and sum(alone["skipped"].values()) == 4
+
+
+def test_two_processes_train_the_preference_model_of_one(data, cache, tmp_path):
+    changes = {"num_steps": 4, "train.batch_size": 8, "train.warmup_steps": 1, "train.ema_decay": 0.5, "log_every": 2}
+    changes |= {"checkpoint.every": 2, "validation.every": 4, "validation.num_pairs": 13, "validation.batch_size": 4}
+    changes |= {"validation.timesteps": "(0, 701)", "data.num_workers": 1}
+    changes |= {"data.train": f"{data}@train", "data.validation": f"{data}@validation"}
+    rows, summaries = [], []
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        arguments = [sys.executable, "-m", "spo_jax.main", "--config=configs/spm_tiny.py", f"--workdir={workdir}"]
+        run_together([*arguments, *(f"--config.{key}={x}" for key, x in changes.items())], environment(cache), count)
+        rows.append(read_metrics(workdir / "metrics.jsonl"))
+        summaries.append(json.loads((workdir / "summary.json").read_text(encoding="utf-8")))
+    alone, together = rows
+    assert [row["step"] for row in alone] == [2, 4]
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            if "seconds" not in key:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4 if key == "grad_norm" else 1e-5), key
+    alone, together = summaries
+    assert together["records"] == alone["records"] and together["best_step"] == alone["best_step"]
+    assert together["accuracy"] == alone["accuracy"]
