@@ -138,13 +138,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         some = to_device({name: part for name, part in params.items() if name in ENCODE_PARTS})
         return encode_prompts(encode, some, pipeline, scorer_tokenizer, texts)
 
+    held_out_batch = encode_texts(held_out)
+    judge_text = jax.jit(judge.encode_text)(to_device(params["judge"]), tokenize(pipeline.tokenizer, held_out))
+    evaluation_key = rng.stream(root, "evaluation")
+
     def measure(trained: Any, prompts: PromptBatch) -> Measured:
         some = pool_params | {"judge": to_device(params["judge"])}
         return measure_prompts(some, trained, prompts, judge_text, evaluation_key)
 
-    held_out_batch = encode_texts(held_out)
-    judge_text = jax.jit(judge.encode_text)(to_device(params["judge"]), tokenize(pipeline.tokenizer, held_out))
-    evaluation_key = rng.stream(root, "evaluation")
     seconds_per_score = 0.0
     history: list[dict[str, float]] = []
     warned = False

@@ -88,6 +88,7 @@ def test_two_processes_evaluate_the_pairs_of_one(data, cache, tmp_path):
     assert alone["num_pairs"] + alone["num_ties"] == 13 and sum(alone["skipped"].values()) == 4
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_preference_model_of_one(data, cache, tmp_path):
     changes = {"num_steps": 4, "train.batch_size": 8, "train.warmup_steps": 1, "train.ema_decay": 0.5, "log_every": 2}
     changes |= {"checkpoint.every": 2, "validation.every": 4, "validation.num_pairs": 13, "validation.batch_size": 4}
