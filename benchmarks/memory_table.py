@@ -107,8 +107,9 @@ def rows(results: dict[str, Any]) -> list[str]:
         limit = parse_target(cell.target).limit or 0
         cells = [_entry(found[program]) for program in PROGRAMS]
         known = [entry for entry in found.values() if entry]
-        fits = all(entry["status"] == "compiled" and entry["exact"] <= limit for entry in known)
-        word = "no" if not fits else "yes" if len(known) == len(PROGRAMS) else "so far"
+        compiled = [entry for entry in known if entry["status"] != "failed"]
+        fits = all(entry["status"] == "compiled" and entry["exact"] <= limit for entry in compiled)
+        word = "no" if not fits else "yes" if len(compiled) == len(PROGRAMS) else "so far"
         made = f"{max(e['date'] for e in known)}, {known[0]['versions']}"
         row = [cell.name, cell.target, f"{limit / GIB:.1f}", *cells, word, made]
         lines.append("| " + " | ".join(row) + " |")
@@ -119,7 +120,7 @@ def _entry(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return "-"
     if entry["status"] == "failed":
-        return f"not known ({entry['message']})"
+        return "the compiler fails"
     more = "more than " if entry["status"] == "too large" and not entry["exact"] else ""
     off = f" ({entry['estimate'] / entry['exact'] - 1:+.0%})" if entry["status"] == "compiled" else ""
     return f"{more}{entry['exact'] / GIB:.1f}{off}"
