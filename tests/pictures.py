@@ -39,14 +39,19 @@ def initial_latents():
     return draw_noise(0, 0, len(PROMPTS), emoji_pipeline().latent_shape, STEPS)[0]
 
 
-def ours(lora=None, solver="ddim", steps=STEPS, folder=None):
-    """Pictures of our sampler, int [2, H, W, 3] in 0 to 255: of a pipeline folder, emoji by default."""
+@functools.cache
+def _our_sampler(folder, solver, steps):
+    """A pipeline and its program, which is compiled once for all adapters."""
     pipeline = emoji_pipeline() if folder is None else read_pipeline(folder)
-
-    prompts = encode_prompts(make_encode(pipeline, scorer=None), pipeline.params, pipeline, None, PROMPTS)
     make = make_dpm_schedule if solver == "dpmpp_2m" else make_schedule
     schedule = make(pipeline.scheduler_config, steps)
-    generate = jax.jit(make_generate(pipeline, schedule, guidance_scale=5.0, eta=0.0, solver=solver))
+    return pipeline, jax.jit(make_generate(pipeline, schedule, guidance_scale=5.0, eta=0.0, solver=solver))
+
+
+def ours(lora=None, solver="ddim", steps=STEPS, folder=None):
+    """Pictures of our sampler, int [2, H, W, 3] in 0 to 255: of a pipeline folder, emoji by default."""
+    pipeline, generate = _our_sampler(folder, solver, steps)
+    prompts = encode_prompts(make_encode(pipeline, scorer=None), pipeline.params, pipeline, None, PROMPTS)
     variables = {"params": pipeline.params["unet"]} | ({} if lora is None else {"lora": lora})
     images = generate(pipeline.params, variables, prompts, initial_latents())
     return to_uint8(images).astype(int)

@@ -1,5 +1,6 @@
 """Runs the project's commands as a user would, on the shipped emoji model, as small as they can be."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,12 @@ import time
 from pathlib import Path
 from typing import IO
 
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from spo_jax.errors import UserError
+from spo_jax.training import spm, spo
 from spo_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +40,7 @@ def environment(cache: Path, num_devices: int = 1) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "HF_HUB_OFFLINE": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
     }
 
@@ -47,6 +55,19 @@ def command(workdir: Path, **overrides) -> list[str]:
 def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
     """Runs to the end and returns exit code and output."""
     return subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+
+
+def mistake(arguments: list[str]) -> str:
+    """The sentence that a training command ends with, without a process of its own for it."""
+    given, values = arguments[2:], flags.FlagValues()  # from the module's name on, which stands for the program's
+    config = config_flags.DEFINE_config_file("config", lock_config=True, sys_argv=given, flag_values=values)
+    workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+    with contextlib.chdir(ROOT):
+        values(given)
+        train = {"spo": spo.train, "spm": spm.train}[config.value.method]
+        with pytest.raises(UserError) as found:
+            train(config.value, Path(workdir.value))
+    return str(found.value)
 
 
 def kill_after(num_rows: int, workdir: Path, arguments: list[str], env: dict[str, str]) -> str:

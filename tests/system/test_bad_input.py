@@ -8,15 +8,10 @@ import safetensors.numpy
 
 from spo_jax.checkpoints.lora import write_lora
 from tests import pictures
-from tests.system.commands import ROOT, command, environment, run
+from tests.system.commands import ROOT, command, environment, mistake, run
 
 MODEL = ROOT / "spo_jax" / "emoji" / "model"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compilation_cache")
 
 
 @pytest.fixture
@@ -25,14 +20,24 @@ def model(tmp_path):
     return shutil.copytree(MODEL, tmp_path / "model")
 
 
-def refused(arguments, cache, *words):
+def refused(arguments, *words):
+    check(mistake(arguments), words)
+
+
+def refused_by_the_command(arguments, cache, *words):
+    """The same by a process, with exit code and output."""
     result = run(arguments, environment(cache))
     assert result.returncode == 2, result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("spo_jax: error: "), result.stderr
     assert "Traceback" not in result.stderr
+    check(last, words)
+
+
+def check(sentence, words):
+    assert len(sentence.splitlines()) == 1
     for word in words:
-        assert str(word) in last, last
+        assert str(word) in sentence, sentence
 
 
 def edit(path, change):
@@ -42,70 +47,72 @@ def edit(path, change):
 
 
 def test_unknown_config_key(tmp_path, cache):
-    refused(command(tmp_path / "w", train__learning_rat=1.0), cache, "learning_rat")
+    refused_by_the_command(command(tmp_path / "w", train__learning_rat=1.0), cache, "learning_rat")
     assert not (tmp_path / "w").exists()
 
 
 def test_value_of_the_wrong_type(tmp_path, cache):
-    refused(command(tmp_path / "w", train__learning_rate="fast"), cache, "fast")
+    refused_by_the_command(command(tmp_path / "w", train__learning_rate="fast"), cache, "fast")
 
 
 def test_impossible_value(tmp_path, cache):
-    refused(command(tmp_path / "w", sampling__num_candidates=1), cache, "sampling.num_candidates", "at least 2")
+    refused_by_the_command(
+        command(tmp_path / "w", sampling__num_candidates=1), cache, "sampling.num_candidates", "at least 2"
+    )
     assert not (tmp_path / "w").exists()
 
 
-def test_missing_weight_file(tmp_path, cache, model):
+def test_missing_weight_file(tmp_path, model):
     (model / WEIGHTS).unlink()
-    refused(command(tmp_path / "w", model=model), cache, WEIGHTS, "does not exist")
+    refused(command(tmp_path / "w", model=model), WEIGHTS, "does not exist")
     assert not (tmp_path / "w").exists()
 
 
-def test_truncated_weight_file(tmp_path, cache, model):
+def test_truncated_weight_file(tmp_path, model):
     content = (model / WEIGHTS).read_bytes()
     (model / WEIGHTS).write_bytes(content[: len(content) // 2])
-    refused(command(tmp_path / "w", model=model), cache, WEIGHTS, "truncated")
+    refused(command(tmp_path / "w", model=model), WEIGHTS, "truncated")
     assert not (tmp_path / "w").exists()
 
 
-def test_missing_key(tmp_path, cache, model):
+def test_missing_key(tmp_path, model):
     edit(model / WEIGHTS, lambda tensors: tensors.pop("conv_in.weight"))
-    refused(command(tmp_path / "w", model=model), cache, WEIGHTS, "conv_in.weight")
+    refused(command(tmp_path / "w", model=model), WEIGHTS, "conv_in.weight")
 
 
-def test_left_over_key(tmp_path, cache, model):
+def test_left_over_key(tmp_path, model):
     edit(model / WEIGHTS, lambda tensors: tensors.update({"conv_between.weight": np.zeros(3, np.float32)}))
-    refused(command(tmp_path / "w", model=model), cache, WEIGHTS, "conv_between.weight")
+    refused(command(tmp_path / "w", model=model), WEIGHTS, "conv_between.weight")
 
 
-def test_start_from_adapters_of_another_rank(tmp_path, cache):
+def test_start_from_adapters_of_another_rank(tmp_path):
     (tmp_path / "start").mkdir()
     write_lora(tmp_path / "start", pictures.strong_adapters(rank=3))
     start = tmp_path / "start"
-    refused(command(tmp_path / "w", lora__init=start, lora__rank=2), cache, start, "rank 3", "config.lora.rank is 2")
+    refused(command(tmp_path / "w", lora__init=start, lora__rank=2), start, "rank 3", "config.lora.rank is 2")
     assert not (tmp_path / "w").exists()
 
 
-def test_empty_prompt_file(tmp_path, cache):
+def test_empty_prompt_file(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n \n", encoding="utf-8")
-    refused(command(tmp_path / "w", prompts=tmp_path / "prompts.txt"), cache, "prompts.txt", "empty")
+    refused(command(tmp_path / "w", prompts=tmp_path / "prompts.txt"), "prompts.txt", "empty")
     assert not (tmp_path / "w").exists()
 
 
-def test_prompt_file_that_is_not_utf8(tmp_path, cache):
+def test_prompt_file_that_is_not_utf8(tmp_path):
     (tmp_path / "prompts.txt").write_bytes("a café".encode("latin-1"))
-    refused(command(tmp_path / "w", prompts=tmp_path / "prompts.txt"), cache, "prompts.txt", "not UTF-8")
+    refused(command(tmp_path / "w", prompts=tmp_path / "prompts.txt"), "prompts.txt", "not UTF-8")
 
 
-def test_workdir_of_another_config(tmp_path, cache):
+def test_workdir_of_another_config(tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "config.json").write_text('{"seed": 3}', encoding="utf-8")
-    refused(command(tmp_path / "w"), cache, tmp_path / "w", "another config")
+    refused(command(tmp_path / "w"), tmp_path / "w", "another config")
     assert (tmp_path / "w" / "config.json").read_text(encoding="utf-8") == '{"seed": 3}'
     assert len(list((tmp_path / "w").iterdir())) == 1
 
 
 def test_loss_that_is_not_finite(tmp_path, cache, model):
     edit(model / WEIGHTS, lambda tensors: tensors["conv_out.bias"].fill(np.nan))
-    refused(command(tmp_path / "w", model=model), cache, "not finite", "batch 1")
+    refused_by_the_command(command(tmp_path / "w", model=model), cache, "not finite", "batch 1")
     assert not (tmp_path / "w" / "pytorch_lora_weights.safetensors").exists()

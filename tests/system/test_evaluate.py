@@ -14,11 +14,6 @@ NUM_PAIRS = 9
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compilation_cache")
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory, cache):
     """Grey and colourful flat pictures, of which people prefer the colourful ones; the last pair is a tie."""
     folder = tmp_path_factory.mktemp("data")

@@ -12,11 +12,6 @@ from spo_jax.preference.colorfulness import colorfulness
 from tests.system.commands import ROOT, command, environment
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compilation_cache")
-
-
 @pytest.fixture
 def example(tmp_path):
     """The page's ``my_judge.py`` in a folder of its own, which is the working directory of the command."""

@@ -18,11 +18,6 @@ SETTINGS = {"num_batches": 2, "checkpoint__every": 2}
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def alone(tmp_path_factory, cache):
     """The run of one process with one device."""
     workdir = tmp_path_factory.mktemp("alone") / "w"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 
@@ -16,7 +17,7 @@ from spo_jax.data.preferences import PairLoader, open_pairs
 from spo_jax.emoji import resolve
 from spo_jax.training.metrics import read_metrics
 from tests.preference_data import DAMAGE, damage, record
-from tests.system.commands import command, environment, kill_after, run, signal_after
+from tests.system.commands import command, environment, kill_after, mistake, run, signal_after
 
 BATCH, RECORDS, EPOCHS = 48, 960, 2  # twenty steps are an epoch
 TEN_WAYS = list(DAMAGE)[:10]
@@ -24,6 +25,7 @@ SMALL = {
     "num_steps": 40,
     "train.batch_size": BATCH,
     "train.warmup_steps": 4,
+    "train.ema_decay": 0.5,
     "log_every": 2,
     "checkpoint.every": 4,
     "validation.every": 20,
@@ -31,12 +33,6 @@ SMALL = {
     "validation.batch_size": 24,
     "validation.timesteps": "(0, 701)",
 }
-SHORT = {"num_steps": 4, "train.warmup_steps": 1, "train.ema_decay": 0.5, "validation.every": 4, "checkpoint.every": 2}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compilation_cache")
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +59,6 @@ def undisturbed(tmp_path_factory, cache, data):
     result = run(spm_command(workdir, data), environment(cache) | {"JAX_LOG_COMPILES": "1"})
     assert result.returncode == 0, result.stderr
     return workdir, result
-
-
-@pytest.fixture(scope="module")
-def short(tmp_path_factory, cache, data):
-    workdir = tmp_path_factory.mktemp("short")
-    result = run(spm_command(workdir, data, **SHORT), environment(cache))
-    assert result.returncode == 0, result.stderr
-    return workdir
 
 
 def numbers(workdir):
@@ -136,23 +124,29 @@ def test_disturbed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, cac
     assert ours["accuracy"] == theirs["accuracy"] and ours["records"] == theirs["records"]
 
 
-def test_eight_devices_that_split_the_weights_give_the_numbers_of_one(short, tmp_path, cache, data):
+def test_eight_devices_that_split_the_weights_give_the_numbers_of_one(undisturbed, tmp_path, cache, data):
+    """They go on from the last checkpoint but one of the run on one device."""
+    workdir, _ = undisturbed
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "40")
     changes = {"mesh.fsdp": 8, "chunk": 24, "data.num_workers": 1}
-    result = run(spm_command(tmp_path, data, **SHORT, **changes), environment(cache, num_devices=8))
+    result = run(spm_command(tmp_path, data, **changes), environment(cache, num_devices=8))
     assert result.returncode == 0, result.stderr
-    for ours, theirs in zip(numbers(tmp_path), numbers(short), strict=True):
+    assert (tmp_path / "checkpoints" / "40").is_dir(), "computed once more"
+    for ours, theirs in zip(numbers(tmp_path), numbers(workdir), strict=True):
         assert ours.keys() == theirs.keys()
         for key in ours:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4 if key == "grad_norm" else 1e-5), key
 
 
-def test_spo_takes_the_model_by_its_path(short, tmp_path, cache):
-    arguments = command(tmp_path, scorer__path=short / "best", num_batches=1)
+def test_spo_takes_the_model_by_its_path(undisturbed, tmp_path, cache):
+    workdir, _ = undisturbed
+    arguments = command(tmp_path, scorer__path=workdir / "best", num_batches=1)
     result = run(arguments, environment(cache))
     assert result.returncode == 0, result.stderr
-    keys = read_tensors(short / "best" / "model.safetensors")
+    keys = read_tensors(workdir / "best" / "model.safetensors")
     assert "model.t_embedder.mlp.0.weight" in keys and "model.vision_model.adaLN_modulation.1.bias" in keys
-    clip, params = read_clip(short / "last", step_aware=True)
+    clip, params = read_clip(workdir / "last", step_aware=True)
     start = read_clip(resolve("emoji:model/clip"), step_aware=True)[1]
     moved = params["vision_model"]["encoder"]["layers_0"]["adaLN_modulation_1"]["kernel"]
     assert clip.step_aware and jnp.abs(moved).max() > 0, "the time layers learn"
@@ -192,12 +186,26 @@ def test_a_model_without_the_timestep_from_labels_of_a_judge(tmp_path, cache, da
         ({"validation.timesteps": "(0, 1000)"}, ["config.validation.timesteps", "last timestep is 999"]),
         ({"scorer.init": "nowhere"}, ["nowhere"]),
         ({"validation.plain": "nowhere"}, ["nowhere"]),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(tmp_path, data, changes, words):
+    changes = {key: value.format(data=data) if isinstance(value, str) else value for key, value in changes.items()}
+    sentence = mistake(spm_command(tmp_path / "w", data, **changes))
+    assert len(sentence.splitlines()) == 1
+    for word in words:
+        assert word in sentence
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
         ({"method": "dpo"}, ["config.method", "dpo"]),
+        ({"data.validation": "nowhere@validation"}, ["nowhere", "spo_jax.prepare"]),
         ({"data.strict": True}, ["Record", "config.data.strict"]),
     ],
 )
 def test_a_mistake_ends_with_one_sentence(tmp_path, cache, data, changes, words):
-    changes = {key: value.format(data=data) if isinstance(value, str) else value for key, value in changes.items()}
     result = run(spm_command(tmp_path / "w", data, **changes), environment(cache))
     assert result.returncode == 2, result.stderr
     message = result.stderr.strip().splitlines()[-1]

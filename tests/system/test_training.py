@@ -14,11 +14,6 @@ LORA = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compilation_cache")
-
-
-@pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     """Two and a half batches: six batches are more than two epochs, and each epoch's last batch wraps around."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"

@@ -1,8 +1,7 @@
-"""Properties of the pure core: schedule, DDIM, pool, pairs, loss, scorer input, adapters."""
+"""Properties of the pure core: schedule, DDIM, pairs, loss, scorer input, adapters."""
 
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +15,10 @@ from hypothesis import strategies as st
 from spo_jax import rng
 from spo_jax.diffusion.ddim import ddim_distribution, log_prob, predict_x0_and_noise
 from spo_jax.diffusion.guidance import make_guided_prediction
-from spo_jax.diffusion.pool import draw_pool_noise, sample_pool
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.errors import UserError
 from spo_jax.models.lora import LoRADense, init_lora
-from spo_jax.preference.pairs import compact, compare, make_pairs
+from spo_jax.preference.pairs import compact, compare
 from spo_jax.preference.scorers import preprocess_images
 from spo_jax.training.losses import spo_loss
 
@@ -92,53 +90,6 @@ def test_guidance(scale):
     np.testing.assert_allclose(output[:, 0, 0, 0], 0.5 + scale * (np.arange(1.0, 4.0) - 0.5), rtol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------- pool
-@pytest.mark.parametrize("continuation", ["random", "win"])
-def test_pool_is_the_algorithm_in_plain_numpy(continuation):
-    """ALGORITHM section 2 as a loop in float64, with closed-form network and scorer."""
-    num_steps, plain, batch, k, shape = 7, 2, 3, 4, (2, 2, 1)
-    schedule = make_schedule(SD15, num_steps)
-    noise = draw_pool_noise(
-        jax.random.key(1), batch, shape, num_steps=num_steps, num_plain_steps=plain, num_candidates=k
-    )
-
-    def predict(x, t):
-        return 0.3 * x + t / 2000
-
-    def score(x0, t):
-        return x0.sum((-1, -2, -3)) + t / 100
-
-    pool = sample_pool(predict, score, schedule, noise, num_plain_steps=plain, continuation=continuation)
-    alphas, times = np.asarray(schedule.alphas_cumprod, np.float64), np.asarray(schedule.timesteps)
-    previous = np.asarray(schedule.previous_timesteps)
-    n = jax.tree.map(lambda x: np.asarray(x, np.float64), noise)
-    for b in range(batch):
-
-        def look(x, i):
-            eps = predict(x, times[i])
-            return (x - np.sqrt(1 - alphas[times[i]]) * eps) / np.sqrt(alphas[times[i]]), eps
-
-        def step(x0, eps, i, z):
-            a, p = alphas[times[i]], alphas[previous[i]]
-            sigma = np.sqrt((1 - p) / (1 - a) * (1 - a / p))
-            return np.sqrt(p) * x0 + np.sqrt(1 - p - sigma**2) * eps + sigma * z
-
-        x = n.initial[b]
-        for i in range(plain):
-            x = step(*look(x, i), i, n.plain[i, b])
-        for s, i in enumerate(range(plain, num_steps)):
-            candidates = [step(*look(x, i), i, n.candidates[s, b, c]) for c in range(k)]
-            last = i == num_steps - 1
-            scores = [score(c, 0) if last else score(look(c, i + 1)[0], times[i + 1]) for c in candidates]
-            np.testing.assert_allclose(pool.latents[s, b], x, atol=1e-4)
-            np.testing.assert_allclose(pool.candidates[s, b], candidates, atol=1e-4)
-            np.testing.assert_allclose(pool.scores[s, b], scores, atol=1e-3)
-            if not last:
-                x = candidates[int(np.argmax(scores)) if continuation == "win" else int(n.choices[s, b])]
-    np.testing.assert_array_equal(pool.timesteps, times[plain:])
-    np.testing.assert_array_equal(pool.previous_timesteps, previous[plain:])
-
-
 # ------------------------------------------------------------------------------------------------------------ pairs
 @given(scores=st.lists(FINITE, min_size=2, max_size=6), threshold=st.floats(0, 0.95))
 def test_best_against_worst(scores, threshold):
@@ -168,20 +119,6 @@ def test_every_order_of_the_valid_is_equally_likely():
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(counts) == 6
     assert scipy.stats.chisquare(counts).pvalue > 0.01
-
-
-def test_pairs_of_a_pool_share_their_start():
-    schedule = make_schedule(SD15, 5)
-    noise = draw_pool_noise(jax.random.key(0), 3, (2, 2, 1), num_steps=5, num_plain_steps=1, num_candidates=3)
-    pool = sample_pool(lambda x, t: 0.1 * x, lambda x, t: x.sum((-1, -2, -3)), schedule, noise, num_plain_steps=1)
-    pairs = make_pairs(pool, 0.0)
-    chex.assert_shape((pairs.latents, pairs.win, pairs.lose), (4, 3, 2, 2, 1))
-    for p in np.ndindex(4, 3):
-        s, b = p
-        assert pairs.timesteps[p] == pool.timesteps[s]
-        np.testing.assert_array_equal(pairs.latents[p], pool.latents[s, b])
-        np.testing.assert_array_equal(pairs.win[p], pool.candidates[s, b, pool.scores[s, b].argmax()])
-        np.testing.assert_array_equal(pairs.lose[p], pool.candidates[s, b, pool.scores[s, b].argmin()])
 
 
 # ------------------------------------------------------------------------------------------------------------- loss

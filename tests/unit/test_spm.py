@@ -60,15 +60,20 @@ def some_pairs(pipeline, **changes) -> JudgedPairs:
 
 
 # ---------------------------------------------------------------------------------------------- what the model is shown
-def shown(pipeline, pairs, timesteps, chunk=0, positions=None, guidance_scale=2.0):
+@pytest.fixture(scope="module")
+def predictions(pipeline):
+    """The program by the number of pictures at a time."""
     schedule = make_schedule(pipeline.scheduler_config, 1)
-    predict = jax.jit(make_predict_clean(pipeline, schedule, guidance_scale, chunk))
+    return {chunk: jax.jit(make_predict_clean(pipeline, schedule, 2.0, chunk)) for chunk in (0, 2)}
+
+
+def shown(pipeline, predict, pairs, timesteps, positions=None):
     prompts = make_encode_captions(pipeline)(pipeline.params, pairs.tokens)
     keys = pair_keys(jax.random.key(3), jnp.asarray(pairs.positions if positions is None else positions))
     return np.asarray(predict(pipeline.params, pairs.images, prompts, jnp.asarray(timesteps, jnp.int32), keys))
 
 
-def test_it_is_the_one_step_prediction_of_diffusers(pipeline):
+def test_it_is_the_one_step_prediction_of_diffusers(pipeline, predictions):
     """Noising, guided prediction and decoding in PyTorch, with the same random numbers; pictures share the noise."""
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(
         resolve("emoji:model"), local_files_only=True, torch_dtype=torch.float32
@@ -76,7 +81,7 @@ def test_it_is_the_one_step_prediction_of_diffusers(pipeline):
     scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
     scheduler.set_timesteps(1000)
     pairs, timesteps = some_pairs(pipeline), [0, 1, 150, 251, 500, 701, 951, 999]
-    ours = shown(pipeline, pairs, timesteps)
+    ours = shown(pipeline, predictions[0], pairs, timesteps)
 
     def torch_tensor(x):
         return torch.tensor(np.moveaxis(np.asarray(x, np.float32), -1, -3))
@@ -99,14 +104,14 @@ def test_it_is_the_one_step_prediction_of_diffusers(pipeline):
             np.testing.assert_allclose(ours[i], expected, atol=1e-4 * max(1, np.abs(expected).max()), err_msg=str(t))
 
 
-def test_a_pair_does_not_depend_on_its_batch(pipeline):
+def test_a_pair_does_not_depend_on_its_batch(pipeline, predictions):
     pairs, timesteps = some_pairs(pipeline), np.arange(8) * 125
     order = np.random.default_rng(1).permutation(8)
     shuffled = jax.tree.map(lambda x: x[order], pairs)
-    expected = shown(pipeline, pairs, timesteps)
-    np.testing.assert_allclose(shown(pipeline, shuffled, timesteps[order]), expected[order], atol=1e-5)
-    np.testing.assert_allclose(shown(pipeline, pairs, timesteps, chunk=2), expected, atol=1e-5)
-    other = shown(pipeline, pairs, timesteps, positions=np.arange(8))
+    expected = shown(pipeline, predictions[0], pairs, timesteps)
+    np.testing.assert_allclose(shown(pipeline, predictions[0], shuffled, timesteps[order]), expected[order], atol=1e-5)
+    np.testing.assert_allclose(shown(pipeline, predictions[2], pairs, timesteps), expected, atol=1e-5)
+    other = shown(pipeline, predictions[0], pairs, timesteps, positions=np.arange(8))
     assert np.abs(other[5] - expected[5]).max() > 1e-2, "another place in the stream is another noise"
 
 
