@@ -62,7 +62,7 @@ def some_pairs(pipeline, **changes) -> JudgedPairs:
 # ---------------------------------------------------------------------------------------------- what the model is shown
 @pytest.fixture(scope="module")
 def predictions(pipeline):
-    """The program by the number of pictures at a time."""
+    """The program by the number of pairs at a time."""
     schedule = make_schedule(pipeline.scheduler_config, 1)
     return {chunk: jax.jit(make_predict_clean(pipeline, schedule, 2.0, chunk)) for chunk in (0, 2)}
 
