@@ -25,6 +25,11 @@ CONFIRM = flags.DEFINE_bool(
     "confirm", True, "Compile the smaller setting, too, that is proposed if a run does not fit."
 )
 
+_CAUTION = (
+    "This is an estimate: compiled, programs of SDXL have needed up to 3.6 times as much, and one of SD1.5 for an H100 "
+    "four times (docs/memory.md); leave --estimate out before you pay."
+)
+
 
 def main() -> None:
     """Plans, prints, and exits with 1 if the run does not fit."""
@@ -38,6 +43,8 @@ def main() -> None:
     print(planner.heading(config, target, exact=not ESTIMATE.value), end="\n\n")
     print(report.table(plan.run, plan.resident, plan.needs, target), end="\n\n")
     print(planner.verdict(plan, target))
+    if ESTIMATE.value:
+        print(_CAUTION)
     if plan.fits:
         return
     print(_proposal(config, target, planner, report))

@@ -13,6 +13,7 @@ def plan(cache, *flags):
 def test_an_estimate_of_the_tiny_recipe(cache):
     result = plan(cache, "--config=configs/tiny.py", "--target=cpu:2", "--estimate")
     assert result.returncode == 0, result.stderr
+    assert "This is an estimate" in result.stdout and "leave --estimate out before you pay" in result.stdout
     assert "cpu:2: 2 devices, mesh data 2 x fsdp 1, 8 prompts and 8 pairs on each" in result.stdout
     rows = dict(re.findall(r"^(\w+) +[\d.]+ +([\d.]+) +[\d.]+ +- +-$", result.stdout, re.M))
     assert list(rows) == ["encode", "pool", "score", "exchange", "update", "evaluation"]
