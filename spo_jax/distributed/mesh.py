@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +68,17 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def constrain_batch(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
     """Inside ``jit``: asks for every array of ``tree`` to be split along ``axis`` over all devices."""
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh, axis)), tree)
+
+
+def jit_on(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
+    """``jax.jit`` of a function with networks whose weights may be split over ``mesh``: see ``sharding.gathered``."""
+
+    @functools.wraps(function)
+    def on_mesh(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return jax.jit(on_mesh, **options)
 
 
 def fetch(tree: Any) -> Any:

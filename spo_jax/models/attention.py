@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from spo_jax.models.layers import group_norm
+from spo_jax.models.layers import Conv, Dense, group_norm
 from spo_jax.models.lora import LoRADense
 
 # Logits of one piece of attention and one sample: 5 MiB in float32. All heads of CLIP (16 x 257 x 257) and of a UNet's
@@ -28,52 +25,83 @@ def multi_head_attention(
 ) -> Float[Array, "b q c"]:
     """Scaled dot-product attention with a float32 softmax: the only place where a faster kernel would be chosen.
 
-    Where the logits of all heads are more than ``MAX_LOGITS`` a sample, one head is computed at a time, and where one
-    head's are, some of its queries at a time: the same sums, in a memory that does not grow with the picture. The way
-    back computes a piece again. The batch, which is split over devices, is never cut.
+    Where the logits of all heads are more than ``MAX_LOGITS`` a sample, some queries of one head are computed at a
+    time: the same sums, in a memory that does not grow with the picture. The way back computes a piece again. The
+    batch, which is split over devices, is never cut; nor is attention with a mask, that of CLIP over its few tokens.
     """
-
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[0], x.shape[1], num_heads, x.shape[2] // num_heads)
-
-    query, key, value = split(query), split(key), split(value)
-    if num_heads * query.shape[1] * key.shape[1] <= MAX_LOGITS:
+    query, key, value = (x.reshape(*x.shape[:2], num_heads, x.shape[2] // num_heads) for x in (query, key, value))
+    if mask is not None or num_heads * query.shape[1] * key.shape[1] <= MAX_LOGITS:
         out = jax.nn.dot_product_attention(query, key, value, mask=mask)
     else:
-        heads = tuple(jnp.moveaxis(x, 2, 0) for x in (query, key, value))
-        out = _map(lambda qkv: _attend_in_pieces(qkv[0], qkv[1], qkv[2], mask), heads)
-        out = jnp.moveaxis(out, 0, 2)
+        query, key, value = (jnp.moveaxis(x, 2, 0) for x in (query, key, value))
+        length = query.shape[2]
+        query = jnp.pad(query, ((0, 0), (0, 0), (0, -length % _rows_of_piece(query, key)), (0, 0)))
+        out = jnp.moveaxis(_attend_in_pieces(query, key, value)[:, :, :length], 0, 2)
     return out.reshape(*out.shape[:2], -1)
 
 
-def _attend_in_pieces(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Attention of one head, [B, L, d] each, over pieces of the queries whose logits stay below ``MAX_LOGITS``."""
-    length, dtype = query.shape[1], query.dtype
-    # A power of two, which divides the tokens of most feature maps and is what matrix units like.
-    piece = 2 ** (max(MAX_LOGITS // key.shape[1], 1).bit_length() - 1)
-    count = -(-length // piece)
-    # Gradients of keys and values are summed over the pieces: in float32, not in the dtype of the network.
-    key, value = key.astype(jnp.float32), value.astype(jnp.float32)
-
-    def attend(queries: jax.Array, mask: jax.Array | None) -> jax.Array:
-        keys, values = (x.astype(dtype)[:, :, None] for x in (key, value))
-        return jax.nn.dot_product_attention(queries[:, :, None], keys, values, mask=mask)[:, :, 0]
-
-    if count == 1:
-        return attend(query, mask)
-
-    def pieces(x: jax.Array, axis: int) -> jax.Array:
-        """Cuts ``axis`` and puts the pieces first; queries beyond the end are zeros, and dropped below."""
-        x = jnp.pad(x, [(0, count * piece - length if i == axis else 0) for i in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, piece, *x.shape[axis + 1 :]), axis, 0)
-
-    out = _map(lambda xs: attend(*xs), (pieces(query, 1), None if mask is None else pieces(mask, 2)))
-    return jnp.moveaxis(out, 0, 1).reshape(query.shape[0], count * piece, -1)[:, :length]
+def _rows_of_piece(query: jax.Array, key: jax.Array) -> int:
+    """Queries of a piece: a power of two, which divides most feature maps and is what matrix units like."""
+    return min(query.shape[2], 2 ** (max(MAX_LOGITS // key.shape[2], 1).bit_length() - 1))
 
 
-def _map(function: Callable[[Any], jax.Array], xs: Any) -> jax.Array:
-    """``lax.map`` that keeps only ``xs`` for the way back."""
-    return jax.lax.map(jax.checkpoint(function, prevent_cse=False), xs)  # a loop's body needs no protection from CSE
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Attention of one head, [B, L, d] each."""
+    return jax.nn.dot_product_attention(query[:, :, None], key[:, :, None], value[:, :, None])[:, :, 0]
+
+
+# The loops write their results over what they have read for the last time. ``lax.map`` would fill zeros, which XLA
+# makes for all layers of a network in one kernel at the start on a GPU: all results would be there all the time.
+@jax.custom_vjp
+def _attend_in_pieces(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Attention of all heads, [h, B, L, d] each, with ``_rows_of_piece`` queries of one head at a time."""
+    rows = _rows_of_piece(query, key)
+    count = query.shape[2] // rows
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        head, start = i // count, i % count * rows
+        return _put(out, _attend(_take(out, head, start, rows), key[head], value[head]), head, start)
+
+    return jax.lax.fori_loop(0, len(query) * count, step, query)
+
+
+def _forward(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _attend_in_pieces(query, key, value), (query, key, value)
+
+
+def _backward(inputs: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query, key, value = inputs
+    rows = _rows_of_piece(query, key)
+
+    def of_head(head: jax.Array, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        d_query, d_key, d_value = grads  # of this head still the cotangent, the key and the value
+        key, value = d_key[head], d_value[head]
+
+        def of_piece(i: jax.Array, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            d_query, *sums = grads
+            _, pull_back = jax.vjp(_attend, _take(query, head, i * rows, rows), key, value)
+            d_piece, *more = pull_back(_take(d_query, head, i * rows, rows))
+            return _put(d_query, d_piece, head, i * rows), *(a + b for a, b in zip(sums, more, strict=True))
+
+        # Gradients of keys and values are summed over the pieces in float32, not in the dtype of the network.
+        zeros = jnp.zeros(key.shape, jnp.float32)
+        d_query, *sums = jax.lax.fori_loop(0, query.shape[2] // rows, of_piece, (d_query, zeros, zeros))
+        return d_query, d_key.at[head].set(sums[0].astype(key.dtype)), d_value.at[head].set(sums[1].astype(key.dtype))
+
+    return jax.lax.fori_loop(0, len(query), of_head, (cotangent, key, value))
+
+
+_attend_in_pieces.defvjp(_forward, _backward)
+
+
+def _take(x: jax.Array, head: jax.Array, start: jax.Array, rows: int) -> jax.Array:
+    """Some queries of one head, [B, rows, d], out of [h, B, L, d]."""
+    return jax.lax.dynamic_slice(x, (head, 0, start, 0), (1, x.shape[1], rows, x.shape[3]))[0]
+
+
+def _put(x: jax.Array, piece: jax.Array, head: jax.Array, start: jax.Array) -> jax.Array:
+    """``x`` with another piece there."""
+    return jax.lax.dynamic_update_slice(x, piece[None], (head, 0, start, 0))
 
 
 class Attention(nn.Module):
@@ -102,7 +130,7 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b f"]:
-        hidden, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        hidden, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
         return hidden * nn.gelu(gate, approximate=False)
 
 
@@ -114,7 +142,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         hidden = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="net_2")(hidden)
+        return Dense(x.shape[-1], dtype=self.dtype, name="net_2")(hidden)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -153,8 +181,8 @@ class Transformer2DModel(nn.Module):
 
         def project(name: str):
             if self.use_linear_projection:
-                return nn.Dense(channels, dtype=self.dtype, name=name)
-            return nn.Conv(channels, (1, 1), dtype=self.dtype, name=name)
+                return Dense(channels, dtype=self.dtype, name=name)
+            return Conv(channels, (1, 1), dtype=self.dtype, name=name)
 
         hidden = project("proj_in")(group_norm(self.num_groups, 1e-6, self.dtype, "norm")(x))
         hidden = hidden.reshape(batch, height * width, channels)

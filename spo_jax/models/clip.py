@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from spo_jax.distributed.sharding import gathered
 from spo_jax.models.attention import multi_head_attention
 from spo_jax.models.config import check_fields
-from spo_jax.models.layers import activation, timestep_embedding
+from spo_jax.models.layers import Conv, Dense, activation, timestep_embedding
 
 # Fields of transformers' configs that do not change what the towers compute (training, text generation, bookkeeping).
 _INERT = frozenset(
@@ -222,7 +223,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
     def setup(self) -> None:
         super().setup()
-        self.text_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
+        self.text_projection = Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
 
     def __call__(self, tokens: Int[Array, "b l"]) -> CLIPTextOutput:
         output = self.text_model(tokens)
@@ -263,8 +264,8 @@ class CLIPModel(nn.Module):
     def setup(self) -> None:
         self.text_model = CLIPTextTransformer.from_config(self.text_config, self.dtype, remat=self.remat)
         self.vision_model = CLIPVisionTransformer.from_config(self.vision_config, self.dtype, remat=self.remat)
-        self.text_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
-        self.visual_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
+        self.text_projection = Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
+        self.visual_projection = Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), (), jnp.float32)
         if self.step_aware:
             self.t_embedder = _TimeEmbedder(self.vision_model.hidden_size, self.dtype)
@@ -342,7 +343,7 @@ class _VisionEmbeddings(nn.Module):
     @nn.compact
     def __call__(self, pixels):
         size = (self.patch_size, self.patch_size)
-        patches = nn.Conv(
+        patches = Conv(
             self.hidden_size,
             size,
             strides=size,
@@ -414,9 +415,9 @@ class _SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask):
-        query, key, value = (nn.Dense(x.shape[-1], dtype=self.dtype, name=f"{n}_proj")(x) for n in "qkv")
+        query, key, value = (Dense(x.shape[-1], dtype=self.dtype, name=f"{n}_proj")(x) for n in "qkv")
         out = multi_head_attention(query, key, value, self.num_heads, mask)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="out_proj")(out)
+        return Dense(x.shape[-1], dtype=self.dtype, name="out_proj")(out)
 
 
 class _MLP(nn.Module):
@@ -426,8 +427,8 @@ class _MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        hidden = nn.Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(activation(self.hidden_act)(hidden))
+        hidden = Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        return Dense(x.shape[-1], dtype=self.dtype, name="fc2")(activation(self.hidden_act)(hidden))
 
 
 class _TimeEmbedder(nn.Module):
@@ -440,8 +441,8 @@ class _TimeEmbedder(nn.Module):
     def __call__(self, timesteps):
         init = nn.initializers.normal(0.02)
         x = timestep_embedding(timesteps, TIME_EMBEDDING_DIM).astype(self.dtype)
-        x = nn.silu(nn.Dense(self.hidden_size, dtype=self.dtype, kernel_init=init, name="mlp_0")(x))
-        return nn.silu(nn.Dense(self.hidden_size, dtype=self.dtype, kernel_init=init, name="mlp_2")(x))
+        x = nn.silu(Dense(self.hidden_size, dtype=self.dtype, kernel_init=init, name="mlp_0")(x))
+        return nn.silu(Dense(self.hidden_size, dtype=self.dtype, kernel_init=init, name="mlp_2")(x))
 
 
 class _Modulation(nn.Module):
@@ -460,7 +461,7 @@ class _Modulation(nn.Module):
 
         kernel = self.param("kernel", nn.initializers.zeros_init(), (width, self.count * width), jnp.float32)
         offset = self.param("bias", bias, (self.count * width,), jnp.float32)
-        return jnp.split(time @ kernel.astype(self.dtype) + offset.astype(self.dtype), self.count, axis=-1)
+        return jnp.split(time @ gathered(kernel.astype(self.dtype)) + offset.astype(self.dtype), self.count, axis=-1)
 
 
 def _modulate(x, shift, scale):

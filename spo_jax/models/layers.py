@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
+
+from spo_jax.distributed.sharding import gathered
+
+
+def _dot(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    return jax.lax.dot_general(x, gathered(kernel), *args, **kwargs)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, gathered(kernel), *args, **kwargs)
+
+
+class Dense(nn.Dense):
+    """``nn.Dense`` whose kernel may be split over devices."""
+
+    dot_general: Any = _dot
+
+
+class Conv(nn.Conv):
+    """``nn.Conv`` whose kernel may be split over devices."""
+
+    conv_general_dilated: Any = _convolve
 
 
 def timestep_embedding(
@@ -26,9 +49,9 @@ def group_norm(num_groups: int, epsilon: float, dtype: jnp.dtype, name: str) -> 
     return nn.GroupNorm(num_groups=num_groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def conv3x3(channels: int, dtype: jnp.dtype, name: str, stride: int = 1) -> nn.Conv:
+def conv3x3(channels: int, dtype: jnp.dtype, name: str, stride: int = 1) -> Conv:
     """3x3 convolution with PyTorch's ``padding=1`` (flax's SAME pads a strided convolution on one side only)."""
-    return nn.Conv(channels, (3, 3), strides=stride, padding=1, dtype=dtype, name=name)
+    return Conv(channels, (3, 3), strides=stride, padding=1, dtype=dtype, name=name)
 
 
 class TimestepEmbedding(nn.Module):
@@ -39,8 +62,8 @@ class TimestepEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b dim"]:
-        x = nn.Dense(self.dim, dtype=self.dtype, name="linear_1")(x)
-        return nn.Dense(self.dim, dtype=self.dtype, name="linear_2")(nn.silu(x))
+        x = Dense(self.dim, dtype=self.dtype, name="linear_1")(x)
+        return Dense(self.dim, dtype=self.dtype, name="linear_2")(nn.silu(x))
 
 
 class ResnetBlock2D(nn.Module):
@@ -56,12 +79,12 @@ class ResnetBlock2D(nn.Module):
         h = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm1")(x))
         h = conv3x3(self.channels, self.dtype, "conv1")(h)
         if time is not None:
-            shift = nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
+            shift = Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
             h = h + shift[:, None, None, :]
         h = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm2")(h))
         h = conv3x3(self.channels, self.dtype, "conv2")(h)
         if x.shape[-1] != self.channels:
-            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
+            x = Conv(self.channels, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
         return x + h
 
 
@@ -75,7 +98,7 @@ class Downsample2D(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         padding = [(0, 1), (0, 1)] if self.asymmetric else [(1, 1), (1, 1)]
-        return nn.Conv(self.channels, (3, 3), strides=2, padding=padding, dtype=self.dtype, name="conv")(x)
+        return Conv(self.channels, (3, 3), strides=2, padding=padding, dtype=self.dtype, name="conv")(x)
 
 
 class Upsample2D(nn.Module):

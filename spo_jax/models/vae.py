@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from spo_jax.models.attention import multi_head_attention
 from spo_jax.models.config import check_fields
-from spo_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3, group_norm
+from spo_jax.models.layers import Conv, Dense, Downsample2D, ResnetBlock2D, Upsample2D, conv3x3, group_norm
 
 _USED = [
     "in_channels",
@@ -78,9 +78,9 @@ class AutoencoderKL(nn.Module):
             self.out_channels, self.block_out_channels, self.layers_per_block, self.norm_num_groups, self.dtype
         )
         if self.use_quant_conv:
-            self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
+            self.quant_conv = Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
         if self.use_post_quant_conv:
-            self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
+            self.post_quant_conv = Conv(self.latent_channels, (1, 1), dtype=self.dtype)
 
     def encode(self, images: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         """Mean and log-variance (clipped to [-30, 20]) of the posterior, [B, h, w, latent_channels] each."""
@@ -185,6 +185,6 @@ class _SpatialAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
         tokens = group_norm(self.num_groups, 1e-6, self.dtype, "group_norm")(x).reshape(x.shape[0], -1, x.shape[-1])
-        query, key, value = (nn.Dense(x.shape[-1], dtype=self.dtype, name=f"to_{n}")(tokens) for n in "qkv")
+        query, key, value = (Dense(x.shape[-1], dtype=self.dtype, name=f"to_{n}")(tokens) for n in "qkv")
         out = multi_head_attention(query, key, value, num_heads=1)
-        return x + nn.Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(out).reshape(x.shape)
+        return x + Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(out).reshape(x.shape)

@@ -64,34 +64,34 @@ class _Computation:
 def collectives(hlo: str) -> Traffic:
     """Counts the collectives in the text of a compiled program, of any backend.
 
-    - An asynchronous pair ``-start``, ``-done`` counts once; so do the pieces, in several fusions and of one channel,
-      that a TPU makes of a collective to overlap it with computation. An all-reduce of which each device keeps its part
-      (a TPU's fusion ``all-reduce-scatter``) is a reduce-scatter.
+    - An asynchronous pair ``-start``, ``-done`` counts once. So do the pieces, in several fusions and of one channel,
+      that a TPU makes of a collective to overlap it with computation: where it starts, also if it goes on in a loop.
+    - An all-reduce of which each device keeps its part (a TPU's fusion ``all-reduce-scatter``) is a reduce-scatter.
     - What is in a loop counts as often as the loop turns. The number is XLA's ``known_trip_count``, or is read from a
       condition that compares a counter with a constant: the form of ``scan`` and ``map``, whose counter starts at 0.
     - Of a conditional the branch with the most bytes counts.
     """
     computations, entry = _parse(hlo)
+    starts = _starts(computations)
     known: dict[str, Counter] = {}
 
     def cost(name: str) -> Counter:
         """Keys are (kind, "count"), (kind, "bytes") and ("loop", "unknown")."""
         if name not in known:
             total: Counter = Counter()
-            channels: set[str] = set()
             for instruction in computations.get(name, _Computation()).instructions.values():
-                total.update(cost_of(computations[name], instruction, channels))
+                total.update(cost_of(computations[name], instruction))
             known[name] = total
         return known[name]
 
-    def cost_of(computation: _Computation, instruction: _Instruction, channels: set[str]) -> Counter:
+    def cost_of(computation: _Computation, instruction: _Instruction) -> Counter:
         opcode, text = instruction.opcode, instruction.text
         if opcode.endswith(("-done", "-update")):
             return Counter()
         if (kind := opcode.removesuffix("-start")) in KINDS:
             return _one(kind, computation, instruction)
         if opcode == "fusion":
-            return fused(_CALLED.findall(text), channels)
+            return fused(_CALLED.findall(text))
         if opcode == "conditional":
             names = re.findall(
                 r"[\w.-]+", " ".join(filter(None, (name for m in _BRANCHES.findall(text) for name in m)))
@@ -109,19 +109,18 @@ def collectives(hlo: str) -> Traffic:
                 total = Counter({key: n if key[0] == "loop" else n * rounds for key, n in total.items()})
         return total
 
-    def fused(names: list[str], channels: set[str]) -> Counter:
-        """Collectives inside a fusion, but for those of ``channels``, which were met before."""
+    def fused(names: list[str]) -> Counter:
+        """Collectives inside a fusion, but for those that have started in another."""
         total: Counter = Counter()
         for computation in (computations[name] for name in names if name in computations):
             scatters = computation.name.startswith("all-reduce-scatter")
             for instruction in computation.instructions.values():
                 if instruction.opcode == "fusion":
-                    total.update(fused(_CALLED.findall(instruction.text), channels))
-                elif (kind := instruction.opcode.removesuffix("-start")) in KINDS:
-                    channel = _CHANNEL.search(instruction.text)
-                    if channel is None or channel[1] not in channels:
-                        total.update(_one("reduce-scatter" if scatters else kind, computation, instruction))
-                    channels.update(channel.groups() if channel else ())
+                    total.update(fused(_CALLED.findall(instruction.text)))
+                    continue
+                kind = instruction.opcode.removesuffix("-start")
+                if kind in KINDS and starts.get(_channel(instruction), computation.name) == computation.name:
+                    total.update(_one("reduce-scatter" if scatters else kind, computation, instruction))
         return total
 
     total = cost(entry)
@@ -144,6 +143,22 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
             if match["root"]:
                 current.root = instruction.name
     return computations, entry
+
+
+def _starts(computations: dict[str, _Computation]) -> dict[str, str]:
+    """In which computation the collective of a channel starts, for those that a TPU takes to pieces."""
+    return {
+        _channel(instruction): computation.name
+        for computation in computations.values()
+        if any('"AsyncCollectiveStart"' in instruction.text for instruction in computation.instructions.values())
+        for instruction in computation.instructions.values()
+        if instruction.opcode in KINDS
+    }
+
+
+def _channel(instruction: _Instruction) -> str:
+    match = _CHANNEL.search(instruction.text)
+    return match[1] if match else ""
 
 
 def _one(kind: str, computation: _Computation, instruction: _Instruction) -> Counter:

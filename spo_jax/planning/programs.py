@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts, with_image_size
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.distributed.mesh import batch_sharding, replicated, round_up
+from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated, round_up
 from spo_jax.distributed.offload import in_host_memory, weight_placement
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.planning.shapes import clip_shapes, device_bytes, pipeline_shapes
@@ -155,7 +155,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
                 jax.eval_shape(lambda: tokenize_prompts(pipeline, [""])),
             )
         )
-        return jax.jit(encode), (
+        return jit_on(mesh, encode), (
             visiting(*ENCODE_PARTS),
             tokens,
             None if pipeline.force_zeros_for_empty_prompt else negative,
@@ -169,7 +169,12 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
         shape = (config.prompts_per_batch, config.sampling.num_candidates, *pipeline.latent_shape)
         options = {"step_aware": config.scorer.step_aware, "chunk": config.scorer.chunk, "num_devices": mesh.size}
         candidates = split(jax.ShapeDtypeStruct(shape, jnp.float32))
-        return jax.jit(make_score_latents(pipeline, scorer, **options)), (pool_params, prompts(), candidates, scalar)
+        return jit_on(mesh, make_score_latents(pipeline, scorer, **options)), (
+            pool_params,
+            prompts(),
+            candidates,
+            scalar,
+        )
 
     def exchange():
         made = compiled()
@@ -192,7 +197,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
         some = held_out.map_rows(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype))
         weights = pool_params | visiting("judge"), {"params": params["unet"], **state.trained}
         rest = _prompt_shards(mesh, some), judge_text, key(), split(jax.ShapeDtypeStruct((rows,), jnp.int32))
-        return jax.jit(measure, out_shardings=replicated(mesh)), weights + rest
+        return jit_on(mesh, measure, out_shardings=replicated(mesh)), weights + rest
 
     programs = {
         "encode": encoding,
@@ -278,7 +283,7 @@ def _spm(config: ConfigDict, mesh: Mesh) -> Run:
             ema_decay=config.train.ema_decay or 0.0,
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        update = jit_on(mesh, update, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
         return update, (state, frozen, pairs_of(config.train.batch_size), key)
 
     def validation():
@@ -290,7 +295,7 @@ def _spm(config: ConfigDict, mesh: Mesh) -> Run:
             judges_params,
             seen.scorer_tokens,
         )
-        measure = jax.jit(make_measure_pairs(predict_clean, judges), out_shardings=replicated(mesh))
+        measure = jit_on(mesh, make_measure_pairs(predict_clean, judges), out_shardings=replicated(mesh))
         scalar = everywhere(jax.ShapeDtypeStruct((), jnp.int32))
         batch = (seen.images, seen.labels, seen.weights, _prompt_shards(mesh, prompts), split(texts))
         return measure, ({**pipeline.params, "judges": judges_params}, *batch, scalar, seen.positions, key)

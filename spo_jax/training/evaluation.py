@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from spo_jax import rng
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import Schedule
-from spo_jax.distributed.mesh import batch_sharding, replicated, round_up
+from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated, round_up
 from spo_jax.distributed.pieces import map_in_pieces, piece_size
 from spo_jax.preference.colorfulness import colorfulness
 from spo_jax.preference.scorers import Scorer
@@ -109,7 +109,7 @@ def make_measure(
     """
     options: dict[str, Any] = {"guidance_scale": guidance_scale, "eta": eta, "chunk": chunk}
     measure_batch = make_measure_batch(pipeline, scorer, judge, schedule, mesh, **options)
-    one_batch = jax.jit(measure_batch, out_shardings=replicated(mesh))
+    one_batch = jit_on(mesh, measure_batch, out_shardings=replicated(mesh))
     batch_size = round_up(batch_size, mesh.size)
 
     def measure(params: Any, trained: Any, prompts: PromptBatch, judge_text: jax.Array, key: jax.Array) -> Measured:

@@ -20,7 +20,7 @@ from spo_jax.checkpoints.pipeline import Pipeline
 from spo_jax.diffusion.ddim import predict_x0_and_noise
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import Schedule
-from spo_jax.distributed.mesh import replicated
+from spo_jax.distributed.mesh import jit_on, replicated
 from spo_jax.distributed.pieces import map_in_pieces
 from spo_jax.preference.scorers import Scorer
 from spo_jax.training.rollout import make_decode
@@ -112,4 +112,4 @@ def make_look(
         clean = predict_clean(frozen, pairs.images, prompts, timesteps, keys)
         return clean, score_pairs(scorer, params, clean, scorer.encode_text(params, pairs.scorer_tokens), timesteps)
 
-    return jax.jit(look, out_shardings=replicated(mesh))
+    return jit_on(mesh, look, out_shardings=replicated(mesh))

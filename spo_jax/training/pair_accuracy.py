@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
 from spo_jax.data.preferences import PairBatch
-from spo_jax.distributed.mesh import batch_sharding, replicated
+from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated
 from spo_jax.errors import UserError
 from spo_jax.preference.accuracy import Accuracy, Difference, count_accuracy, count_difference
 from spo_jax.preference.scorers import Scorer
@@ -88,13 +88,13 @@ def make_measure_accuracy(
       (``PairBatch``; rows of weight 0 do not count), timesteps, and a key. It raises UserError where a score is not
       finite.
     """
-    encode_captions = jax.jit(make_encode_captions(pipeline))
+    encode_captions = jit_on(mesh, make_encode_captions(pipeline))
 
     @jax.jit
     def encode_texts(params: Any, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {name: judge.scorer.encode_text(params[name], tokens[name]) for name, judge in judges.items()}
 
-    program = jax.jit(make_measure_pairs(predict_clean, judges), out_shardings=replicated(mesh))
+    program = jit_on(mesh, make_measure_pairs(predict_clean, judges), out_shardings=replicated(mesh))
 
     def place(rows: Any) -> Any:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), rows)

@@ -15,7 +15,7 @@ from spo_jax.checkpoints.lora import starting_lora
 from spo_jax.checkpoints.pipeline import Pipeline
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import Schedule
-from spo_jax.distributed.mesh import batch_sharding, replicated
+from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated
 from spo_jax.distributed.sharding import weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.preference.scorers import Scorer
@@ -68,10 +68,10 @@ def compile_programs(
     update = make_update(make_loss(predict, schedule, **options), optimizer, config.train.ema_decay or 0.0)
     everywhere, by_prompt = replicated(mesh), batch_sharding(mesh, axis=1)
     return Programs(
-        pool=jax.jit(make_pool(config, pipeline, scorer, schedule, mesh), out_shardings=by_prompt),
+        pool=jit_on(mesh, make_pool(config, pipeline, scorer, schedule, mesh), out_shardings=by_prompt),
         arrange=jax.jit(arrange, out_shardings=everywhere),
         exchange=jax.jit(make_exchange(mesh, config.train.minibatch_size)),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(weight_shardings(mesh, state), everywhere)),
+        update=jit_on(mesh, update, donate_argnums=0, out_shardings=(weight_shardings(mesh, state), everywhere)),
     )
 
 

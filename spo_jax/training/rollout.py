@@ -19,7 +19,7 @@ from spo_jax.diffusion.generate import sample
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.pool import draw_pool_noise, sample_pool
 from spo_jax.diffusion.schedule import Schedule
-from spo_jax.distributed.mesh import batch_sharding, constrain_batch, replicated
+from spo_jax.distributed.mesh import batch_sharding, constrain_batch, jit_on, replicated
 from spo_jax.distributed.pieces import map_in_pieces, piece_size
 from spo_jax.preference.pairs import make_pairs
 from spo_jax.preference.scorers import Scorer
@@ -137,7 +137,7 @@ def time_score(
     Inside the pool, which is one program, the share of the scorer cannot be timed.
     """
     options = {"step_aware": config.scorer.step_aware, "chunk": config.scorer.chunk, "num_devices": mesh.size}
-    score_latents = jax.jit(make_score_latents(pipeline, scorer, **options))
+    score_latents = jit_on(mesh, make_score_latents(pipeline, scorer, **options))
     shape = (config.prompts_per_batch, config.sampling.num_candidates, *pipeline.latent_shape)
     x0 = jnp.zeros(shape, device=batch_sharding(mesh))
     score_latents(params, prompts, x0, jnp.int32(0)).block_until_ready()

@@ -27,12 +27,7 @@ from spo_jax.checkpoints.write_scorer import write_scorer
 from spo_jax.data.preferences import PairBatch, PairLoader, open_pairs
 from spo_jax.data.records import FAULTS
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.distributed.mesh import (
-    check_divisible,
-    fetch,
-    make_mesh,
-    replicated,
-)
+from spo_jax.distributed.mesh import check_divisible, fetch, jit_on, make_mesh, replicated
 from spo_jax.distributed.processes import is_main_process
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
@@ -155,7 +150,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         relabel=relabel,
         ema_decay=config.train.ema_decay or 0.0,
     )
-    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    update = jit_on(mesh, update, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     on_devices = make_to_devices(tokenizers, mesh)
     local_size = config.train.batch_size // jax.process_count()
     options = {"size": pipeline.image_size, "num_workers": config.data.num_workers, "strict": config.data.strict}

@@ -26,7 +26,7 @@ from spo_jax.checkpoints.pipeline import (
 from spo_jax.checkpoints.write_pipeline import write_pipeline
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
 from spo_jax.diffusion.schedule import check_trainable, make_schedule
-from spo_jax.distributed.mesh import check_divisible, fetch, make_mesh
+from spo_jax.distributed.mesh import check_divisible, fetch, jit_on, make_mesh
 from spo_jax.distributed.offload import to_device, weight_placement
 from spo_jax.distributed.pieces import piece_size
 from spo_jax.distributed.processes import is_main_process
@@ -102,7 +102,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     pool_params = {name: params[name] for name in POOL_PARTS}
     schedule = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
     check_trainable(schedule)
-    encode = jax.jit(make_encode(pipeline, scorer))
+    encode = jit_on(mesh, make_encode(pipeline, scorer))
 
     # --------------------------------------------------------------------------------------------------------- state
     root = jax.random.key(config.seed)
@@ -139,7 +139,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         return encode_prompts(encode, some, pipeline, scorer_tokenizer, texts)
 
     held_out_batch = encode_texts(held_out)
-    judge_text = jax.jit(judge.encode_text)(to_device(params["judge"]), tokenize(pipeline.tokenizer, held_out))
+    judge_text = jit_on(mesh, judge.encode_text)(to_device(params["judge"]), tokenize(pipeline.tokenizer, held_out))
     evaluation_key = rng.stream(root, "evaluation")
 
     def measure(trained: Any, prompts: PromptBatch) -> Measured:

@@ -64,7 +64,7 @@ TPU = """HloModule jit_step
 %fused_start (param_0: bf16[512,4096]) -> (bf16[512,4096], bf16[4096,4096], u32[]) {
   %param_0 = bf16[512,4096]{1,0:T(8,128)(2,1)S(1)} parameter(0)
   %all-gather.1 = bf16[4096,4096]{1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=3, dimensions={0}
-  ROOT %custom-call.1 = (bf16[512,4096]{1,0}, bf16[4096,4096]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1)
+  ROOT %custom-call.1 = (bf16[512,4096]{1,0}, u32[]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }
 %async_collective_fusion.1 (param_0: bf16[512,4096]) -> bf16[512,4096] {
   %param_0 = bf16[512,4096]{1,0:T(8,128)(2,1)S(1)} parameter(0)
@@ -81,6 +81,7 @@ TPU = """HloModule jit_step
   %param = (s32[]{:T(128)}, f32[4096,8]{1,0:T(8,128)}) parameter(0)
   %get-tuple-element.1 = f32[4096,8]{1,0:T(8,128)} get-tuple-element(%param), index=1
   %fusion.2 = f32[512,8]{1,0:T(8,128)} fusion(%get-tuple-element.1), kind=kCustom, calls=%all-reduce-scatter
+  %fusion.3 = bf16[512,4096]{1,0} fusion(%get-tuple-element.1), kind=kOutput, calls=%async_collective_fusion.1
   ROOT %tuple.1 = (s32[]{:T(128)}, f32[4096,8]{1,0:T(8,128)}) tuple(%get-tuple-element.1)
 }
 %condition (param.1: (s32[], f32[4096,8])) -> pred[] {
