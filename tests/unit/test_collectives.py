@@ -64,7 +64,7 @@ TPU = """HloModule jit_step
 %fused_start (param_0: bf16[512,4096]) -> (bf16[512,4096], bf16[4096,4096], u32[]) {
   %param_0 = bf16[512,4096]{1,0:T(8,128)(2,1)S(1)} parameter(0)
   %all-gather.1 = bf16[4096,4096]{1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=3, dimensions={0}
-  ROOT %custom-call.1 = (bf16[512,4096]{1,0}, u32[]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+  ROOT %custom-call.1 = (bf16[4096], u32[]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }
 %async_collective_fusion.1 (param_0: bf16[512,4096]) -> bf16[512,4096] {
   %param_0 = bf16[512,4096]{1,0:T(8,128)(2,1)S(1)} parameter(0)
