@@ -17,7 +17,7 @@ from spo_jax.diffusion.ddim import ddim_distribution, log_prob, predict_x0_and_n
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.errors import UserError
-from spo_jax.models.lora import LoRADense, init_lora
+from spo_jax.models.lora import LoRADense, init_lora, low_rank
 from spo_jax.preference.pairs import compact, compare
 from spo_jax.preference.scorers import preprocess_images
 from spo_jax.training.losses import spo_loss
@@ -164,6 +164,24 @@ def test_fresh_adapters_change_nothing_and_have_the_papers_spread():
     strong = {"A": lora["to_q"]["A"], "B": jnp.ones((8, 64))}
     expected = layer.apply({"params": params}, x) + x @ strong["A"] @ strong["B"]
     np.testing.assert_allclose(layer.apply({"params": params, "lora": strong}, x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_adapters_have_the_gradients_of_their_product(dtype):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, a, b, cotangent = (
+        jax.random.normal(key, shape) for key, shape in zip(keys, [(2, 5, 8), (8, 3), (3, 6), (2, 5, 6)], strict=True)
+    )
+    out, pull_back = jax.vjp(low_rank, x.astype(dtype), a, b)
+    expected, expected_pull_back = jax.vjp(lambda x, a, b: x @ a @ b, x.astype(dtype).astype(jnp.float32), a, b)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    for grad, wanted, x_dtype in zip(
+        pull_back(cotangent), expected_pull_back(cotangent), (dtype, a.dtype, b.dtype), strict=True
+    ):
+        assert grad.dtype == x_dtype
+        np.testing.assert_allclose(
+            grad.astype(jnp.float32), wanted, rtol=1e-6 if x_dtype != jnp.bfloat16 else 2**-8, atol=1e-6
+        )
 
 
 def test_streams_differ_by_name_and_step():

@@ -12,9 +12,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import sd15, sdxl, spm_sd15
-from spo_jax.distributed.mesh import make_mesh
+from spo_jax.distributed.mesh import batch_sharding, jit_on, make_mesh
 from spo_jax.distributed.sharding import partition_spec, path_names, weight_sharding, weight_shardings
 from spo_jax.errors import UserError
+from spo_jax.models import attention
+from spo_jax.models.unet import UNet2DConditionModel
+from spo_jax.planning.collectives import collectives
 from spo_jax.planning.programs import make_run
 from spo_jax.training.optimizer import make_optimizer
 
@@ -56,6 +59,30 @@ def test_a_split_that_does_not_come_out_even_is_refused_with_the_numbers():
         20,
         64,
     )
+
+
+def test_split_weights_travel_once_for_each_use_and_nothing_else_does():
+    """A UNet, its weights and its batch split over eight devices, with attention in loops."""
+    mesh, split = make_mesh(1, 8), batch_sharding(make_mesh(1, 8))
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=(1, 1), num_attention_heads=(2, 2),
+        transformer_layers_per_block=(1, 1), cross_attention_dim=64, norm_num_groups=8,
+    )  # fmt: skip
+    inputs = ((8, 32, 32, 4), (8,), (8, 77, 64))
+    params = jax.eval_shape(unet.init, jax.random.key(0), *(jnp.zeros(shape) for shape in inputs))["params"]
+    shardings = weight_shardings(mesh, {"unet": params})["unet"]
+    weights = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params, shardings
+    )
+    batch = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split) for shape in inputs]
+    program = jit_on(mesh, lambda params, *batch: unet.apply({"params": params}, *batch), out_shardings=split)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "MAX_LOGITS", 1024)
+        traffic = collectives(program.lower(weights, *batch).compile().as_text())
+    travelling = [4 * x.size for x in jax.tree.leaves(weights) if not x.sharding.is_fully_replicated]
+    assert len(travelling) > 40
+    assert traffic.bytes == {"all-gather": sum(travelling)}
 
 
 def test_optimizer_state_lies_with_its_parameter():
