@@ -87,7 +87,7 @@ def measure(cell: Cell, program: str) -> dict[str, Any]:
         "exact": exact,
         "estimate": stays + extra + own,
         "flops": flops,
-        "collectives": answer.traffic.bytes,
+        "collectives": answer.traffic and answer.traffic.bytes,
         "seconds": round(answer.seconds),
         "date": answer.date or time.strftime("%Y-%m-%d"),
         "versions": versions(target.platform),

@@ -46,7 +46,7 @@ class Compiled:
       temp: bytes of its temporary arrays; if it is too large, all that the compiler says it needs.
       output: bytes of results that do not take the place of an argument.
       code: bytes of the program itself.
-      traffic: its collectives.
+      traffic: its collectives; None where it was not compiled, or JAX cannot read the text of the program.
       seconds: that compiling took.
       message: of the compiler, where it did not succeed.
       date: when it was compiled.
@@ -57,7 +57,7 @@ class Compiled:
     temp: int = 0
     output: int = 0
     code: int = 0
-    traffic: Traffic = dataclasses.field(default_factory=lambda: Traffic({}, {}))
+    traffic: Traffic | None = None
     seconds: float = 0.0
     message: str = ""
     date: str = ""
@@ -76,7 +76,7 @@ def compile_program(config: ConfigDict, target: str, program: str) -> Compiled:
     lines = process.stdout.strip().splitlines()
     if process.returncode == 0 and lines:
         answer = json.loads(lines[-1])
-        return Compiled(**answer | {"traffic": Traffic(**answer["traffic"])})
+        return Compiled(**answer | {"traffic": answer["traffic"] and Traffic(**answer["traffic"])})
     if process.returncode < 0:
         reason = f"the compiler was ended by {signal.Signals(-process.returncode).name}"
     else:
@@ -132,10 +132,20 @@ def _compile(lowered: Any, platform: str) -> Compiled:
         temp=memory.temp_size_in_bytes,
         output=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
         code=memory.generated_code_size_in_bytes,
-        traffic=collectives(compiled.as_text()),
+        traffic=_traffic(compiled),
         seconds=time.time() - start,
         date=date,
     )
+
+
+def _traffic(compiled: Any) -> Traffic | None:
+    """The collectives of a program, if its text can be read: some of libtpu 0.0.52 for v6e cannot, by this JAX."""
+    try:
+        return collectives(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        if "RET_CHECK failure" not in str(error):
+            raise
+        return None
 
 
 def _cache() -> Path:

@@ -21,7 +21,7 @@ class Need:
       own: bytes beside what is resident: arguments, temporary arrays, results, code.
       peak: bytes in all; of a program that the compiler gave up, at least that.
       fits: whether that is within the limit.
-      traffic: its collectives; None if it was not compiled.
+      traffic: its collectives; None if it was not compiled, or its text cannot be read.
       seconds: that compiling took; None if it was not compiled.
       problem: what the compiler said, if it gave no numbers.
     """

@@ -229,6 +229,21 @@ def test_any_other_error_of_a_compiler_is_one():
 
 
 @pytest.mark.parametrize(
+    "message, read", [("INTERNAL: RET_CHECK failure (hlo_instruction.cc:390)", True), ("no", False)]
+)
+def test_a_program_whose_text_jax_cannot_read_has_its_memory_and_no_collectives(message, read):
+    class Unreadable:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError(message)
+
+    if read:
+        assert compiling._traffic(Unreadable()) is None
+    else:
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            compiling._traffic(Unreadable())
+
+
+@pytest.mark.parametrize(
     "script, message",
     [
         ("kill -SEGV $$", "the compiler was ended by SIGSEGV"),
