@@ -26,8 +26,8 @@ CONFIRM = flags.DEFINE_bool(
 )
 
 _CAUTION = (
-    "This is an estimate: compiled, programs of SDXL have needed up to 3.6 times as much, and one of SD1.5 for an H100 "
-    "four times (docs/memory.md); leave --estimate out before you pay."
+    "This is an estimate: compiled programs have needed up to 13 % more (docs/memory.md); "
+    "leave --estimate out before you pay."
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from typing import Any
@@ -62,7 +63,7 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
         share = share_of(config, 1)
     key = json.dumps([target.platform, target.num_devices, name, _read_keys(share, name)], sort_keys=True, default=str)
     if key not in _known:
-        run = make_run(share, make_mesh(1, 1, jax.devices()[:1]))
+        run = _run_of(share.to_json())
         program = run.program(name)
         jaxpr = program.function.trace(*program.arguments).jaxpr.jaxpr
         num_donated = len(jax.tree.leaves(program.arguments[0])) if name == "update" else 0
@@ -75,6 +76,11 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
             own *= target.num_devices
         _known[key] = cost.flops, extra, own
     return _known[key]
+
+
+@functools.lru_cache(maxsize=2)  # one device's share, and the whole batch
+def _run_of(config: str) -> Run:
+    return make_run(ConfigDict(json.loads(config)), make_mesh(1, 1, jax.devices()[:1]))
 
 
 def resident_bytes(run: Run) -> dict[str, int]:

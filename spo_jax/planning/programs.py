@@ -135,6 +135,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
 
         return {name: jax.tree.map(one, params[name]) for name in names if name in params}
 
+    @functools.cache  # tracing takes seconds, and several programs want the same
     def prompts() -> Any:
         size = config.prompts_per_batch
         batch = jax.eval_shape(lambda p: encode_prompts(encode, p, pipeline, pipeline.tokenizer, [""] * size), params)
@@ -143,6 +144,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
     def key() -> Any:
         return everywhere(jax.eval_shape(lambda: jax.random.key(0)))
 
+    @functools.cache
     def compiled() -> Programs:
         return compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
 
