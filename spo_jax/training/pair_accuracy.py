@@ -90,10 +90,10 @@ def make_measure_accuracy(
     """
     encode_captions = jit_on(mesh, make_encode_captions(pipeline))
 
-    @jax.jit
-    def encode_texts(params: Any, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def encode(params: Any, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {name: judge.scorer.encode_text(params[name], tokens[name]) for name, judge in judges.items()}
 
+    encode_texts = jit_on(mesh, encode)
     program = jit_on(mesh, make_measure_pairs(predict_clean, judges), out_shardings=replicated(mesh))
 
     def place(rows: Any) -> Any:
