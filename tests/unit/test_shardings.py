@@ -79,10 +79,14 @@ def test_split_weights_travel_once_for_each_use_and_nothing_else_does():
     program = jit_on(mesh, lambda params, *batch: unet.apply({"params": params}, *batch), out_shardings=split)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "MAX_LOGITS", 1024)
-        traffic = collectives(program.lower(weights, *batch).compile().as_text())
+        lowered = program.lower(weights, *batch)
+    traffic = collectives(lowered.compile().as_text())
     travelling = [4 * x.size for x in jax.tree.leaves(weights) if not x.sharding.is_fully_replicated]
     assert len(travelling) > 40
     assert traffic.bytes == {"all-gather": sum(travelling)}
+    # A CPU's compiler would gather by itself, a TPU's not: the program has to ask for it.
+    kernels = [path for path, _ in jax.tree_util.tree_leaves_with_path(weights) if path_names(path)[-1] == "kernel"]
+    assert lowered.as_text().count("sdy.sharding_constraint") == len(kernels)
 
 
 def test_optimizer_state_lies_with_its_parameter():
