@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,12 +15,43 @@ from jaxtyping import Array, Float, Num
 from spo_jax.distributed.sharding import gathered
 
 
+def product(of: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``of(x, kernel)``, linear in both, with a kernel that may be split over devices.
+
+    Where the kernel learns, its gradient is made before that of ``x`` goes on. Nothing else waits for it but the
+    optimizer, so that XLA would leave it for the end of a program, and keep the inputs of all layers until then.
+    """
+    return _product(of, x, gathered(kernel))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(of: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return of(x, kernel)
+
+
+def _forward(of: Any, x: Any, kernel: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    learns = () if kernel.perturbed else None  # what is kept is a tree of arrays; its structure may say more
+    return of(x.value, kernel.value), (x.value, kernel.value, learns)
+
+
+def _backward(of: Any, kept: tuple[Any, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    x, kernel, learns = kept
+    (to_x,) = jax.linear_transpose(lambda x: of(x, kernel), x)(gradient)
+    if learns is None:
+        return to_x, None
+    (to_kernel,) = jax.linear_transpose(lambda kernel: of(x, kernel), kernel)(gradient)
+    return jax.lax.optimization_barrier((to_x, to_kernel))
+
+
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
 def _dot(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    return jax.lax.dot_general(x, gathered(kernel), *args, **kwargs)
+    return product(lambda x, kernel: jax.lax.dot_general(x, kernel, *args, **kwargs), x, kernel)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, gathered(kernel), *args, **kwargs)
+    return product(lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, *args, **kwargs), x, kernel)
 
 
 class Dense(nn.Dense):

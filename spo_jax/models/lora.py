@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from spo_jax import rng
 from spo_jax.distributed.sharding import gathered
+from spo_jax.models.layers import product
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out_0")
 
@@ -35,7 +36,7 @@ class LoRADense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
-        y = x.astype(self.dtype) @ gathered(kernel.astype(self.dtype))
+        y = product(jnp.matmul, x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)

@@ -2,6 +2,8 @@
 
 import math
 
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from spo_jax.diffusion.ddim import ddim_distribution, log_prob, predict_x0_and_n
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.errors import UserError
+from spo_jax.models.layers import Conv, Dense, product
 from spo_jax.models.lora import LoRADense, init_lora, low_rank
 from spo_jax.preference.pairs import compact, compare
 from spo_jax.preference.scorers import preprocess_images
@@ -182,6 +185,36 @@ def test_adapters_have_the_gradients_of_their_product(dtype):
         np.testing.assert_allclose(
             grad.astype(jnp.float32), wanted, rtol=1e-6 if x_dtype != jnp.bfloat16 else 2**-8, atol=1e-6
         )
+
+
+@pytest.mark.parametrize(
+    "layer, theirs, shape",
+    [
+        (Dense(6), nn.Dense(6), (2, 5, 8)),
+        (Conv(6, (3, 3), strides=2, padding=1), nn.Conv(6, (3, 3), strides=2, padding=1), (2, 6, 6, 8)),
+    ],
+    ids=["dense", "conv"],
+)
+def test_layers_have_the_results_and_gradients_of_flax(layer, theirs, shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    params = layer.init(jax.random.key(1), x)
+
+    def loss(module, params, x):
+        return jnp.sin(module.apply(params, x)).sum()
+
+    ours, expected = (jax.value_and_grad(loss, argnums=(1, 2))(module, params, x) for module in (layer, theirs))
+    chex.assert_trees_all_equal(ours, expected)
+
+
+@pytest.mark.parametrize("learns, products", [(True, 3), (False, 2)])
+def test_the_gradient_of_a_kernel_is_made_first_where_it_learns_and_else_not_at_all(learns, products):
+    def loss(x, kernel):
+        return product(jnp.matmul, x, kernel).sum()
+
+    grad = jax.grad(jax.checkpoint(loss), argnums=(0, 1) if learns else 0)
+    lines = str(jax.make_jaxpr(grad)(jnp.ones((2, 3)), jnp.ones((3, 4)))).splitlines()
+    assert sum("dot_general[" in line for line in lines) == products
+    assert sum("optimization_barrier" in line for line in lines) == int(learns)
 
 
 def test_streams_differ_by_name_and_step():
