@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
@@ -66,6 +67,8 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
         run = _run_of(share.to_json())
         program = run.program(name)
         jaxpr = program.function.trace(*program.arguments).jaxpr.jaxpr
+        # Without what nobody reads, such as results of a forward pass that is made again for its inner values.
+        jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
         num_donated = len(jax.tree.leaves(program.arguments[0])) if name == "update" else 0
         size_of = _tiled_bytes if target.platform == "tpu" else _bytes
         cost = walk(jaxpr, size_of, fuses_operands=target.platform == "tpu", num_donated=num_donated)

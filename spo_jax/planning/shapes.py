@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -63,27 +65,24 @@ def pipeline_shapes(name: str, dtype: Any, place: Place, *, vae: str = "") -> Pi
     vae_config = part("vae")
     if vae:
         vae_config = _find_config(resolve(vae), "config.json", published.VAES.get(repository_of(vae) or ""))
-    unet = UNet2DConditionModel.from_config(part("unet"), dtype)
-    autoencoder = AutoencoderKL.from_config(vae_config, dtype)
-    text_encoder = CLIPTextModel.from_config(part("text_encoder"), dtype)
-    shapes = {
-        "unet": reading.unet_shapes(unet, dtype),
-        "vae": reading.vae_shapes(autoencoder, dtype),
-        "text_encoder": reading.text_encoder_shapes(text_encoder, dtype),
-    }
-    second = None
-    if sdxl:
-        second = CLIPTextModelWithProjection.from_config(part("text_encoder_2"), dtype)
-        shapes["text_encoder_2"] = reading.text_encoder_shapes(second, dtype)
+    modules, shapes = {}, {}
+    for what, kind, shapes_of, config in (
+        ("unet", UNet2DConditionModel, reading.unet_shapes, part("unet")),
+        ("vae", AutoencoderKL, reading.vae_shapes, vae_config),
+        ("text_encoder", CLIPTextModel, reading.text_encoder_shapes, part("text_encoder")),
+        ("text_encoder_2", CLIPTextModelWithProjection, reading.text_encoder_shapes, sdxl and part("text_encoder_2")),
+    ):
+        if config:
+            modules[what], shapes[what] = _module(kind, shapes_of, json.dumps(config), dtype, dtype)
     return Pipeline(
         folder=Path(name),
-        unet=unet,
-        vae=autoencoder,
-        text_encoder=text_encoder,
+        unet=modules["unet"],
+        vae=modules["vae"],
+        text_encoder=modules["text_encoder"],
         tokenizer=None,
         scheduler_config=part("scheduler", "scheduler_config.json"),
         params=placed(shapes, place),
-        text_encoder_2=second,
+        text_encoder_2=modules.get("text_encoder_2"),
         force_zeros_for_empty_prompt=sdxl and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
@@ -115,9 +114,18 @@ def clip_shapes(
     folder = path.parent if path.suffix in WEIGHT_SUFFIXES else path
     config = _find_config(folder, "config.json", published.CLIPS.get(repository_of(name) or "", published.CLIP_VIT_H))
     step_aware = step_aware and not (known_plain and repository_of(name) in published.CLIPS)
-    clip = CLIPModel.from_config(config, step_aware=step_aware, dtype=dtype)
-    shapes = reading.clip_shapes(clip, dtype if params_dtype is None else params_dtype)
+    params_dtype = dtype if params_dtype is None else params_dtype
+    clip, shapes = _module(
+        CLIPModel, reading.clip_shapes, json.dumps(config), dtype, params_dtype, step_aware=step_aware
+    )
     return clip, placed(shapes, place, (what,))
+
+
+@functools.lru_cache(maxsize=16)  # seconds of tracing, asked for again by each estimate
+def _module(kind: Any, shapes_of: Any, config: str, dtype: Any, params_dtype: Any, **options: Any) -> tuple[Any, Any]:
+    """A network of a config, as JSON, and the shapes of its parameters."""
+    module = kind.from_config(json.loads(config), dtype=dtype, **options)
+    return module, shapes_of(module, params_dtype)
 
 
 def num_parameters(tree: Any) -> int:
