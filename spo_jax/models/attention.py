@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from spo_jax.models.layers import Conv, Dense, group_norm
+from spo_jax.models.layers import Conv, Dense, LayerNorm, group_norm
 from spo_jax.models.lora import LoRADense
 
 # Logits of one piece of attention and one sample: 5 MiB in float32. All heads of CLIP (16 x 257 x 257) and of a UNet's
@@ -153,8 +153,8 @@ class BasicTransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l c"], context: Float[Array, "b k d"]) -> Float[Array, "b l c"]:
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)
 
         x = x + Attention(self.num_heads, dtype=self.dtype, name="attn1")(norm("norm1")(x))
         x = x + Attention(self.num_heads, dtype=self.dtype, name="attn2")(norm("norm2")(x), context)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Num
 from spo_jax.distributed.sharding import gathered
 from spo_jax.models.attention import multi_head_attention
 from spo_jax.models.config import check_fields
-from spo_jax.models.layers import Conv, Dense, activation, timestep_embedding
+from spo_jax.models.layers import Conv, Dense, LayerNorm, activation, timestep_embedding
 
 # Fields of transformers' configs that do not change what the towers compute (training, text generation, bookkeeping).
 _INERT = frozenset(
@@ -468,8 +468,8 @@ def _modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-def _layer_norm(module, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=module.layer_norm_eps, dtype=module.dtype, use_fast_variance=False, name=name)
+def _layer_norm(module, name: str) -> LayerNorm:
+    return LayerNorm(epsilon=module.layer_norm_eps, dtype=module.dtype, use_fast_variance=False, name=name)
 
 
 def _tower_fields(tower) -> dict[str, Any]:

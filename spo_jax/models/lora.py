@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from spo_jax import rng
 from spo_jax.distributed.sharding import gathered
-from spo_jax.models.layers import product
+from spo_jax.models.layers import tied
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out_0")
 
@@ -36,36 +36,23 @@ class LoRADense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
-        y = product(jnp.matmul, x.astype(self.dtype), kernel.astype(self.dtype))
+        weights = {"kernel": kernel}
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-            y = y + bias.astype(self.dtype)
+            weights["bias"] = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        inputs, weights = tied(x, weights)
+        y = inputs.astype(self.dtype) @ gathered(weights["kernel"].astype(self.dtype))
+        if self.use_bias:
+            y = y + weights["bias"].astype(self.dtype)
         if self.has_variable("lora", "A"):
             adapters = (gathered(self.get_variable("lora", name)) for name in "AB")
             y = (y.astype(jnp.float32) + low_rank(x, *adapters)).astype(self.dtype)
         return y
 
 
-@jax.custom_vjp
 def low_rank(x: Float[Array, "*b i"], a: Float[Array, "i r"], b: Float[Array, "r o"]) -> Float[Array, "*b o"]:
-    """``(x A) B`` in float32, of inputs in any dtype.
-
-    On the way back the adapters' gradients are made before anything goes on. Nothing waits for them but the optimizer,
-    so that XLA would leave them for the end, and keep the inputs of all layers in float32 until then (SD1.5: 5 GiB).
-    """
+    """``(x A) B`` in float32, of inputs in any dtype."""
+    x, (a, b) = tied(x, (a, b))
     return (x.astype(jnp.float32) @ a) @ b
-
-
-def _forward(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return low_rank(x, a, b), (x, a, b)
-
-
-def _backward(inputs: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
-    _, pull_back = jax.vjp(lambda x, a, b: (x.astype(jnp.float32) @ a) @ b, *inputs)
-    return jax.lax.optimization_barrier(pull_back(gradient))
-
-
-low_rank.defvjp(_forward, _backward)
 
 
 def init_lora(key: jax.Array, params: Any, rank: int) -> Any:
