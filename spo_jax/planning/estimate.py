@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.interpreters import partial_eval
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
@@ -29,12 +30,16 @@ _UNREAD = {
     "update": ("prompts_per_batch", "scorer.chunk", "evaluation", "train.accumulation_steps"),
     "evaluation": ("prompts_per_batch", "train", "remat"),
 }
-# A TPU's programs lie in its memory. Seen: from 0.15 GiB (evaluation of SD1.5) to 1.1 (that of SDXL).
-_CODE_BYTES = 400_000
+# A TPU's programs lie in its memory, what they do in several places once. Seen: 0.15 GiB (evaluation of SD1.5) to 1.1
+# (that of SDXL), and nothing that tells which.
+_CODE_BYTES, _MOST_CODE = 400_000, 2**30
 # Compilers keep more than they must, for speed. Seen: 0.9 to 2.5 times what the walk finds, mostly 1.2 to 1.6; this is
-# what brings all programs of docs/memory.md with whole weights on each device within 15 % of all of their memory.
+# what brings the programs of docs/memory.md within 15 % of all of their memory.
 _KEPT = 1.2
-_known: dict[str, tuple[float, int, int]] = {}
+# Weights that are split over devices are gathered before a program's loop over steps, and stay; in an update, which
+# has none, half of them were there at a time (SDXL on eight v5e).
+_GATHERED = {"update": 0.5}
+_known: dict[str, tuple[float, int, int, int]] = {}
 
 
 def abstract_run(config: ConfigDict, target: Target) -> Run:
@@ -71,17 +76,31 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
         program = run.program(name)
         jaxpr = program.function.trace(*program.arguments).jaxpr.jaxpr
         # Without what nobody reads, such as results of a forward pass that is made again for its inner values.
-        jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+        jaxpr, read = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
         num_donated = len(jax.tree.leaves(program.arguments[0])) if name == "update" else 0
         size_of = _tiled_bytes if target.platform == "tpu" else _bytes
         cost = walk(jaxpr, size_of, fuses_operands=target.platform == "tpu", num_donated=num_donated)
         own, extra = round(_KEPT * cost.peak), extra_bytes(program, run)
         if target.platform == "tpu":
-            own += _CODE_BYTES * cost.products
+            own += min(_CODE_BYTES * cost.products, _MOST_CODE)
         if name == "exchange":  # each device goes through the minibatch of all of them
             own *= target.num_devices
-        _known[key] = cost.flops, extra, own
-    return _known[key]
+        leaves = [leaf for leaf, used in zip(jax.tree.leaves(program.arguments), read, strict=True) if used]
+        _known[key] = cost.flops, extra, own, _split_bytes(run, leaves, jnp.dtype(config.dtype).itemsize)
+    flops, extra, own, split = _known[key]
+    _, fsdp = mesh_sizes(config.mesh.data, config.mesh.fsdp, target.num_devices)
+    return flops, extra, own + round(_GATHERED.get(name, 1) * split * (fsdp - 1) / fsdp)
+
+
+def _split_bytes(run: Run, leaves: list[Any], itemsize: int) -> int:
+    """Bytes, whole and in the dtype of the network, of those weights among ``leaves`` that ``mesh.fsdp`` splits."""
+    parts = [tree for name, tree in run.resident.items() if name not in ("optimizer", "average", "texts")]
+    weights = {id(leaf) for leaf in jax.tree.leaves(parts)}
+    return sum(
+        leaf.size * min(leaf.dtype.itemsize, itemsize)
+        for leaf in leaves
+        if id(leaf) in weights and "fsdp" in tuple(leaf.sharding.spec)
+    )
 
 
 @functools.lru_cache(maxsize=2)  # one device's share, and the whole batch

@@ -190,6 +190,25 @@ def test_what_stays_on_a_device_is_split_by_fsdp():
         assert split[name] == pytest.approx(whole[name] / 8, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    "program, held, whole, some",
+    [("score", 1, [], ["vae", "scorer"]), ("update", 0.5, ["unet"], ["trained"])],
+)
+def test_an_estimate_has_the_split_weights_that_a_program_reads(program, held, whole, some):
+    config, target = tiny.get_config(), parse_target("cpu:4")
+    *_, plain = estimate_program(config, target, program)
+    config.mesh.data, config.mesh.fsdp = 1, 4
+    *_, own = estimate_program(config, target, program)
+    resident = abstract_run(config, target).resident
+
+    def from_others(parts):
+        leaves = jax.tree.leaves([resident[name] for name in parts])
+        return held * 3 / 4 * 4 * sum(leaf.size for leaf in leaves if "fsdp" in leaf.sharding.spec)
+
+    assert own - plain > 0
+    assert from_others(whole) <= own - plain <= from_others(whole + some)
+
+
 def test_the_emoji_models_score_program_compiles_as_estimated_on_a_cpu():
     config, target = tiny.get_config(), parse_target("cpu:2")
     answer = compiling.compile_program(config, target.name, "score")
