@@ -36,10 +36,9 @@ _CODE_BYTES, _MOST_CODE = 400_000, 2**30
 # Compilers keep more than they must, for speed. Seen: 0.9 to 2.5 times what the walk finds, mostly 1.2 to 1.6; this is
 # what brings the programs of docs/memory.md within 15 % of all of their memory.
 _KEPT = 1.2
-# Weights that are split over devices are gathered before a program's loop over steps, and stay; in an update, which
-# has none, half of them were there at a time (SDXL on eight v5e).
-_GATHERED = {"update": 0.5}
-_known: dict[str, tuple[float, int, int, int]] = {}
+# Of weights that are split over devices: in an update half of them were gathered at a time (SDXL on eight v5e).
+_GATHERED_IN_UPDATE = 0.5
+_known: dict[str, tuple[float, int, int, list[int]]] = {}
 
 
 def abstract_run(config: ConfigDict, target: Target) -> Run:
@@ -89,18 +88,28 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
         _known[key] = cost.flops, extra, own, _split_bytes(run, leaves, jnp.dtype(config.dtype).itemsize)
     flops, extra, own, split = _known[key]
     _, fsdp = mesh_sizes(config.mesh.data, config.mesh.fsdp, target.num_devices)
-    return flops, extra, own + round(_GATHERED.get(name, 1) * split * (fsdp - 1) / fsdp)
+    return flops, extra, own + round(_gathered(name, split) * (fsdp - 1) / fsdp)
 
 
-def _split_bytes(run: Run, leaves: list[Any], itemsize: int) -> int:
-    """Bytes, whole and in the dtype of the network, of those weights among ``leaves`` that ``mesh.fsdp`` splits."""
-    parts = [tree for name, tree in run.resident.items() if name not in ("optimizer", "average", "texts")]
-    weights = {id(leaf) for leaf in jax.tree.leaves(parts)}
-    return sum(
-        leaf.size * min(leaf.dtype.itemsize, itemsize)
-        for leaf in leaves
-        if id(leaf) in weights and "fsdp" in tuple(leaf.sharding.spec)
-    )
+def _gathered(name: str, split: list[int]) -> float:
+    """Bytes of split weights that are whole at a time, of those of each network, whole.
+
+    They are gathered before a loop, and stay as long as it runs. The pool's steps sample and score in one loop, the
+    other programs use one network after the other; an update has no loop.
+    """
+    if name == "update":
+        return _GATHERED_IN_UPDATE * sum(split)
+    return sum(split) if name == "pool" else max(split)
+
+
+def _split_bytes(run: Run, leaves: list[Any], itemsize: int) -> list[int]:
+    """Bytes, in the dtype of the network, of those weights among ``leaves`` that ``mesh.fsdp`` splits, by network."""
+    split = {id(leaf) for leaf in leaves if "fsdp" in tuple(leaf.sharding.spec)}
+    return [
+        sum(leaf.size * min(leaf.dtype.itemsize, itemsize) for leaf in jax.tree.leaves(tree) if id(leaf) in split)
+        for name, tree in run.resident.items()
+        if name not in ("optimizer", "average", "texts")
+    ]
 
 
 @functools.lru_cache(maxsize=2)  # one device's share, and the whole batch
