@@ -21,7 +21,7 @@ def tied(x: Any, weights: Any) -> tuple[Any, Any]:
     """Both as they are; on the way back, gradients of ``weights`` that learn are made before that of ``x`` goes on.
 
     Nothing waits for a weight's gradient but the optimizer, so that XLA would leave it for the end of the program, and
-    keep what it is made from, of all layers, until then (SD1.5 on a GPU: 5 GiB with adapters, 13 with all weights).
+    keep what it is made from, of all layers, until then (SD1.5 on a GPU: 5 GiB with adapters, 10 with all weights).
     """
     return x, weights
 

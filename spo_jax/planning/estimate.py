@@ -34,7 +34,7 @@ _UNREAD = {
 # (that of SDXL), and nothing that tells which.
 _CODE_BYTES, _MOST_CODE = 400_000, 2**30
 # Compilers keep more than they must, for speed. Seen: 0.9 to 2.5 times what the walk finds, mostly 1.2 to 1.6; this is
-# what brings the programs of docs/memory.md within 15 % of all of their memory.
+# what brings all but one of the programs of docs/memory.md within 15 % of all of their memory.
 _KEPT = 1.2
 # Of weights that are split over devices: in an update half of them were gathered at a time (SDXL on eight v5e).
 _GATHERED_IN_UPDATE = 0.5
