@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from spo_jax.models.layers import Conv, Dense, LayerNorm, group_norm
+from spo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm
 from spo_jax.models.lora import LoRADense
 
 # Logits of one piece of attention and one sample: 5 MiB in float32. All heads of CLIP (16 x 257 x 257) and of a UNet's
@@ -154,7 +154,7 @@ class BasicTransformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l c"], context: Float[Array, "b k d"]) -> Float[Array, "b l c"]:
         def norm(name: str) -> LayerNorm:
-            return LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)
+            return LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
 
         x = x + Attention(self.num_heads, dtype=self.dtype, name="attn1")(norm("norm1")(x))
         x = x + Attention(self.num_heads, dtype=self.dtype, name="attn2")(norm("norm2")(x), context)
@@ -184,7 +184,7 @@ class Transformer2DModel(nn.Module):
                 return Dense(channels, dtype=self.dtype, name=name)
             return Conv(channels, (1, 1), dtype=self.dtype, name=name)
 
-        hidden = project("proj_in")(group_norm(self.num_groups, 1e-6, self.dtype, "norm")(x))
+        hidden = project("proj_in")(GroupNorm(self.num_groups, 1e-6, self.dtype, name="norm")(x))
         hidden = hidden.reshape(batch, height * width, channels)
         Block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
         for i in range(self.num_layers):

@@ -346,8 +346,7 @@ class _VisionEmbeddings(nn.Module):
         patches = Conv(
             self.hidden_size,
             size,
-            strides=size,
-            padding="VALID",
+            strides=self.patch_size,
             use_bias=False,
             dtype=self.dtype,
             name="patch_embedding",
@@ -469,7 +468,7 @@ def _modulate(x, shift, scale):
 
 
 def _layer_norm(module, name: str) -> LayerNorm:
-    return LayerNorm(epsilon=module.layer_norm_eps, dtype=module.dtype, use_fast_variance=False, name=name)
+    return LayerNorm(epsilon=module.layer_norm_eps, dtype=module.dtype, name=name)
 
 
 def _tower_fields(tower) -> dict[str, Any]:

@@ -18,31 +18,20 @@ from jaxtyping import Array, Float
 
 from spo_jax import rng
 from spo_jax.distributed.sharding import gathered
-from spo_jax.models.layers import tied
+from spo_jax.models.layers import Dense, tied
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out_0")
 
 
-class LoRADense(nn.Module):
+class LoRADense(Dense):
     """``y = x W + b + (x A) B``; the last term in float32, and only where the collection ``"lora"`` has it.
 
     Folding ``A B`` into a bfloat16 ``W`` would round small updates away, so it is never done in training.
     """
 
-    features: int
-    use_bias: bool = True
-    dtype: jnp.dtype = jnp.float32
-
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
-        weights = {"kernel": kernel}
-        if self.use_bias:
-            weights["bias"] = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-        inputs, weights = tied(x, weights)
-        y = inputs.astype(self.dtype) @ gathered(weights["kernel"].astype(self.dtype))
-        if self.use_bias:
-            y = y + weights["bias"].astype(self.dtype)
+        y = super().__call__(x)
         if self.has_variable("lora", "A"):
             adapters = (gathered(self.get_variable("lora", name)) for name in "AB")
             y = (y.astype(jnp.float32) + low_rank(x, *adapters)).astype(self.dtype)

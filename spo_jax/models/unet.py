@@ -14,11 +14,11 @@ from spo_jax.models.attention import Transformer2DModel
 from spo_jax.models.config import check_fields, per_block
 from spo_jax.models.layers import (
     Downsample2D,
+    GroupNorm,
     ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
     conv3x3,
-    group_norm,
     timestep_embedding,
 )
 from spo_jax.types import AddedConditions
@@ -200,7 +200,7 @@ class UNet2DConditionModel(nn.Module):
             block = self._block(mirrored, num_layers, attends, resample, f"up_blocks_{i}")
             x, _ = block(x, time, context, skips=used[::-1])
 
-        x = nn.silu(group_norm(self.norm_num_groups, self.norm_eps, dtype, "conv_norm_out")(x))
+        x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, dtype, name="conv_norm_out")(x))
         return conv3x3(self.out_channels, dtype, "conv_out")(x)
 
     def _added_features(self, added: AddedConditions) -> Float[Array, "b p"]:

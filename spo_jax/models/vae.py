@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from spo_jax.models.attention import multi_head_attention
 from spo_jax.models.config import check_fields
-from spo_jax.models.layers import Conv, Dense, Downsample2D, ResnetBlock2D, Upsample2D, conv3x3, group_norm
+from spo_jax.models.layers import Conv, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv3x3
 
 _USED = [
     "in_channels",
@@ -118,7 +118,7 @@ class Encoder(nn.Module):
             resample = "down" if i < len(self.widths) - 1 else None
             x = _Level(width, self.num_layers, self.num_groups, resample, self.dtype, name=f"down_blocks_{i}")(x)
         x = _MidBlock(self.num_groups, self.dtype, name="mid_block")(x)
-        x = nn.silu(group_norm(self.num_groups, 1e-6, self.dtype, "conv_norm_out")(x))
+        x = nn.silu(GroupNorm(self.num_groups, 1e-6, self.dtype, name="conv_norm_out")(x))
         return conv3x3(self.out_channels, self.dtype, "conv_out")(x)
 
 
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         for i, width in enumerate(widths):
             resample = "up" if i < len(widths) - 1 else None
             x = _Level(width, self.num_layers + 1, self.num_groups, resample, self.dtype, name=f"up_blocks_{i}")(x)
-        x = nn.silu(group_norm(self.num_groups, 1e-6, self.dtype, "conv_norm_out")(x))
+        x = nn.silu(GroupNorm(self.num_groups, 1e-6, self.dtype, name="conv_norm_out")(x))
         return conv3x3(self.out_channels, self.dtype, "conv_out")(x)
 
 
@@ -184,7 +184,7 @@ class _SpatialAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        tokens = group_norm(self.num_groups, 1e-6, self.dtype, "group_norm")(x).reshape(x.shape[0], -1, x.shape[-1])
+        tokens = GroupNorm(self.num_groups, 1e-6, self.dtype, name="group_norm")(x).reshape(x.shape[0], -1, x.shape[-1])
         query, key, value = (Dense(x.shape[-1], dtype=self.dtype, name=f"to_{n}")(tokens) for n in "qkv")
         out = multi_head_attention(query, key, value, num_heads=1)
         return x + Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(out).reshape(x.shape)

@@ -191,9 +191,9 @@ def test_adapters_have_the_gradients_of_their_product(dtype):
     "layer, theirs, shape",
     [
         (Dense(6), nn.Dense(6), (2, 5, 8)),
-        (Conv(6, (3, 3), strides=2, padding=1), nn.Conv(6, (3, 3), strides=2, padding=1), (2, 6, 6, 8)),
-        (GroupNorm(num_groups=4), nn.GroupNorm(num_groups=4), (2, 6, 6, 8)),
-        (LayerNorm(), nn.LayerNorm(), (2, 5, 8)),
+        (Conv(6, (3, 3), 2, ((1, 1), (1, 1))), nn.Conv(6, (3, 3), strides=2, padding=1), (2, 6, 6, 8)),
+        (GroupNorm(4, 1e-5), nn.GroupNorm(4, epsilon=1e-5, use_fast_variance=False), (2, 6, 6, 8)),
+        (LayerNorm(1e-5), nn.LayerNorm(epsilon=1e-5, use_fast_variance=False), (2, 5, 8)),
     ],
     ids=["dense", "conv", "group norm", "layer norm"],
 )
