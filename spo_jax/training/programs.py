@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -42,6 +43,15 @@ def starting_state(
     # A copy, because the update gives the buffers of the old state away.
     average = None if config.train.ema_decay is None else jax.tree.map(jnp.copy, trained)
     return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), average)
+
+
+def untrained(trained: Any) -> Any:
+    """The base model in the form of ``trained``: adapters of zeros, so that the program for tuned adapters serves it.
+
+    In full fine-tuning that is {}: nothing is laid over the base weights.
+    """
+    adapters = {name: part for name, part in trained.items() if name == "lora"}
+    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), adapters)
 
 
 class Programs(NamedTuple):

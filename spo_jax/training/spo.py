@@ -40,7 +40,15 @@ from spo_jax.training.evaluation import Measured, encode_prompts, make_measure, 
 from spo_jax.training.judges import check_function, make_scorer, tokenizer_of
 from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, clipped_warning, read_metrics
 from spo_jax.training.optimizer import make_optimizer
-from spo_jax.training.programs import ENCODE_PARTS, POOL_PARTS, collect, compile_programs, run_updates, starting_state
+from spo_jax.training.programs import (
+    ENCODE_PARTS,
+    POOL_PARTS,
+    collect,
+    compile_programs,
+    run_updates,
+    starting_state,
+    untrained,
+)
 from spo_jax.training.report import write_report, write_summary
 from spo_jax.training.rollout import make_encode, rollout_metrics, shard_prompts, time_score
 from spo_jax.training.update import update_metrics
@@ -227,7 +235,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     write_result(workdir, state.result, pipeline.folder)
 
     # ------------------------------------------------------------------------------------------------------ evidence
-    base = measure({}, held_out_batch)
+    base = measure(untrained(state.result), held_out_batch)
     tuned = measure(state.result, held_out_batch)
     summary = {
         **summarize(base, tuned),

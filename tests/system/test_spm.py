@@ -19,7 +19,7 @@ from spo_jax.training.metrics import read_metrics
 from tests.preference_data import DAMAGE, damage, record
 from tests.system.commands import command, environment, kill_after, mistake, run, signal_after
 
-BATCH, RECORDS, EPOCHS = 48, 960, 2  # twenty steps are an epoch
+BATCH, RECORDS, EPOCHS = 16, 320, 2  # twenty steps are an epoch
 TEN_WAYS = list(DAMAGE)[:10]
 SMALL = {
     "num_steps": 40,
@@ -29,21 +29,21 @@ SMALL = {
     "log_every": 2,
     "checkpoint.every": 4,
     "validation.every": 20,
-    "validation.num_pairs": 50,
-    "validation.batch_size": 24,
+    "validation.num_pairs": 20,
+    "validation.batch_size": 8,
     "validation.timesteps": "(0, 701)",
 }
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """One per cent of the training records are damaged, in ten ways; 60 good ones to validate, a third of them ties."""
+    """Ten training records are damaged, in ten ways; 30 good ones to validate, a third of them ties."""
     folder = tmp_path_factory.mktemp("data") / "pairs"
     records = [record(i) for i in range(RECORDS)]
     for i, how in enumerate(TEN_WAYS):
-        records[96 * i] = damage(records[96 * i], how)
+        records[32 * i] = damage(records[32 * i], how)
     write_split(folder, "train", records)
-    write_split(folder, "validation", [record(i) for i in range(2000, 2060)])
+    write_split(folder, "validation", [record(i) for i in range(2000, 2030)])
     return folder
 
 
@@ -100,7 +100,7 @@ def test_damaged_records_are_counted_and_every_good_one_is_used_once_an_epoch(un
     loader = PairLoader(open_pairs(f"{data}@train"), batch_size=BATCH, size=(32, 32), seed=0, num_workers=0)
     batches = [next(loader) for _ in range(EPOCHS * RECORDS // BATCH)]
     assert records == loader.state()["counts"]
-    good = sorted(f"caption {i}" for i in range(RECORDS) if i % 96)
+    good = sorted(f"caption {i}" for i in range(RECORDS) if i % 32)
     for epoch in np.split(np.array([batch.captions for batch in batches]).ravel(), EPOCHS):
         assert sorted(caption for caption in epoch if caption) == good
 
@@ -129,7 +129,7 @@ def test_eight_devices_that_split_the_weights_give_the_numbers_of_one(undisturbe
     workdir, _ = undisturbed
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "40")
-    changes = {"mesh.fsdp": 8, "chunk": 24, "data.num_workers": 1}
+    changes = {"mesh.fsdp": 8, "chunk": 8, "data.num_workers": 1}
     result = run(spm_command(tmp_path, data, **changes), environment(cache, num_devices=8))
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "checkpoints" / "40").is_dir(), "computed once more"

@@ -52,9 +52,10 @@ def test_evidence_is_written(undisturbed):
     assert len(list((workdir / "checkpoints").iterdir())) == 2
 
 
-def test_pool_and_update_compile_once(undisturbed):
+def test_every_program_compiles_once(undisturbed):
+    """Also the one that measures base and tuned model."""
     _, result = undisturbed
-    for program in ("pool", "arrange", "exchange", "update"):
+    for program in ("pool", "arrange", "exchange", "update", "measure_batch"):
         count = result.stderr.count(f"Finished XLA compilation of jit({program})")
         assert count == 1, f"{program} was compiled {count} times"
 

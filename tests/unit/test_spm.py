@@ -31,6 +31,7 @@ from spo_jax.training.noisy_pairs import make_predict_clean, pair_keys, score_pa
 from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
 from spo_jax.training.spm_update import make_relabel, make_spm_loss, make_spm_update, spm_metrics
 from spo_jax.types import JudgedPairs, TrainState
+from tests.small_pipeline import small_pipeline
 
 CAPTIONS = [
     f"{thing} on a {color} background" for thing in ("a fox", "a lemon") for color in ["red", "teal", "pink", "gray"]
@@ -202,7 +203,7 @@ def run_updates(fsdp, num_updates=2, **clip_changes):
     config = common_spm.get_config()
     mesh = make_mesh(data=-1, fsdp=fsdp)
     placement = functools.partial(weight_sharding, mesh)
-    pipeline = read_pipeline(resolve("emoji:model"), sharding=placement)
+    pipeline = small_pipeline(placement)
     clip, start = read_clip(resolve("emoji:model/clip"), step_aware=True, sharding=placement)
     scorer = make_clip_scorer(clip.clone(**clip_changes))
     # Adam's first step is the gradient's sign, whatever its size: at 1e-3 rounding alone moves the next loss by 5e-5.

@@ -30,11 +30,12 @@ from spo_jax.training.evaluation import encode_prompts
 from spo_jax.training.losses import PairLoss
 from spo_jax.training.metrics import CLIPPED_BATCHES, clipped_warning
 from spo_jax.training.optimizer import make_optimizer
-from spo_jax.training.programs import collect, compile_programs, run_updates, starting_state
+from spo_jax.training.programs import collect, compile_programs, run_updates, starting_state, untrained
 from spo_jax.training.rollout import make_encode, make_score_latents, shard_prompts
 from spo_jax.training.update import make_update
 from spo_jax.types import PreferencePairs, PromptBatch, TrainState
 from tests.golden_data import FOLDER
+from tests.small_pipeline import small_pipeline
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes
@@ -248,6 +249,15 @@ def test_a_run_that_is_clipped_everywhere_is_warned_about():
     assert clipped_warning([bad] * CLIPPED_BATCHES + [skipped]) is None
 
 
+def test_the_base_model_is_measured_by_the_program_of_the_tuned_one():
+    adapters = {"lora": {"A": jnp.ones((8, 3), jnp.float32), "B": jnp.ones((3, 8), jnp.float32)}}
+    adapters = jax.device_put(adapters, replicated(make_mesh(-1, 1)))
+    program = jax.jit(lambda trained: jax.tree.map(jnp.sum, trained))
+    assert program(adapters) == {"lora": {"A": 24, "B": 24}}
+    assert program(untrained(adapters)) == {"lora": {"A": 0, "B": 0}} and program._cache_size() == 1
+    assert untrained({"params": adapters}) == {}
+
+
 # -------------------------------------------------------------------------------------------------- split over devices
 def test_split_weights_and_state_give_the_update_of_whole_ones():
     """Full fine-tuning on eight devices: each holds an eighth of what is large, and the numbers are the same."""
@@ -258,7 +268,7 @@ def test_split_weights_and_state_give_the_update_of_whole_ones():
     results = []
     for fsdp in (1, 8):
         mesh = make_mesh(data=-1, fsdp=fsdp)
-        pipeline = read_pipeline(resolve(config.model), sharding=functools.partial(weight_sharding, mesh))
+        pipeline = small_pipeline(functools.partial(weight_sharding, mesh))
         scorer = Scorer(
             encode_text=lambda params, tokens: jnp.ones((len(tokens), 3)),
             score=lambda params, images, text, timesteps: 10 * images.mean((1, 2, 3)),
