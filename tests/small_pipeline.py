@@ -1,34 +1,43 @@
-"""A pipeline whose UNet has one level: for programs on many devices, which take long to compile."""
+"""A pipeline whose UNet has one level, for tests that would mostly wait for their programs to be compiled."""
 
-import dataclasses
+import atexit
+import functools
 import json
+import shutil
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from spo_jax.checkpoints.pipeline import Pipeline, read_pipeline
+from spo_jax.checkpoints.safetensors_io import param_shapes, write_params
 from spo_jax.emoji import resolve
 from spo_jax.models import UNet2DConditionModel
 
-ONE_LEVEL = {
-    "block_out_channels": [64],
-    "down_block_types": ["CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D"],
-}
 
+@functools.cache
+def small_pipeline() -> Path:
+    """The folder of the emoji models, with random weights in a UNet of one level; it goes with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="spo_jax_small_")) / "model"
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    shutil.copytree(resolve("emoji:model"), folder)
+    config = folder / "unet" / "config.json"
+    fields = json.loads(config.read_text(encoding="utf-8")) | {
+        "block_out_channels": [64],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+    }
+    config.write_text(json.dumps(fields), encoding="utf-8")
+    unet, size = UNet2DConditionModel.from_config(fields), fields["sample_size"]
+    inputs = jnp.zeros((1, size, size, 4)), jnp.zeros(1), jnp.zeros((1, 1, fields["cross_attention_dim"]))
+    generator = np.random.default_rng(0)
 
-def small_pipeline(sharding) -> Pipeline:
-    """The emoji models, but for a UNet of one level with random weights, each where ``sharding(path, shape)`` says."""
-    pipeline = read_pipeline(resolve("emoji:model"), sharding=sharding)
-    fields = json.loads((resolve("emoji:model") / "unet" / "config.json").read_text(encoding="utf-8"))
-    unet = UNet2DConditionModel.from_config(fields | ONE_LEVEL)
-    context = jnp.zeros((1, 1, fields["cross_attention_dim"]))
-    shapes = jax.eval_shape(unet.init, jax.random.key(0), jnp.zeros((1, *pipeline.latent_shape)), jnp.zeros(1), context)
-    generator, params = np.random.default_rng(0), {}
-    for path, x in flatten_dict(shapes["params"]).items():
+    def draw(path, x):
+        kind = path[-1].key
         value = generator.standard_normal(x.shape, np.float32) / np.sqrt(np.prod(x.shape[:-1]))
-        value = {"kernel": value, "bias": 0 * value, "scale": 1 + 0 * value}[path[-1]]
-        params[path] = jax.device_put(value, sharding(("unet", *path), x.shape))
-    return dataclasses.replace(pipeline, unet=unet, params=pipeline.params | {"unet": unflatten_dict(params)})
+        return {"kernel": value, "bias": 0 * value, "scale": 1 + 0 * value}[kind]
+
+    params = jax.tree_util.tree_map_with_path(draw, param_shapes(unet, *inputs))
+    write_params(folder / "unet" / "diffusion_pytorch_model.safetensors", params, dtype=np.float32)
+    return folder

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spo_jax.preference.colorfulness import colorfulness
+from tests.small_pipeline import small_pipeline
 from tests.system.commands import ROOT, command, environment
 
 
@@ -33,7 +34,9 @@ def test_the_example_is_the_true_preference_and_trains(example, cache, monkeypat
     score = __import__("my_judge").score
     np.testing.assert_allclose(score(images, None, None), colorfulness(images) / 10, rtol=1e-5)
 
-    result = run_in(example, command(example / "w", num_batches=1, scorer__fn="my_judge:score"), cache)
+    result = run_in(
+        example, command(example / "w", num_batches=1, scorer__fn="my_judge:score", model=small_pipeline()), cache
+    )
     assert result.returncode == 0, result.stderr
     summary = json.loads((example / "w" / "summary.json").read_text(encoding="utf-8"))
     for model in ("base", "tuned"):

@@ -11,10 +11,11 @@ from spo_jax.checkpoints.safetensors_io import read_tensors
 from spo_jax.data.builder import write_split
 from spo_jax.training.metrics import read_metrics
 from tests.preference_data import DAMAGE, damage, record
+from tests.small_pipeline import small_pipeline
 from tests.system.commands import command, environment, run
 from tests.system.together import run_together
 
-SETTINGS = {"num_batches": 2, "checkpoint__every": 2}
+SETTINGS = {"num_batches": 2, "checkpoint__every": 2, "model": small_pipeline()}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,13 @@ def test_two_processes_evaluate_the_pairs_of_one(data, cache, tmp_path):
     results = []
     for count in (1, 2):
         out = tmp_path / f"{count}.json"
-        arguments = [sys.executable, "-m", "spo_jax.evaluate", f"--pairs={data}@validation", "--model=emoji:model"]
+        arguments = [
+            sys.executable,
+            "-m",
+            "spo_jax.evaluate",
+            f"--pairs={data}@validation",
+            f"--model={small_pipeline()}",
+        ]
         arguments += ["--scorer=emoji:model/scorer", "--timesteps=501", "--num_pairs=13", "--batch_size=4"]
         outputs = run_together([*arguments, "--num_workers=0", f"--out={out}"], environment(cache), count)
         assert ["pairwise accuracy" in output for output in outputs] == [True] + [False] * (count - 1)
@@ -87,7 +94,7 @@ def test_two_processes_evaluate_the_pairs_of_one(data, cache, tmp_path):
 def test_two_processes_train_the_preference_model_of_one(data, cache, tmp_path):
     changes = {"num_steps": 4, "train.batch_size": 8, "train.warmup_steps": 1, "train.ema_decay": 0.5, "log_every": 2}
     changes |= {"checkpoint.every": 2, "validation.every": 4, "validation.num_pairs": 13, "validation.batch_size": 4}
-    changes |= {"validation.timesteps": "(0, 701)", "data.num_workers": 1}
+    changes |= {"validation.timesteps": "(0, 701)", "data.num_workers": 1, "model": small_pipeline()}
     changes |= {"data.train": f"{data}@train", "data.validation": f"{data}@validation"}
     rows, summaries = [], []
     for count in (1, 2):

@@ -17,6 +17,7 @@ from spo_jax.data.preferences import PairLoader, open_pairs
 from spo_jax.emoji import resolve
 from spo_jax.training.metrics import read_metrics
 from tests.preference_data import DAMAGE, damage, record
+from tests.small_pipeline import small_pipeline
 from tests.system.commands import command, environment, kill_after, mistake, run, signal_after
 
 BATCH, RECORDS, EPOCHS = 16, 320, 2  # twenty steps are an epoch
@@ -48,7 +49,8 @@ def data(tmp_path_factory):
 
 
 def spm_command(workdir, data, **overrides):
-    options = SMALL | {"data.train": f"{data}@train", "data.validation": f"{data}@validation"} | overrides
+    options = SMALL | {"model": small_pipeline()}
+    options |= {"data.train": f"{data}@train", "data.validation": f"{data}@validation"} | overrides
     flags = [f"--config.{key}={value}" for key, value in options.items()]
     return [sys.executable, "-m", "spo_jax.main", "--config=configs/spm_tiny.py", f"--workdir={workdir}", *flags]
 
@@ -141,7 +143,7 @@ def test_eight_devices_that_split_the_weights_give_the_numbers_of_one(undisturbe
 
 def test_spo_takes_the_model_by_its_path(undisturbed, tmp_path, cache):
     workdir, _ = undisturbed
-    arguments = command(tmp_path, scorer__path=workdir / "best", num_batches=1)
+    arguments = command(tmp_path, scorer__path=workdir / "best", num_batches=1, model=small_pipeline())
     result = run(arguments, environment(cache))
     assert result.returncode == 0, result.stderr
     keys = read_tensors(workdir / "best" / "model.safetensors")

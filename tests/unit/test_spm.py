@@ -203,7 +203,7 @@ def run_updates(fsdp, num_updates=2, **clip_changes):
     config = common_spm.get_config()
     mesh = make_mesh(data=-1, fsdp=fsdp)
     placement = functools.partial(weight_sharding, mesh)
-    pipeline = small_pipeline(placement)
+    pipeline = read_pipeline(small_pipeline(), sharding=placement)
     clip, start = read_clip(resolve("emoji:model/clip"), step_aware=True, sharding=placement)
     scorer = make_clip_scorer(clip.clone(**clip_changes))
     # Adam's first step is the gradient's sign, whatever its size: at 1e-3 rounding alone moves the next loss by 5e-5.

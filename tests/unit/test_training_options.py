@@ -268,7 +268,7 @@ def test_split_weights_and_state_give_the_update_of_whole_ones():
     results = []
     for fsdp in (1, 8):
         mesh = make_mesh(data=-1, fsdp=fsdp)
-        pipeline = small_pipeline(functools.partial(weight_sharding, mesh))
+        pipeline = read_pipeline(small_pipeline(), sharding=functools.partial(weight_sharding, mesh))
         scorer = Scorer(
             encode_text=lambda params, tokens: jnp.ones((len(tokens), 3)),
             score=lambda params, images, text, timesteps: 10 * images.mean((1, 2, 3)),
