@@ -105,8 +105,10 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        size, rest = divmod(x.shape[-1], self.num_groups)
+        if rest:
+            raise ValueError(f"{self.num_groups} groups do not divide {x.shape[-1]} channels")
         x, given = tied(x, _scale_and_bias(self, x.shape[-1]))
-        size = x.shape[-1] // self.num_groups
         mean, variance = _moments(x.reshape(*x.shape[:-1], self.num_groups, size), (1, 2, 4))
         mean, variance = (jnp.repeat(moment, size, axis=-1)[:, None, None] for moment in (mean, variance))
         return _normalized(self, x, mean, variance, given)
