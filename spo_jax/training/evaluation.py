@@ -104,8 +104,8 @@ def make_measure(
       chunk: pictures that a device decodes and judges at a time, at most; 0 for its share of the batch.
 
     Returns:
-      A function of the UNet's trained variables, {} for the base model (see ``TrainState``). The same key gives the
-      same noise to each prompt, whatever the model and the batch size.
+      A function of the UNet's trained variables (see ``TrainState``; ``programs.untrained`` makes those of the base
+      model). The same key gives the same noise to each prompt, whatever the model and the batch size.
     """
     options: dict[str, Any] = {"guidance_scale": guidance_scale, "eta": eta, "chunk": chunk}
     measure_batch = make_measure_batch(pipeline, scorer, judge, schedule, mesh, **options)

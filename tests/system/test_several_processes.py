@@ -15,14 +15,17 @@ from tests.small_pipeline import small_pipeline
 from tests.system.commands import command, environment, run
 from tests.system.together import run_together
 
-SETTINGS = {"num_batches": 2, "checkpoint__every": 2, "model": small_pipeline()}
+
+def train_command(workdir, **changes):
+    """Two batches, with the small UNet."""
+    return command(workdir, num_batches=2, checkpoint__every=2, model=small_pipeline(), **changes)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, cache):
     """The run of one process with one device."""
     workdir = tmp_path_factory.mktemp("alone") / "w"
-    result = run(command(workdir, **SETTINGS), environment(cache))
+    result = run(train_command(workdir), environment(cache))
     assert result.returncode == 0, result.stderr
     return workdir
 
@@ -41,7 +44,7 @@ def check_equal(workdir, alone):
 
 
 def test_two_processes_train_the_adapters_of_one_and_the_first_one_writes(tmp_path, alone, cache):
-    first, second = run_together(command(tmp_path / "w", **SETTINGS), environment(cache), 2)
+    first, second = run_together(train_command(tmp_path / "w"), environment(cache), 2)
     check_equal(tmp_path / "w", alone)
     assert "Report:" in first and "Report:" not in second
     ours, theirs = (json.loads((w / "summary.json").read_text(encoding="utf-8")) for w in (tmp_path / "w", alone))
@@ -51,7 +54,7 @@ def test_two_processes_train_the_adapters_of_one_and_the_first_one_writes(tmp_pa
 
 @pytest.mark.slow
 def test_four_processes_that_also_split_the_weights_train_the_adapters_of_one(tmp_path, alone, cache):
-    arguments = command(tmp_path / "w", **SETTINGS, mesh__data=2, mesh__fsdp=2)
+    arguments = train_command(tmp_path / "w", mesh__data=2, mesh__fsdp=2)
     run_together(arguments, environment(cache), 4)
     check_equal(tmp_path / "w", alone)
 
