@@ -1,7 +1,7 @@
 """Checkpoints and the identity of a working directory. The only module that imports orbax.
 
-Arrays are written in the background, by all processes together. A checkpoint gets its name, its step, when it is
-complete; beside the arrays it holds the checksums of its files, by which damage is found before anything is read.
+Arrays are written in the background, large ones by all processes together. A checkpoint gets its name, its step, when
+it is complete; beside the arrays it holds the checksums of its files, by which damage is found before anything is read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from spo_jax.distributed.agreement import agree
@@ -41,6 +42,7 @@ FREE_KEYS = (
 _ARRAYS, _EXTRA = "state", "extra"  # the parts of a checkpoint
 _NO_STEP = -1
 _BLOCK = 2**20
+_SLICE = 2**20  # bytes; devices that hold the same array share its writing, and each slice is a program to compile
 
 
 class _Manager(ocp.CheckpointManager):
@@ -55,6 +57,15 @@ def make_manager(directory: str | Path, keep: int) -> ocp.CheckpointManager:
     What an interrupted run left half written is deleted.
     """
     directory = Path(directory).absolute()
+    kinds = ocp.type_handlers
+    registry = kinds.create_type_handler_registry(
+        (jax.Array, kinds.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICE)),
+        (np.ndarray, kinds.NumpyHandler()),
+    )
+    handlers = {
+        _ARRAYS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        _EXTRA: ocp.JsonCheckpointHandler(),
+    }
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=True,
@@ -64,7 +75,7 @@ def make_manager(directory: str | Path, keep: int) -> ocp.CheckpointManager:
     )
     logging.getLogger("absl").addFilter(_is_news)
     with _failures(directory):
-        return _Manager(directory, options=options)
+        return _Manager(directory, options=options, item_handlers=handlers)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, extra: dict[str, Any]) -> None:
@@ -77,7 +88,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, extra: dict[str,
       UserError: the checkpoint before this one could not be written, or this one cannot be started; for example because
         the disk is full.
     """
-    parts = {_ARRAYS: ocp.args.StandardSave(state), _EXTRA: ocp.args.JsonSave(extra)}
+    parts = {_ARRAYS: ocp.args.PyTreeSave(state), _EXTRA: ocp.args.JsonSave(extra)}
     with _failures(Path(manager.directory)):
         manager.save(step, args=ocp.args.Composite(**parts), force=True)
 
@@ -106,7 +117,8 @@ def restore_latest(manager: ocp.CheckpointManager, template: Any) -> tuple[Any, 
         return None
     manager.reload()
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-    parts = {_ARRAYS: ocp.args.StandardRestore(abstract), _EXTRA: ocp.args.JsonRestore()}
+    places = ocp.checkpoint_utils.construct_restore_args(abstract)
+    parts = {_ARRAYS: ocp.args.PyTreeRestore(abstract, restore_args=places), _EXTRA: ocp.args.JsonRestore()}
     try:
         restored = manager.restore(step, args=ocp.args.Composite(**parts))
     except (ValueError, KeyError, FileNotFoundError) as error:

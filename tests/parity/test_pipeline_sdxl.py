@@ -50,9 +50,24 @@ SCHEDULER = dict(
 )
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """The pipeline of diffusers, and the folder it was saved in."""
+TWO_LEVELS = dict(
+    block_out_channels=(16, 32),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=(2, 4),
+    transformer_layers_per_block=(1, 2),
+)
+ONE_LEVEL = dict(
+    block_out_channels=(16,),
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+    attention_head_dim=(2,),
+    transformer_layers_per_block=(2,),
+)
+
+
+def save_pipeline(folder, levels):
+    """A random pipeline with a UNet of such levels; returns that of diffusers and the folder."""
     text = dict(
         vocab_size=1101, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=16, bos_token_id=1099
     )
@@ -62,18 +77,14 @@ def theirs(tmp_path_factory):
     )
     unet = UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         norm_num_groups=8,
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
         cross_attention_dim=56,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=20 + 6 * 8,
+        **levels,
     )
     blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
     vae = AutoencoderKL(
@@ -92,9 +103,19 @@ def theirs(tmp_path_factory):
         add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    folder = tmp_path_factory.mktemp("sdxl")
     pipeline.save_pretrained(folder)
     return pipeline, folder
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("sdxl"), TWO_LEVELS)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder of a pipeline for runs that would mostly wait for their programs to be compiled."""
+    return save_pipeline(tmp_path_factory.mktemp("small"), ONE_LEVEL)[1]
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +183,13 @@ def check_pictures(theirs, pipeline, height, width, lora=None):
     return expected
 
 
-def test_one_batch_of_training_with_inner_steps(ours):
+def test_one_batch_of_training_with_inner_steps(small):
     """On eight devices: segments of 2, 2 and 1 steps, pictures that are not square, both text encoders."""
     config = get_config()
     config.prompts_per_batch, config.train.minibatch_size, config.pairs.threshold = 8, 24, 0.0
     sizes = dict(num_steps=6, num_plain_steps=1, num_candidates=2, num_inner_steps=1, height=16, width=24)
     config.sampling.update(sizes)
-    pipeline = with_image_size(ours, config.sampling.height, config.sampling.width)
+    pipeline = with_image_size(read_pipeline(small), config.sampling.height, config.sampling.width)
     mesh = make_mesh(-1, 1)
     scorer = Scorer(
         encode_text=lambda params, tokens: jnp.ones((len(tokens), 3)),
@@ -202,11 +223,11 @@ def test_one_batch_of_training_with_inner_steps(ours):
     assert all(leaf > 0 for leaf in jax.tree.leaves(moved))
 
 
-def test_the_recipe_runs_from_prompts_to_adapters_and_report(theirs, tmp_path):
+def test_the_recipe_runs_from_prompts_to_adapters_and_report(small, tmp_path):
     """``configs/sdxl.py`` as the command runs it, with small models in the real layouts."""
     (tmp_path / "prompts.json").write_text(json.dumps([{"caption": prompt} for prompt in PROMPTS]), encoding="utf-8")
     config = sdxl.get_config()
-    config.model, config.vae, config.dtype = str(theirs[1]), str(theirs[1] / "vae"), "float32"
+    config.model, config.vae, config.dtype = str(small), str(small / "vae"), "float32"
     config.prompts = config.evaluation.prompts = str(tmp_path / "prompts.json")
     config.scorer.path, config.evaluation.judge = "emoji:model/scorer", "emoji:model/clip"
     config.num_batches, config.sampling.num_steps, config.pairs.threshold = 1, 7, 0.0
@@ -217,16 +238,16 @@ def test_the_recipe_runs_from_prompts_to_adapters_and_report(theirs, tmp_path):
     assert row["num_pairs"] == 3 * 8 and row["num_updates"] == 3, "one segment of three steps for each prompt"
     assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
     assert summary["num_prompts"] == 2 and (workdir / "report.html").is_file()
-    lora = read_lora(workdir, read_unet(theirs[1] / "unet")[1])
+    lora = read_lora(workdir, read_unet(small / "unet")[1])
     assert any(np.abs(x).max() > 0 for path, x in flax.traverse_util.flatten_dict(lora).items() if path[-1] == "B")
 
 
-def test_the_recipe_of_its_preference_model_runs_from_pairs_to_the_model(theirs, tmp_path):
+def test_the_recipe_of_its_preference_model_runs_from_pairs_to_the_model(small, tmp_path):
     """``configs/spm_sdxl.py``: guided prediction by two text encoders with time ids, labels of a judge."""
     write_split(tmp_path / "data", "train", [record(i) for i in range(12)])
     write_split(tmp_path / "data", "validation_unique", [record(i) for i in range(12, 20)])
     config = spm_sdxl.get_config()
-    config.model, config.vae, config.dtype = str(theirs[1]), str(theirs[1] / "vae"), "float32"
+    config.model, config.vae, config.dtype = str(small), str(small / "vae"), "float32"
     config.scorer.init = config.labels.judge = config.validation.plain = "emoji:model/clip"
     config.mesh.data, config.mesh.fsdp = -1, 1
     config.data.train, config.data.validation = (f"{tmp_path / 'data'}@{s}" for s in ("train", "validation_unique"))

@@ -47,7 +47,7 @@ LIMIT = 300  # seconds in which a process has to end by itself when the other on
 class Pair:
     """The two processes of a run."""
 
-    def __init__(self, workdir, cache, logs):
+    def __init__(self, workdir, logs):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
@@ -59,7 +59,7 @@ class Pair:
             arguments = [sys.executable, "-c", MAIN, *place, *flags]
             with log.open("w") as file:
                 self.processes.append(
-                    subprocess.Popen(arguments, cwd=ROOT, env=environment(cache), stdout=file, stderr=file)
+                    subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=file, stderr=file)
                 )
 
     def wait_until(self, condition):
@@ -122,10 +122,10 @@ def draw_faults():
     return faults
 
 
-def disturb(workdir, cache, logs, moment, name, targets, delay):
+def disturb(workdir, logs, moment, name, targets, delay):
     """Starts the run and sends one fault; returns exit codes, and the rows that were there before and after."""
     before = rows(workdir)
-    pair = Pair(workdir, cache, logs)
+    pair = Pair(workdir, logs)
     if moment != "starting":
         assert pair.wait_until(lambda: b"loss=" in pair.logs[0].read_bytes()), pair.errors()
     if moment == "saving":
@@ -141,9 +141,8 @@ def disturb(workdir, cache, logs, moment, name, targets, delay):
 
 
 def test_twenty_faults_change_nothing(tmp_path):
-    cache = tmp_path / "cache"
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    pair = Pair(undisturbed, cache, tmp_path)
+    pair = Pair(undisturbed, tmp_path)
     assert [process.wait(1800) for process in pair.processes] == [0, 0], pair.errors()
     assert rows(undisturbed) == SIZES["num_batches"]
 
@@ -151,7 +150,7 @@ def test_twenty_faults_change_nothing(tmp_path):
     print(f"\n{NUM_FAULTS} faults, seed {SEED}, two processes over gloo, {versions}, Python {sys.version.split()[0]}")
     for number, fault in enumerate(draw_faults(), start=1):
         began = time.time()
-        codes, before, after = disturb(disturbed, cache, tmp_path, *fault)
+        codes, before, after = disturb(disturbed, tmp_path, *fault)
         moment, name, targets, delay = fault
         to = " and ".join(map(str, targets))
         print(
@@ -160,7 +159,7 @@ def test_twenty_faults_change_nothing(tmp_path):
             flush=True,
         )
         assert after < SIZES["num_batches"], "the run was over before all faults had come; make it longer"
-    pair = Pair(disturbed, cache, tmp_path)
+    pair = Pair(disturbed, tmp_path)
     assert [process.wait(1800) for process in pair.processes] == [0, 0], pair.errors()
     assert not any((disturbed / "checkpoints").glob("*damaged*")), "no kill leaves a damaged checkpoint behind"
     assert numbers(disturbed) == numbers(undisturbed), "the order of the data, and every number of every batch"

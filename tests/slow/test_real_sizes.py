@@ -100,7 +100,7 @@ def test_one_iteration_of_sd15(tmp_path):
     flags = [f"--config.{name}={value}" for name, value in options.items()]
     workdir = tmp_path / "w"
     arguments = [sys.executable, "-m", "spo_jax.main", "--config=configs/sd15.py", f"--workdir={workdir}", *flags]
-    timed(arguments, env=environment(tmp_path / "cache"))
+    timed(arguments, env=environment())
 
     (row,) = read_metrics(workdir / "metrics.jsonl")
     assert row["num_pairs"] == row["num_updates"] == 3
@@ -150,7 +150,7 @@ def test_forward_pass_of_the_sdxl_unet_is_that_of_pytorch(tmp_path):
     time_ids = np.array([[256, 256, 0, 0, 256, 256]], np.float32)
     np.savez(tmp_path / "inputs.npz", **inputs, time_ids=time_ids, t=np.array([501.0], np.float32))
     for code in (THEIRS, OURS):
-        timed([sys.executable, "-c", code, str(tmp_path)], env=environment(tmp_path / "cache"))
+        timed([sys.executable, "-c", code, str(tmp_path)], env=environment())
     theirs, ours = np.load(tmp_path / "theirs.npy"), np.load(tmp_path / "ours.npy")
     print(f"largest difference {np.abs(ours - theirs).max():.2e}, spread {theirs.std():.3f}")
     assert np.isfinite(theirs).all() and theirs.std() > 0.01

@@ -34,15 +34,9 @@ SMALL = {
 }
 
 
-def environment(cache: Path, num_devices: int = 1) -> dict[str, str]:
-    """The environment of a command with so many simulated devices; programs are compiled once for all tests."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
-    }
+def environment(num_devices: int = 1) -> dict[str, str]:
+    """The environment of a command with so many simulated devices; the rest is set in ``tests/conftest.py``."""
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
 
 
 def command(workdir: Path, **overrides) -> list[str]:

@@ -24,9 +24,9 @@ def refused(arguments, *words):
     check(mistake(arguments), words)
 
 
-def refused_by_the_command(arguments, cache, *words):
+def refused_by_the_command(arguments, *words):
     """The same by a process, with exit code and output."""
-    result = run(arguments, environment(cache))
+    result = run(arguments, environment())
     assert result.returncode == 2, result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("spo_jax: error: "), result.stderr
@@ -46,19 +46,17 @@ def edit(path, change):
     safetensors.numpy.save_file(tensors, path)
 
 
-def test_unknown_config_key(tmp_path, cache):
-    refused_by_the_command(command(tmp_path / "w", train__learning_rat=1.0), cache, "learning_rat")
+def test_unknown_config_key(tmp_path):
+    refused_by_the_command(command(tmp_path / "w", train__learning_rat=1.0), "learning_rat")
     assert not (tmp_path / "w").exists()
 
 
-def test_value_of_the_wrong_type(tmp_path, cache):
-    refused_by_the_command(command(tmp_path / "w", train__learning_rate="fast"), cache, "fast")
+def test_value_of_the_wrong_type(tmp_path):
+    refused_by_the_command(command(tmp_path / "w", train__learning_rate="fast"), "fast")
 
 
-def test_impossible_value(tmp_path, cache):
-    refused_by_the_command(
-        command(tmp_path / "w", sampling__num_candidates=1), cache, "sampling.num_candidates", "at least 2"
-    )
+def test_impossible_value(tmp_path):
+    refused_by_the_command(command(tmp_path / "w", sampling__num_candidates=1), "sampling.num_candidates", "at least 2")
     assert not (tmp_path / "w").exists()
 
 
@@ -112,7 +110,7 @@ def test_workdir_of_another_config(tmp_path):
     assert len(list((tmp_path / "w").iterdir())) == 1
 
 
-def test_loss_that_is_not_finite(tmp_path, cache, model):
+def test_loss_that_is_not_finite(tmp_path, model):
     edit(model / WEIGHTS, lambda tensors: tensors["conv_out.bias"].fill(np.nan))
-    refused_by_the_command(command(tmp_path / "w", model=model), cache, "not finite", "batch 1")
+    refused_by_the_command(command(tmp_path / "w", model=model), "not finite", "batch 1")
     assert not (tmp_path / "w" / "pytorch_lora_weights.safetensors").exists()

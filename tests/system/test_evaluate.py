@@ -14,7 +14,7 @@ NUM_PAIRS = 9
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, cache):
+def data(tmp_path_factory):
     """Grey and colourful flat pictures, of which people prefer the colourful ones; the last pair is a tie."""
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
@@ -31,23 +31,23 @@ def data(tmp_path_factory, cache):
     (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     out = folder / "prepared"
     prepare = [sys.executable, "-m", "spo_jax.prepare", f"--source={folder}", "--split=test", f"--out={out}"]
-    result = run(prepare, environment(cache))
+    result = run(prepare, environment())
     assert result.returncode == 0, result.stderr
     return out
 
 
-def evaluate(data, cache, *arguments, split="test", num_devices=1):
+def evaluate(data, *arguments, split="test", num_devices=1):
     common = [f"--pairs={data}@{split}", "--model=emoji:model", "--guidance_scale=2", "--num_workers=0"]
-    env = environment(cache, num_devices) | {"PYTHONPATH": f"{ROOT}:{data.parent}"}
+    env = environment(num_devices) | {"PYTHONPATH": f"{ROOT}:{data.parent}"}
     return run([sys.executable, "-m", "spo_jax.evaluate", *common, *arguments], env)
 
 
-def test_a_judge_of_ones_own(data, cache, tmp_path):
+def test_a_judge_of_ones_own(data, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "judges.md").read_text(encoding="utf-8"), re.DOTALL)
     (data.parent / "my_judge.py").write_text(code, encoding="utf-8")
     out = tmp_path / "new" / "accuracy.json"
     arguments = ["--fn=my_judge:score", "--timesteps=951,0", "--num_pairs=7", "--batch_size=4", f"--out={out}"]
-    result = evaluate(data, cache, *arguments, "--plain=emoji:model/clip")
+    result = evaluate(data, *arguments, "--plain=emoji:model/clip")
     assert result.returncode == 0, result.stderr
     numbers = json.loads(out.read_text(encoding="utf-8"))
     assert [row["timestep"] for row in numbers["timesteps"]] == [0, 951]
@@ -59,8 +59,8 @@ def test_a_judge_of_ones_own(data, cache, tmp_path):
     assert "| scorer " in result.stdout and "| gain over plain" in result.stdout and "7 pairs" in result.stdout
 
 
-def test_a_step_aware_model_beside_itself_kept_from_knowing_the_timestep(data, cache):
-    result = evaluate(data, cache, "--scorer=emoji:model/scorer", "--timesteps=501", num_devices=2)
+def test_a_step_aware_model_beside_itself_kept_from_knowing_the_timestep(data):
+    result = evaluate(data, "--scorer=emoji:model/scorer", "--timesteps=501", num_devices=2)
     assert result.returncode == 0, result.stderr
     labels = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("|")]
     assert [labels[0], *labels[2:]] == ["pairwise accuracy", "scorer", "told_0", "gain over told_0"]
@@ -83,13 +83,13 @@ def test_a_step_aware_model_beside_itself_kept_from_knowing_the_timestep(data, c
         (["--fn=builtins:print"], "--fn=builtins:print gives no array"),
     ],
 )
-def test_a_mistake_ends_with_one_sentence(data, cache, arguments, words):
-    result = evaluate(data, cache, *arguments)
+def test_a_mistake_ends_with_one_sentence(data, arguments, words):
+    result = evaluate(data, *arguments)
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 2 and last.startswith("spo_jax: error: ") and words in last, result.stderr
     assert "Traceback" not in result.stderr and not result.stdout.strip().startswith("|")
 
 
-def test_a_split_that_is_not_there(data, cache):
-    result = evaluate(data, cache, "--scorer=emoji:model/scorer", split="train")
+def test_a_split_that_is_not_there(data):
+    result = evaluate(data, "--scorer=emoji:model/scorer", split="train")
     assert result.returncode == 2 and "has no split 'train', only test." in result.stderr, result.stderr

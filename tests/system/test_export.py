@@ -30,25 +30,25 @@ def with_adapters():
     return picture
 
 
-def export(cache, **flags):
+def export(**flags):
     arguments = [f"--{name}={value}" for name, value in flags.items()]
-    return run([sys.executable, "-m", "spo_jax.export", *arguments], environment(cache))
+    return run([sys.executable, "-m", "spo_jax.export", *arguments], environment())
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline"])
-def test_diffusers_makes_our_picture(workdir, with_adapters, tmp_path, cache, form):
+def test_diffusers_makes_our_picture(workdir, with_adapters, tmp_path, form):
     out = tmp_path / "deep" / ("model" if form == "pipeline" else "spo.safetensors")
-    result = export(cache, lora=workdir, format=form, out=out)
+    result = export(lora=workdir, format=form, out=out)
     assert result.returncode == 0, result.stderr
     assert [p.name for p in out.parent.iterdir()] == [out.name]
     theirs = pictures.theirs(folder=out) if form == "pipeline" else pictures.theirs(lora_file=out)
     assert np.abs(theirs - with_adapters).max() <= 2
 
 
-def test_kohya_to_diffusers_is_bit_exact(workdir, tmp_path, cache):
+def test_kohya_to_diffusers_is_bit_exact(workdir, tmp_path):
     lora, params = pictures.strong_adapters(), pictures.emoji_pipeline().params["unet"]
     write_kohya(tmp_path / "theirs.safetensors", lora, params)
-    result = export(cache, lora=tmp_path / "theirs.safetensors", model=MODEL, out=tmp_path / "o.safetensors")
+    result = export(lora=tmp_path / "theirs.safetensors", model=MODEL, out=tmp_path / "o.safetensors")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "o.safetensors").read_bytes() == next(workdir.glob("*.safetensors")).read_bytes()
 
@@ -73,10 +73,10 @@ def test_dpm_solver_makes_the_picture_of_diffusers(steps):
         ({"lora": "{run}", "model": "{}/full", "out": "{}/o.safetensors"}, ["full/unet/config.json"]),
     ],
 )
-def test_a_mistake_is_one_sentence_and_nothing_is_written(workdir, tmp_path, cache, flags, words):
+def test_a_mistake_is_one_sentence_and_nothing_is_written(workdir, tmp_path, flags, words):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine", encoding="utf-8")
-    result = export(cache, **{k: v.replace("{run}", str(workdir)).format(tmp_path) for k, v in flags.items()})
+    result = export(**{k: v.replace("{run}", str(workdir)).format(tmp_path) for k, v in flags.items()})
     assert result.returncode == 2, result.stderr
     (line,) = result.stderr.strip().splitlines()
     for word in words:

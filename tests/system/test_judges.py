@@ -22,21 +22,19 @@ def example(tmp_path):
     return tmp_path
 
 
-def run_in(folder, arguments, cache):
-    env = environment(cache) | {"PYTHONPATH": str(ROOT)}
+def run_in(folder, arguments):
+    env = environment() | {"PYTHONPATH": str(ROOT)}
     arguments = [a.replace("configs/tiny.py", str(ROOT / "configs/tiny.py")) for a in arguments]
     return subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
 
 
-def test_the_example_is_the_true_preference_and_trains(example, cache, monkeypatch):
+def test_the_example_is_the_true_preference_and_trains(example, monkeypatch):
     monkeypatch.syspath_prepend(example)
     images = jax.random.uniform(jax.random.key(0), (5, 8, 8, 3), minval=-1, maxval=1)
     score = __import__("my_judge").score
     np.testing.assert_allclose(score(images, None, None), colorfulness(images) / 10, rtol=1e-5)
 
-    result = run_in(
-        example, command(example / "w", num_batches=1, scorer__fn="my_judge:score", model=small_pipeline()), cache
-    )
+    result = run_in(example, command(example / "w", num_batches=1, scorer__fn="my_judge:score", model=small_pipeline()))
     assert result.returncode == 0, result.stderr
     summary = json.loads((example / "w" / "summary.json").read_text(encoding="utf-8"))
     for model in ("base", "tuned"):
@@ -44,11 +42,11 @@ def test_the_example_is_the_true_preference_and_trains(example, cache, monkeypat
     assert summary["config"]["scorer"]["fn"] == "my_judge:score"
 
 
-def test_a_function_that_does_not_fit_ends_with_one_sentence(example, cache):
+def test_a_function_that_does_not_fit_ends_with_one_sentence(example):
     text = (example / "my_judge.py").read_text(encoding="utf-8")
     (example / "flat.py").write_text(text.replace("axes = (-2, -1)", "axes = (-3, -2, -1)"), encoding="utf-8")
     for fn, words in (("flat:score", "float32 [24]"), ("absent:score", "there is no module absent")):
-        result = run_in(example, command(example / "w", scorer__fn=fn), cache)
+        result = run_in(example, command(example / "w", scorer__fn=fn))
         last = result.stderr.strip().splitlines()[-1]
         assert result.returncode == 2 and last.startswith("spo_jax: error: ") and words in last, result.stderr
         assert not (example / "w").exists()

@@ -6,12 +6,12 @@ import sys
 from tests.system.commands import environment, run
 
 
-def plan(cache, *flags):
-    return run([sys.executable, "-m", "spo_jax.plan", *flags], environment(cache))
+def plan(*flags):
+    return run([sys.executable, "-m", "spo_jax.plan", *flags], environment())
 
 
-def test_an_estimate_of_the_tiny_recipe(cache):
-    result = plan(cache, "--config=configs/tiny.py", "--target=cpu:2", "--estimate")
+def test_an_estimate_of_the_tiny_recipe():
+    result = plan("--config=configs/tiny.py", "--target=cpu:2", "--estimate")
     assert result.returncode == 0, result.stderr
     assert "This is an estimate" in result.stdout and "leave --estimate out before you pay" in result.stdout
     assert "cpu:2: 2 devices, mesh data 2 x fsdp 1, 8 prompts and 8 pairs on each" in result.stdout
@@ -20,8 +20,8 @@ def test_an_estimate_of_the_tiny_recipe(cache):
     assert f"The program 'update' needs {rows['update']} GiB, the most of all" in result.stdout
 
 
-def test_a_target_that_is_none_ends_with_one_sentence(cache):
-    result = plan(cache, "--config=configs/sd15.py", "--target=v5e:8")
+def test_a_target_that_is_none_ends_with_one_sentence():
+    result = plan("--config=configs/sd15.py", "--target=v5e:8")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("spo_jax: error: --target=v5e:8 is no topology of v5e devices;")
     assert "Traceback" not in result.stderr

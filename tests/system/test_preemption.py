@@ -17,7 +17,7 @@ NUM_STEPS = 600
 
 
 @pytest.fixture
-def run(tmp_path, cache):
+def run(tmp_path):
     """Starts ``count`` processes; they are ended with the test."""
     started = []
 
@@ -25,7 +25,7 @@ def run(tmp_path, cache):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
-        env = environment(cache, num_devices=2)
+        env = environment(num_devices=2)
         for index in range(count):
             arguments = (address, count, index, tmp_path / "run", num_steps, seed)
             command = [sys.executable, "-m", "tests.system.preempted_loop", *map(str, arguments)]

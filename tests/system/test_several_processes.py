@@ -22,10 +22,10 @@ def train_command(workdir, **changes):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, cache):
+def alone(tmp_path_factory):
     """The run of one process with one device."""
     workdir = tmp_path_factory.mktemp("alone") / "w"
-    result = run(train_command(workdir), environment(cache))
+    result = run(train_command(workdir), environment())
     assert result.returncode == 0, result.stderr
     return workdir
 
@@ -43,8 +43,8 @@ def check_equal(workdir, alone):
         assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 
-def test_two_processes_train_the_adapters_of_one_and_the_first_one_writes(tmp_path, alone, cache):
-    first, second = run_together(train_command(tmp_path / "w"), environment(cache), 2)
+def test_two_processes_train_the_adapters_of_one_and_the_first_one_writes(tmp_path, alone):
+    first, second = run_together(train_command(tmp_path / "w"), environment(), 2)
     check_equal(tmp_path / "w", alone)
     assert "Report:" in first and "Report:" not in second
     ours, theirs = (json.loads((w / "summary.json").read_text(encoding="utf-8")) for w in (tmp_path / "w", alone))
@@ -53,9 +53,9 @@ def test_two_processes_train_the_adapters_of_one_and_the_first_one_writes(tmp_pa
 
 
 @pytest.mark.slow
-def test_four_processes_that_also_split_the_weights_train_the_adapters_of_one(tmp_path, alone, cache):
+def test_four_processes_that_also_split_the_weights_train_the_adapters_of_one(tmp_path, alone):
     arguments = train_command(tmp_path / "w", mesh__data=2, mesh__fsdp=2)
-    run_together(arguments, environment(cache), 4)
+    run_together(arguments, environment(), 4)
     check_equal(tmp_path / "w", alone)
 
 
@@ -72,7 +72,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def test_two_processes_evaluate_the_pairs_of_one(data, cache, tmp_path):
+def test_two_processes_evaluate_the_pairs_of_one(data, tmp_path):
     """The first pairs that can be used, whoever has them; records that cannot are counted in all processes."""
     results = []
     for count in (1, 2):
@@ -85,7 +85,7 @@ def test_two_processes_evaluate_the_pairs_of_one(data, cache, tmp_path):
             f"--model={small_pipeline()}",
         ]
         arguments += ["--scorer=emoji:model/scorer", "--timesteps=501", "--num_pairs=13", "--batch_size=4"]
-        outputs = run_together([*arguments, "--num_workers=0", f"--out={out}"], environment(cache), count)
+        outputs = run_together([*arguments, "--num_workers=0", f"--out={out}"], environment(), count)
         assert ["pairwise accuracy" in output for output in outputs] == [True] + [False] * (count - 1)
         results.append(json.loads(out.read_text(encoding="utf-8")))
     alone, together = results
@@ -94,7 +94,7 @@ def test_two_processes_evaluate_the_pairs_of_one(data, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_preference_model_of_one(data, cache, tmp_path):
+def test_two_processes_train_the_preference_model_of_one(data, tmp_path):
     changes = {"num_steps": 4, "train.batch_size": 8, "train.warmup_steps": 1, "train.ema_decay": 0.5, "log_every": 2}
     changes |= {"checkpoint.every": 2, "validation.every": 4, "validation.num_pairs": 13, "validation.batch_size": 4}
     changes |= {"validation.timesteps": "(0, 701)", "data.num_workers": 1, "model": small_pipeline()}
@@ -103,7 +103,7 @@ def test_two_processes_train_the_preference_model_of_one(data, cache, tmp_path):
     for count in (1, 2):
         workdir = tmp_path / str(count)
         arguments = [sys.executable, "-m", "spo_jax.main", "--config=configs/spm_tiny.py", f"--workdir={workdir}"]
-        run_together([*arguments, *(f"--config.{key}={x}" for key, x in changes.items())], environment(cache), count)
+        run_together([*arguments, *(f"--config.{key}={x}" for key, x in changes.items())], environment(), count)
         rows.append(read_metrics(workdir / "metrics.jsonl"))
         summaries.append(json.loads((workdir / "summary.json").read_text(encoding="utf-8")))
     alone, together = rows

@@ -56,9 +56,9 @@ def spm_command(workdir, data, **overrides):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, cache, data):
+def undisturbed(tmp_path_factory, data):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    result = run(spm_command(workdir, data), environment(cache) | {"JAX_LOG_COMPILES": "1"})
+    result = run(spm_command(workdir, data), environment() | {"JAX_LOG_COMPILES": "1"})
     assert result.returncode == 0, result.stderr
     return workdir, result
 
@@ -107,10 +107,10 @@ def test_damaged_records_are_counted_and_every_good_one_is_used_once_an_epoch(un
         assert sorted(caption for caption in epoch if caption) == good
 
 
-def test_disturbed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, cache, data):
+def test_disturbed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, data):
     """SIGTERM to the run and its workers in the first epoch, SIGKILL in the second, then the command to the end."""
     workdir, _ = undisturbed
-    arguments, env = spm_command(tmp_path, data), environment(cache)
+    arguments, env = spm_command(tmp_path, data), environment()
     code, output, errors = signal_after(5, tmp_path, arguments, env)
     assert code == 0, errors
     assert re.fullmatch(r"Stopped by SIGTERM after step [5-9]; run the same command again to go on\.\n", output), output
@@ -127,13 +127,13 @@ def test_disturbed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, cac
 
 
 @pytest.mark.slow  # in the suite: tests/unit/test_spm.py, without the command
-def test_eight_devices_that_split_the_weights_give_the_numbers_of_one(undisturbed, tmp_path, cache, data):
+def test_eight_devices_that_split_the_weights_give_the_numbers_of_one(undisturbed, tmp_path, data):
     """They go on from the last checkpoint but one of the run on one device."""
     workdir, _ = undisturbed
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "20")
     changes = {"mesh.fsdp": 8, "chunk": 8, "data.num_workers": 1}
-    result = run(spm_command(tmp_path, data, **changes), environment(cache, num_devices=8))
+    result = run(spm_command(tmp_path, data, **changes), environment(num_devices=8))
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "checkpoints" / "20").is_dir(), "computed once more"
     for ours, theirs in zip(numbers(tmp_path), numbers(workdir), strict=True):
@@ -142,10 +142,11 @@ def test_eight_devices_that_split_the_weights_give_the_numbers_of_one(undisturbe
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4 if key == "grad_norm" else 1e-5), key
 
 
-def test_spo_takes_the_model_by_its_path(undisturbed, tmp_path, cache):
+def test_spo_takes_the_model_by_its_path(undisturbed, tmp_path):
+    """And trains the whole emoji UNet with it, as the demo does."""
     workdir, _ = undisturbed
-    arguments = command(tmp_path, scorer__path=workdir / "best", num_batches=1, model=small_pipeline())
-    result = run(arguments, environment(cache))
+    arguments = command(tmp_path, scorer__path=workdir / "best", num_batches=1)
+    result = run(arguments, environment())
     assert result.returncode == 0, result.stderr
     keys = read_tensors(workdir / "best" / "model.safetensors")
     assert "model.t_embedder.mlp.0.weight" in keys and "model.vision_model.adaLN_modulation.1.bias" in keys
@@ -156,7 +157,7 @@ def test_spo_takes_the_model_by_its_path(undisturbed, tmp_path, cache):
     assert jnp.abs(params["visual_projection"]["kernel"] - start["visual_projection"]["kernel"]).max() > 1e-5
 
 
-def test_a_model_without_the_timestep_from_labels_of_a_judge(tmp_path, cache, data):
+def test_a_model_without_the_timestep_from_labels_of_a_judge(tmp_path, data):
     """The other half of the options at once; the result is a plain CLIP folder."""
     changes = {"scorer.step_aware": False, "labels.judge": "emoji:model/clip", "train.accumulation_steps": 2}
     changes |= {"remat": True, "train.ema_decay": 0.5, "scorer.dtype": "float32", "num_steps": 2, "log_every": 1}
@@ -166,7 +167,7 @@ def test_a_model_without_the_timestep_from_labels_of_a_judge(tmp_path, cache, da
         "checkpoint.every": 2,
         "train.warmup_steps": 1,
     }
-    result = run(spm_command(tmp_path, data, **changes), environment(cache))
+    result = run(spm_command(tmp_path, data, **changes), environment())
     assert result.returncode == 0, result.stderr
     records = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["records"]
     assert sum(records.values()) == 2 * 2 * BATCH
@@ -208,8 +209,8 @@ def test_a_mistake_is_found_before_anything_is_written(tmp_path, data, changes, 
         ({"data.strict": True}, ["Record", "config.data.strict"]),
     ],
 )
-def test_a_mistake_ends_with_one_sentence(tmp_path, cache, data, changes, words):
-    result = run(spm_command(tmp_path / "w", data, **changes), environment(cache))
+def test_a_mistake_ends_with_one_sentence(tmp_path, data, changes, words):
+    result = run(spm_command(tmp_path / "w", data, **changes), environment())
     assert result.returncode == 2, result.stderr
     message = result.stderr.strip().splitlines()[-1]
     assert message.startswith("spo_jax: error: ") and "Traceback" not in result.stderr

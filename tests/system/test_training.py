@@ -23,10 +23,15 @@ def prompts(tmp_path_factory):
     return path
 
 
+def train_command(workdir, prompts, **changes):
+    """Six batches, with the small UNet."""
+    return command(workdir, model=small_pipeline(), prompts=prompts, **changes)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, cache, prompts):
+def undisturbed(tmp_path_factory, prompts):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    result = run(command(workdir, prompts=prompts), environment(cache) | {"JAX_LOG_COMPILES": "1"})
+    result = run(train_command(workdir, prompts), environment() | {"JAX_LOG_COMPILES": "1"})
     assert result.returncode == 0, result.stderr
     return workdir, result
 
@@ -61,10 +66,10 @@ def test_every_program_compiles_once(undisturbed):
         assert count == 1, f"{program} was compiled {count} times"
 
 
-def test_disturbed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, cache, prompts):
+def test_disturbed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, prompts):
     """SIGTERM, then the newest checkpoint is cut off, then SIGKILL; then the same command to the end."""
     workdir, _ = undisturbed
-    arguments, env = command(tmp_path, prompts=prompts), environment(cache)
+    arguments, env = train_command(tmp_path, prompts), environment()
     code, output, errors = signal_after(2, tmp_path, arguments, env)
     assert code == 0, errors
     found = re.fullmatch(r"Stopped by SIGTERM after batch (\d); run the same command again to go on\.\n", output)
@@ -86,12 +91,12 @@ def test_disturbed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, cac
     assert numbers(tmp_path) == numbers(workdir)
 
 
-def test_eight_devices_and_then_one_give_the_result_of_one(undisturbed, tmp_path, cache, prompts):
+def test_eight_devices_and_then_one_give_the_result_of_one(undisturbed, tmp_path, prompts):
     workdir, _ = undisturbed
-    arguments = command(tmp_path, prompts=prompts)
-    code, _, errors = signal_after(3, tmp_path, arguments, environment(cache, num_devices=8))
+    arguments = train_command(tmp_path, prompts)
+    code, _, errors = signal_after(3, tmp_path, arguments, environment(num_devices=8))
     assert code == 0, errors
-    result = run([*arguments, "--config.checkpoint.every=4"], environment(cache))  # such keys may change as well
+    result = run([*arguments, "--config.checkpoint.every=4"], environment())  # such keys may change as well
     assert result.returncode == 0, result.stderr
     ours, theirs = (safetensors.numpy.load_file(folder / LORA) for folder in (tmp_path, workdir))
     assert ours.keys() == theirs.keys()
@@ -99,10 +104,10 @@ def test_eight_devices_and_then_one_give_the_result_of_one(undisturbed, tmp_path
         np.testing.assert_allclose(ours[key], theirs[key], rtol=0, atol=1e-5, err_msg=key)
 
 
-def test_a_run_that_starts_from_adapters_and_finds_no_pair_writes_the_same(undisturbed, tmp_path, cache, prompts):
+def test_a_run_that_starts_from_adapters_and_finds_no_pair_writes_the_same(undisturbed, tmp_path, prompts):
     workdir, _ = undisturbed
     start = {"lora__init": workdir, "num_batches": 1, "pairs__threshold": 0.999999}
-    result = run(command(tmp_path, prompts=prompts, **start), environment(cache))
+    result = run(train_command(tmp_path, prompts, **start), environment())
     assert result.returncode == 0, result.stderr
     assert [row["num_pairs"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0]
     assert (tmp_path / LORA).read_bytes() == (workdir / LORA).read_bytes()
@@ -112,19 +117,21 @@ def test_a_run_that_starts_from_adapters_and_finds_no_pair_writes_the_same(undis
 def test_diffusers_and_peft_make_the_same_picture_with_the_adapters(undisturbed, tmp_path, strength):
     """From the same latents, at most 2/255 apart; also with adapters a hundred times as strong."""
     from spo_jax.checkpoints.lora import read_lora
+    from spo_jax.checkpoints.pipeline import read_unet
     from tests import pictures
 
     workdir, _ = undisturbed
+    folder = small_pipeline()
     tensors = safetensors.numpy.load_file(workdir / LORA)
     tensors = {k: v * (strength if "lora_B" in k else 1.0) for k, v in tensors.items()}
     safetensors.numpy.save_file({k: v.astype(np.float32) for k, v in tensors.items()}, tmp_path / LORA)
-    with_lora = pictures.ours(read_lora(tmp_path, pictures.emoji_pipeline().params["unet"]))
-    assert np.abs(with_lora - pictures.theirs(lora_file=tmp_path / LORA)).max() <= 2
+    with_lora = pictures.ours(read_lora(tmp_path, read_unet(folder / "unet")[1]), folder=folder)
+    assert np.abs(with_lora - pictures.theirs(folder, tmp_path / LORA)).max() <= 2
     if strength > 1:
-        assert np.abs(with_lora - pictures.ours()).max() > 10, "the adapters should show"
+        assert np.abs(with_lora - pictures.ours(folder=folder)).max() > 10, "the adapters should show"
 
 
-def test_full_fine_tuning_writes_a_pipeline_that_diffusers_reads(tmp_path, cache):
+def test_full_fine_tuning_writes_a_pipeline_that_diffusers_reads(tmp_path):
     """With everything on that saves memory; and the finished run can be started again."""
     from tests import pictures
 
@@ -144,7 +151,7 @@ def test_full_fine_tuning_writes_a_pipeline_that_diffusers_reads(tmp_path, cache
     }
     workdir = tmp_path / "w"
     for _ in range(2):
-        result = run(command(workdir, **changes), environment(cache))
+        result = run(command(workdir, **changes), environment())
         assert result.returncode == 0, result.stderr
     assert not (workdir / LORA).exists()
     theirs = pictures.theirs(workdir / "model")

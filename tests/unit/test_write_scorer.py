@@ -134,7 +134,7 @@ print(peak() - before)
 
 def test_writing_takes_the_memory_of_a_few_parameters(tmp_path):
     """256 MiB in 32 parameters, each split over two devices."""
-    arguments, env = [sys.executable, "-c", PEAK, str(tmp_path)], environment(tmp_path, num_devices=2)
+    arguments, env = [sys.executable, "-c", PEAK, str(tmp_path)], environment(num_devices=2)
     result = subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "all").stat().st_size > 256 * 2**20
