@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from spo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm
+from spo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, call
 from spo_jax.models.lora import LoRADense
 
 # Logits of one piece of attention and one sample: 5 MiB in float32. All heads of CLIP (16 x 257 x 257) and of a UNet's
@@ -186,7 +186,7 @@ class Transformer2DModel(nn.Module):
 
         hidden = project("proj_in")(GroupNorm(self.num_groups, 1e-6, self.dtype, name="norm")(x))
         hidden = hidden.reshape(batch, height * width, channels)
-        Block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
+        block = BasicTransformerBlock(self.num_heads, self.dtype, parent=None)
         for i in range(self.num_layers):
-            hidden = Block(self.num_heads, self.dtype, name=f"transformer_blocks_{i}")(hidden, context)
+            hidden = call(self, block, f"transformer_blocks_{i}", hidden, context, remat=self.remat)
         return x + project("proj_out")(hidden.reshape(x.shape))

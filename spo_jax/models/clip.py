@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Num
 from spo_jax.distributed.sharding import gathered
 from spo_jax.models.attention import multi_head_attention
 from spo_jax.models.config import check_fields
-from spo_jax.models.layers import Conv, Dense, LayerNorm, activation, timestep_embedding
+from spo_jax.models.layers import Conv, Dense, LayerNorm, activation, call, timestep_embedding
 
 # Fields of transformers' configs that do not change what the towers compute (training, text generation, bookkeeping).
 _INERT = frozenset(
@@ -372,18 +372,13 @@ class _Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask=None, time=None):
-        layer = nn.remat(_EncoderLayer) if self.remat else _EncoderLayer
+        layer = _EncoderLayer(
+            self.num_heads, self.intermediate_size, self.hidden_act, self.layer_norm_eps, self.dtype, parent=None
+        )
         previous = x
         for i in range(self.num_layers):
             previous = x
-            x = layer(
-                self.num_heads,
-                self.intermediate_size,
-                self.hidden_act,
-                self.layer_norm_eps,
-                self.dtype,
-                name=f"layers_{i}",
-            )(x, mask, time)
+            x = call(self, layer, f"layers_{i}", x, mask, time, remat=self.remat)
         return x, previous
 
 

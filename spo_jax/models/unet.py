@@ -18,6 +18,7 @@ from spo_jax.models.layers import (
     ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
+    call,
     conv3x3,
     timestep_embedding,
 )
@@ -274,30 +275,27 @@ class _Block(nn.Module):
     def __call__(self, x, time, context, skips=None):
         # What is inside ten transformer blocks at once (SDXL) is more than the rest of the network keeps.
         remat_blocks = self.remat and self.transformer_layers > 1
-        Resnet = nn.remat(ResnetBlock2D) if self.remat else ResnetBlock2D
-        Transformer = nn.remat(Transformer2DModel) if self.remat and not remat_blocks else Transformer2DModel
-
-        def resnet(i: int) -> ResnetBlock2D:
-            return Resnet(self.channels, self.num_groups, self.epsilon, self.dtype, name=f"resnets_{i}")
-
+        resnet = ResnetBlock2D(self.channels, self.num_groups, self.epsilon, self.dtype, parent=None)
+        transformer = Transformer2DModel(
+            self.num_heads,
+            self.transformer_layers,
+            self.num_groups,
+            self.use_linear_projection,
+            remat_blocks,
+            self.dtype,
+            parent=None,
+        )
         outputs = []
         for i in range(self.num_layers):
             if skips is not None:
                 x = jnp.concatenate([x, skips[i]], axis=-1)
-            x = resnet(i)(x, time)
+            x = call(self, resnet, f"resnets_{i}", x, time, remat=self.remat)
             if self.num_heads:
-                x = Transformer(
-                    self.num_heads,
-                    self.transformer_layers,
-                    self.num_groups,
-                    self.use_linear_projection,
-                    remat_blocks,
-                    self.dtype,
-                    name=f"attentions_{i}",
-                )(x, context)
+                remat = self.remat and not remat_blocks
+                x = call(self, transformer, f"attentions_{i}", x, context, remat=remat)
             outputs.append(x)
         if self.extra_resnet:
-            x = resnet(self.num_layers)(x, time)
+            x = call(self, resnet, f"resnets_{self.num_layers}", x, time, remat=self.remat)
         if self.resample == "down":
             x = Downsample2D(self.channels, False, self.dtype, name="downsamplers_0")(x)
             outputs.append(x)
