@@ -19,7 +19,7 @@ from spo_jax.diffusion.ddim import ddim_distribution, log_prob, predict_x0_and_n
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.errors import UserError
-from spo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm
+from spo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, call
 from spo_jax.models.lora import LoRADense, init_lora, low_rank
 from spo_jax.preference.pairs import compact, compare
 from spo_jax.preference.scorers import preprocess_images
@@ -222,6 +222,41 @@ def test_gradients_of_weights_are_made_first_where_they_learn_and_else_not_at_al
 
     plain = grads(lambda params, x: x @ params["params"]["kernel"] + params["params"]["bias"])
     assert grads(module.apply) == plain | {"optimization_barrier": int(learns)}
+
+
+class Modules(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for i in range(3):
+            x = x + Dense(4, name=f"layers_{i}")(x)
+        return x
+
+
+class Alike(nn.Module):
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(3):
+            x = x + call(self, Dense(4, parent=None), f"layers_{i}", x, remat=self.remat)
+        return x
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_layers_alike_are_traced_once_and_are_the_modules_they_stand_for(remat):
+    x, modules, alike = jax.random.normal(jax.random.key(0), (2, 4)), Modules(), Alike(remat)
+    params = modules.init(jax.random.key(1), x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(alike.init(jax.random.key(1), x), params)
+
+    def gradient(module):
+        return jax.grad(lambda params: jnp.sin(module.apply(params, x)).sum())(params)
+
+    chex.assert_trees_all_close(gradient(alike), gradient(modules), rtol=1e-5)
+    equations = jax.make_jaxpr(alike.apply)(params, x).eqns
+    traces = [id(eqn.params["jaxpr"]) for eqn in equations if eqn.params.get("name") == "_call"]
+    assert len(traces) == 3 and len(set(traces)) == 1
+    captured = (module.apply(params, x, capture_intermediates=True)[1] for module in (alike, modules))
+    chex.assert_trees_all_close(*captured)
 
 
 def test_streams_differ_by_name_and_step():
