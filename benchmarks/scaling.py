@@ -1,11 +1,12 @@
 """How much the devices talk as they become more: collectives of the compiled programs, and several processes' clock.
 
     python -m benchmarks.scaling                     # collectives at 1, 2, 4, 8, 64 and 256 devices
+    python -m benchmarks.scaling --targets=v5e:16x16 # of other devices, as spo_jax.plan names them
     python -m benchmarks.scaling --processes=1,2,4   # and the wall clock of so many processes on this machine
 
 Each device has the same share of a batch, so that all numbers that are not constant grow with the devices. The programs
-are those of ``configs/tiny.py``, compiled for simulated CPU devices: kinds and counts of collectives come from the
-partitioner, which is the same for a TPU; bytes follow the shapes.
+are those of ``configs/tiny.py``, compiled for simulated CPU devices or, with the compilers of requirements-plan.txt,
+for real ones.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from ml_collections import ConfigDict
 from configs import tiny
 from spo_jax import cli
 from spo_jax.planning.compile import compile_program, versions
+from spo_jax.planning.targets import parse_target
 
-DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8", "64", "256"], "Numbers of devices.")
+TARGETS = flags.DEFINE_list("targets", [f"cpu:{n}" for n in (1, 2, 4, 8, 64, 256)], "What to compile for.")
 PROCESSES = flags.DEFINE_list("processes", [], "Numbers of processes whose wall clock is taken.")
 
 PROMPTS, PAIRS = 2, 4  # of a device
@@ -43,16 +45,18 @@ def config_for(count: int) -> ConfigDict:
 
 def main() -> None:
     """Prints a table for each question."""
-    print(f"{PROMPTS} prompts and {PAIRS} pairs on each device; {versions('cpu')}; {time.strftime('%Y-%m-%d')}\n")
+    targets = [parse_target(name) for name in TARGETS.value]
+    packages = sorted({versions(target.platform) for target in targets})
+    print(f"{PROMPTS} prompts and {PAIRS} pairs on each device; {'; '.join(packages)}; {time.strftime('%Y-%m-%d')}\n")
     print("| devices | program | collectives | KiB a device |\n|---|---|---|---|")
-    for count in map(int, DEVICES.value):
+    for target in targets:
         for program in PROGRAMS:
-            compiled = compile_program(config_for(count), f"cpu:{count}", program)
+            compiled = compile_program(config_for(target.num_devices), target.name, program)
             if compiled.traffic is None:
-                print(f"| {count} | {program} | {compiled.message or 'not readable'} | |", flush=True)
+                print(f"| {target.name} | {program} | {compiled.message or 'not readable'} | |", flush=True)
                 continue
             kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(compiled.traffic.counts.items())) or "none"
-            print(f"| {count} | {program} | {kinds} | {compiled.traffic.total_bytes / 1024:,.1f} |", flush=True)
+            print(f"| {target.name} | {program} | {kinds} | {compiled.traffic.total_bytes / 1024:,.1f} |", flush=True)
     if PROCESSES.value:
         print("\n| processes | seconds a batch | times the first |\n|---|---|---|")
         base = 0.0
