@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,7 +70,10 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
     share = share_of(config, target.num_devices)
     if name in _WHOLE:
         share = share_of(config, 1)
-    key = json.dumps([target.platform, target.num_devices, name, _read_keys(share, name)], sort_keys=True, default=str)
+    _, fsdp = mesh_sizes(config.mesh.data, config.mesh.fsdp, target.num_devices)
+    parts = fsdp if name == "update" else 1
+    what = [target.platform, target.num_devices, parts, name, _read_keys(share, name)]
+    key = json.dumps(what, sort_keys=True, default=str)
     if key not in _known:
         run = _run_of(share.to_json())
         program = run.program(name)
@@ -77,7 +81,7 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
         # Without what nobody reads, such as results of a forward pass that is made again for its inner values.
         jaxpr, read = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
         num_donated = len(jax.tree.leaves(program.arguments[0])) if name == "update" else 0
-        size_of = _tiled_bytes if target.platform == "tpu" else _bytes
+        size_of = _with_split_gradients(_tiled_bytes if target.platform == "tpu" else _bytes, run, parts)
         cost = walk(jaxpr, size_of, fuses_operands=target.platform == "tpu", num_donated=num_donated)
         own, extra = round(_KEPT * cost.peak), extra_bytes(program, run)
         if target.platform == "tpu":
@@ -87,15 +91,27 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
         leaves = [leaf for leaf, used in zip(jax.tree.leaves(program.arguments), read, strict=True) if used]
         _known[key] = cost.flops, extra, own, _split_bytes(run, leaves, jnp.dtype(config.dtype).itemsize)
     flops, extra, own, split = _known[key]
-    _, fsdp = mesh_sizes(config.mesh.data, config.mesh.fsdp, target.num_devices)
-    return flops, extra, own + round(_gathered(name, split) * (fsdp - 1) / fsdp)
+    if target.platform == "tpu":
+        own += round(_gathered(name, split) * (fsdp - 1) / fsdp)
+    return flops, extra, own
+
+
+def _with_split_gradients(size_of: Callable[[Any], int], run: Run, parts: int) -> Callable[[Any], int]:
+    """The size on a device: gradients and updates of split weights are split like them, and known by their shapes."""
+    split = {
+        tuple(sorted(leaf.shape))  # a product or a convolution makes a gradient with its axes in another order
+        for leaf in jax.tree.leaves(run.resident["trained"])
+        if "fsdp" in tuple(leaf.sharding.spec)
+    }
+    return lambda aval: size_of(aval) // (parts if tuple(sorted(aval.shape)) in split else 1)
 
 
 def _gathered(name: str, split: list[int]) -> float:
-    """Bytes of split weights that are whole at a time, of those of each network, whole.
+    """Bytes of split weights that are whole at a time on a TPU, of those of each network, whole.
 
     They are gathered before a loop, and stay as long as it runs. The pool's steps sample and score in one loop, the
-    other programs use one network after the other; an update has no loop.
+    other programs use one network after the other; an update has no loop. On a GPU they are gathered where they are
+    used, and go.
     """
     if name == "update":
         return _GATHERED_IN_UPDATE * sum(split)

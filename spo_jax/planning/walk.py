@@ -101,6 +101,11 @@ def walk(
         def read(atom: Any) -> frozenset[int]:
             return env.get(atom, frozenset()) if isinstance(atom, core.Var) else frozenset()
 
+        def unwritten(eqn: Any, roots: list[frozenset[int]]) -> int:
+            """Bytes of operands that would be computed where they are used, and have to be written out for it."""
+            operands = zip(eqn.invars, roots, strict=True)
+            return sum(size_of(atom.aval) for atom, root in operands if root and atom not in written)
+
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
             roots = [read(atom) for atom in eqn.invars]
@@ -141,15 +146,11 @@ def walk(
                 costs = [walk(b.jaxpr, size_of, fuses_operands=fuses_operands) for b in eqn.params["branches"]]
                 flops += max(c.flops for c in costs)
                 products += sum(c.products for c in costs)
-                meanwhile = max(c.peak for c in costs)
+                meanwhile = max(c.peak for c in costs) + unwritten(eqn, roots)
             elif name in ("dot_general", "conv_general_dilated"):
                 flops, products = flops + _flops(eqn), products + 1
                 if not fuses_operands:
-                    meanwhile = sum(
-                        size_of(atom.aval)
-                        for atom, root in zip(eqn.invars, roots, strict=True)
-                        if root and atom not in written
-                    )
+                    meanwhile = unwritten(eqn, roots)
             made_here = []
             for out in eqn.outvars:
                 made_here.append(buffer(out.aval))
@@ -159,6 +160,10 @@ def walk(
         return [read(atom) for atom in jaxpr.outvars]
 
     results = visit(jaxpr, [frozenset()] * len(jaxpr.invars))
+    chosen = {out for eqn in jaxpr.eqns if eqn.primitive.name == "cond" for out in eqn.outvars}
+    for atom, roots in zip(jaxpr.outvars[:num_donated], results, strict=False):
+        if atom in chosen:  # both branches write over the argument
+            sizes[min(roots)] = 0
     peak = _peak(steps, sizes, frozenset().union(*results[num_donated:]))
     return Cost(flops, peak, products)
 

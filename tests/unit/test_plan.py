@@ -168,6 +168,18 @@ def test_results_that_take_the_place_of_arguments_are_not_counted():
     assert (both.peak, first_free.peak) == (2 * 256 * 256 * 4, 256 * 256 * 4)
 
 
+def test_a_cond_writes_over_arguments_that_its_results_take_the_place_of():
+    """Accumulation of gradients: most of what it chooses is the state."""
+
+    def choose(state, x):
+        state, update = jax.lax.cond(x.sum() > 0, lambda s: (s + 1, s * 2), lambda s: (s, s), state)
+        return state, update[0]
+
+    shapes, side = [(256, 256), (8,)], 256 * 256 * 4
+    assert abs(cost(choose, *shapes).peak - 2 * side) < 100
+    assert abs(cost(choose, *shapes, num_donated=1).peak - side) < 100
+
+
 # ------------------------------------------------------------------------------------------------------------- estimate
 def test_a_share_is_the_recipe_of_one_device():
     share = share_of(sd15.get_config(), 4)
@@ -195,7 +207,7 @@ def test_what_stays_on_a_device_is_split_by_fsdp():
     [("score", 1, [], ["vae", "scorer"]), ("update", 0.5, ["unet"], ["trained"])],
 )
 def test_an_estimate_has_the_split_weights_that_a_program_reads(program, held, whole, some):
-    config, target = tiny.get_config(), parse_target("cpu:4")
+    config, target = tiny.get_config(), parse_target("v5e:2x2")
     *_, plain = estimate_program(config, target, program)
     config.mesh.data, config.mesh.fsdp = 1, 4
     *_, own = estimate_program(config, target, program)
@@ -208,6 +220,19 @@ def test_an_estimate_has_the_split_weights_that_a_program_reads(program, held, w
 
     assert own - plain > 0
     assert from_others(whole) <= own - plain <= from_others(whole + some)
+    *_, on_gpu = estimate_program(config, parse_target("h100:4"), program)
+    config.mesh.data, config.mesh.fsdp = 4, 1
+    assert estimate_program(config, parse_target("h100:4"), program)[-1] == on_gpu, "gathered where they are used"
+
+
+def test_gradients_of_split_weights_are_split():
+    config, target = tiny.get_config(), parse_target("h100:8")
+    config.lora.rank, config.train.accumulation_steps, config.train.minibatch_size = 0, 2, 8
+    *_, whole = estimate_program(config, target, "update")
+    config.mesh.data, config.mesh.fsdp = 1, 8
+    *_, split = estimate_program(config, target, "update")
+    weights = sum(x.size * 4 for x in jax.tree.leaves(abstract_run(config, target).resident["trained"]))
+    assert whole - split > 1.5 * weights, "of gradients and of updates seven eighths are elsewhere"
 
 
 def test_the_emoji_models_score_program_compiles_as_estimated_on_a_cpu():
