@@ -1,7 +1,7 @@
 """Says whether a training run fits hardware that need not be there, and which setting does if it does not.
 
     python -m spo_jax.plan --config=configs/sdxl.py --target=v5e:2x4            compiles the run's programs: minutes
-    python -m spo_jax.plan --config=configs/sdxl.py --target=h100:4 --estimate  follows their arrays: a minute or two
+    python -m spo_jax.plan --config=configs/sdxl.py --target=h100:4 --estimate  follows their arrays: half a minute
 
 No weights, no network and no accelerator are needed. Exit code 1 if the run does not fit.
 """
