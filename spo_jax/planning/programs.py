@@ -91,6 +91,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
     clip, judge_params = clip_shapes(config.evaluation.judge, dtype, place, step_aware=False, what="judge")
     judge = make_clip_scorer(clip)
     params = {**pipeline.params, "scorer": scorer_params, "judge": judge_params}
+    visiting = _on_device(params)  # what waits in the host's memory, as programs get it: arguments of their own
     schedule = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
     optimizer = make_optimizer(config.train)
 
@@ -107,7 +108,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
             encode_prompts(encode, params, pipeline, pipeline.tokenizer, [""] * num_texts),
             judge.encode_text(params["judge"], tokenize(pipeline.tokenizer, [""] * num_texts)),
         ),
-        params,
+        visiting,
     )
     held_out, judge_text = _sharded((held_out, judge_text), lambda tree: jax.tree.map(lambda _: replicated(mesh), tree))
     resident = {
@@ -126,19 +127,10 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
 
     pool_params = {name: params[name] for name in POOL_PARTS}
 
-    def visiting(*names: str) -> Any:
-        """Parts as programs get them: those that wait in the host's memory come as arguments of their own."""
-
-        def one(leaf: Any) -> Any:
-            on_device = leaf.sharding.with_memory_kind("device")
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_device) if in_host_memory(leaf) else leaf
-
-        return {name: jax.tree.map(one, params[name]) for name in names if name in params}
-
     @functools.cache  # tracing takes seconds, and several programs want the same
     def prompts() -> Any:
         size = config.prompts_per_batch
-        batch = jax.eval_shape(lambda p: encode_prompts(encode, p, pipeline, pipeline.tokenizer, [""] * size), params)
+        batch = jax.eval_shape(lambda p: encode_prompts(encode, p, pipeline, pipeline.tokenizer, [""] * size), visiting)
         return _prompt_shards(mesh, batch)
 
     def key() -> Any:
@@ -158,7 +150,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
             )
         )
         return jit_on(mesh, encode), (
-            visiting(*ENCODE_PARTS),
+            {name: visiting[name] for name in ENCODE_PARTS if name in visiting},
             tokens,
             None if pipeline.force_zeros_for_empty_prompt else negative,
             tokens[0],
@@ -197,7 +189,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
         measure = make_measure_batch(pipeline, scorer, judge, schedule, mesh, **options)
         rows = round_up(min(config.evaluation.batch_size, num_texts), mesh.size)
         some = held_out.map_rows(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype))
-        weights = pool_params | visiting("judge"), {"params": params["unet"], **state.trained}
+        weights = pool_params | {"judge": visiting["judge"]}, {"params": params["unet"], **state.trained}
         rest = _prompt_shards(mesh, some), judge_text, key(), split(jax.ShapeDtypeStruct((rows,), jnp.int32))
         return jit_on(mesh, measure, out_shardings=replicated(mesh)), weights + rest
 
@@ -338,6 +330,16 @@ def _sharded(tree: Any, shardings: Callable[[Any], Any]) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings(tree)
     )
+
+
+def _on_device(tree: Any) -> Any:
+    """The shapes of ``tree`` in the memory of devices; those that are there already are the same objects."""
+
+    def one(leaf: Any) -> Any:
+        there = leaf.sharding.with_memory_kind("device")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there) if in_host_memory(leaf) else leaf
+
+    return jax.tree.map(one, tree)
 
 
 def _prompt_shards(mesh: Any, prompts: Any) -> Any:

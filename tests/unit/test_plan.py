@@ -225,6 +225,18 @@ def test_an_estimate_has_the_split_weights_that_a_program_reads(program, held, w
     assert estimate_program(config, parse_target("h100:4"), program)[-1] == on_gpu, "gathered where they are used"
 
 
+@pytest.mark.parametrize("target", ["v5e:2x2", "h100:4"])
+def test_what_waits_in_the_hosts_memory_does_not_stay_and_is_an_argument_of_its_own(target):
+    config, target = tiny.get_config(), parse_target(target)
+    stays, (_, extra, own) = (
+        resident_bytes(abstract_run(config, target)),
+        estimate_program(config, target, "evaluation"),
+    )
+    config.offload = True
+    assert resident_bytes(abstract_run(config, target)) == stays | {"text_encoder": 0, "judge": 0}
+    assert estimate_program(config, target, "evaluation")[1:] == (extra + stays["judge"], own)
+
+
 def test_gradients_of_split_weights_are_split():
     config, target = tiny.get_config(), parse_target("h100:8")
     config.lora.rank, config.train.accumulation_steps, config.train.minibatch_size = 0, 2, 8
