@@ -91,7 +91,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
     clip, judge_params = clip_shapes(config.evaluation.judge, dtype, place, step_aware=False, what="judge")
     judge = make_clip_scorer(clip)
     params = {**pipeline.params, "scorer": scorer_params, "judge": judge_params}
-    visiting = _on_device(params)  # what waits in the host's memory, as programs get it: arguments of their own
+    on_device = _on_device(params)  # as programs get them: what waits in the host's memory is an argument of its own
     schedule = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
     optimizer = make_optimizer(config.train)
 
@@ -108,7 +108,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
             encode_prompts(encode, params, pipeline, pipeline.tokenizer, [""] * num_texts),
             judge.encode_text(params["judge"], tokenize(pipeline.tokenizer, [""] * num_texts)),
         ),
-        visiting,
+        on_device,
     )
     held_out, judge_text = _sharded((held_out, judge_text), lambda tree: jax.tree.map(lambda _: replicated(mesh), tree))
     resident = {
@@ -130,7 +130,9 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
     @functools.cache  # tracing takes seconds, and several programs want the same
     def prompts() -> Any:
         size = config.prompts_per_batch
-        batch = jax.eval_shape(lambda p: encode_prompts(encode, p, pipeline, pipeline.tokenizer, [""] * size), visiting)
+        batch = jax.eval_shape(
+            lambda p: encode_prompts(encode, p, pipeline, pipeline.tokenizer, [""] * size), on_device
+        )
         return _prompt_shards(mesh, batch)
 
     def key() -> Any:
@@ -150,7 +152,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
             )
         )
         return jit_on(mesh, encode), (
-            {name: visiting[name] for name in ENCODE_PARTS if name in visiting},
+            {name: on_device[name] for name in ENCODE_PARTS if name in on_device},
             tokens,
             None if pipeline.force_zeros_for_empty_prompt else negative,
             tokens[0],
@@ -189,7 +191,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
         measure = make_measure_batch(pipeline, scorer, judge, schedule, mesh, **options)
         rows = round_up(min(config.evaluation.batch_size, num_texts), mesh.size)
         some = held_out.map_rows(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype))
-        weights = pool_params | {"judge": visiting["judge"]}, {"params": params["unet"], **state.trained}
+        weights = pool_params | {"judge": on_device["judge"]}, {"params": params["unet"], **state.trained}
         rest = _prompt_shards(mesh, some), judge_text, key(), split(jax.ShapeDtypeStruct((rows,), jnp.int32))
         return jit_on(mesh, measure, out_shardings=replicated(mesh)), weights + rest
 

@@ -198,15 +198,14 @@ def test_the_learning_rate_is_that_of_transformers(warmup, total):
 
 
 # ------------------------------------------------------------------------------------------------- update, many devices
-@functools.cache
-def run_updates(fsdp):
-    """Updates of the emoji CLIP on a mesh; the losses, the last state, and where it lay before and after."""
+def first_update(fsdp, **clip_changes):
+    """The update of the emoji CLIP on a mesh, not compiled yet, and its arguments."""
     config = common_spm.get_config()
     mesh = make_mesh(data=-1, fsdp=fsdp)
     placement = functools.partial(weight_sharding, mesh)
     pipeline = read_pipeline(small_pipeline(), sharding=placement)
     clip, start = read_clip(resolve("emoji:model/clip"), step_aware=True, sharding=placement)
-    scorer = make_clip_scorer(clip)
+    scorer = make_clip_scorer(clip.clone(**clip_changes))
     # Adam's first step is the gradient's sign, whatever its size: at 1e-3 rounding alone moves the next loss by 5e-5.
     optimizer = make_optimizer(config.train, warmup_linear_decay(1e-4, 0, 100))
     state = TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start))
@@ -217,9 +216,15 @@ def run_updates(fsdp):
     update = make_spm_update(make_encode_captions(pipeline), predict_clean, scorer, optimizer)
     update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
     pairs = jax.device_put(some_pairs(pipeline), batch_sharding(mesh))
-    metrics = []
+    return update, (state, pipeline.params, pairs, jax.random.key(1))
+
+
+def run_updates(fsdp):
+    """Two updates on a mesh: their metrics, and the last state, which lies where the first one did."""
+    update, (state, *rest) = first_update(fsdp)
+    shardings, metrics = jax.tree.map(lambda x: x.sharding, state), []
     for _ in range(2):
-        state, result = update(state, pipeline.params, pairs, jax.random.key(1))
+        state, result = update(state, *rest)
         metrics.append(jax.device_get(result))
     jax.tree.map(lambda x, sharding: chex.assert_equal(x.sharding, sharding), state, shardings)
     return metrics, state
@@ -268,13 +273,19 @@ def loss_and_gradient(**clip_changes):
 
 def test_it_computes_in_bfloat16_and_learns_in_float32():
     (loss, gradient), (exact, _) = loss_and_gradient(dtype=jnp.bfloat16), loss_and_gradient()
-    assert {x.dtype for x in jax.tree.leaves((loss, gradient))} == {jnp.dtype("float32")}
+    update, arguments = first_update(fsdp=1, dtype=jnp.bfloat16)
+    state, _ = jax.eval_shape(update, *arguments)
+    learned = loss, gradient, state.trained, state.opt_state
+    assert {x.dtype for x in jax.tree.leaves(learned) if x.dtype.kind != "i"} == {jnp.dtype("float32")}
     np.testing.assert_allclose(loss, exact, rtol=0.1)
     assert loss != exact
 
 
 def test_computing_activations_again_changes_nothing():
-    chex.assert_trees_all_close(loss_and_gradient(remat=True), loss_and_gradient(), rtol=1e-4, atol=1e-6)
+    (plain, gradient), (again, made_again) = loss_and_gradient(), loss_and_gradient(remat=True)
+    np.testing.assert_allclose(again, plain, rtol=1e-5)
+    np.testing.assert_allclose(optax.global_norm(made_again), optax.global_norm(gradient), rtol=1e-4)
+    chex.assert_trees_all_close(made_again, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_it_starts_as_the_plain_model_at_every_timestep():
