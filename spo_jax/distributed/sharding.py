@@ -79,20 +79,17 @@ def weight_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: weight_sharding(mesh, path_names(path), x.shape), tree)
 
 
-@jax.custom_vjp
 def gathered(weight: jax.Array) -> jax.Array:
     """A weight that is split over devices, whole on each of them, where it is used, in what ``mesh.jit_on`` compiles.
 
     Without this the compiler decides at each product whether the weight travels, or in a loop its parts and those of
-    the product (a "windowed einsum", which a TPU takes for large ones: hundreds of loops in a UNet).
+    the product (a "windowed einsum", which a TPU takes for large ones: hundreds of loops in a UNet). Its gradient is
+    constrained in the same way, each device's of its own samples, and then summed straight into the parts; left to
+    itself, a TPU's compiler sends activations of all samples to the device that has a part of the weight.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return weight
     return jax.lax.with_sharding_constraint(weight, P())
-
-
-# The gradient goes back as it is: the compiler sums it over the devices straight into their parts.
-gathered.defvjp(lambda weight: (gathered(weight), None), lambda _, gradient: (gradient,))
 
 
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:

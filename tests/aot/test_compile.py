@@ -6,9 +6,11 @@ bash launch/test.sh -m slow -n 0 -s tests/aot
 
 import importlib.util
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from configs import sd15
+from configs import sd15, tiny
 from spo_jax.planning.compile import compile_program
 from spo_jax.planning.estimate import abstract_run, estimate_program, resident_bytes
 from spo_jax.planning.targets import parse_target
@@ -54,3 +56,16 @@ def test_what_does_not_fit_is_said_by_the_compiler():
     answer = compile_program(small(prompts_per_batch=40, **{"scorer.chunk": 0}), "v5e:1x1", "score")
     assert answer.status == "too large"
     assert answer.temp > parse_target("v5e:1x1").limit
+
+
+@needs_libtpu
+def test_with_fsdp_weights_and_their_gradients_travel_and_no_activations():
+    config, target = tiny.get_config(), parse_target("v5e:2x4")
+    config.update_from_flattened_dict({"lora.rank": 0, "mesh.data": 1, "mesh.fsdp": 8, "dtype": "bfloat16"})
+    traffic = compile_program(config, target.name, "update").traffic
+    trained = jax.tree.leaves(abstract_run(config, target).resident["trained"])
+    size = sum(leaf.size for leaf in trained) * jnp.dtype(config.dtype).itemsize
+    print(f"{target.name} update: {traffic.bytes} bytes, {size} of weights")
+    assert traffic.bytes["all-gather"] <= 2 * size, "of the network that learns and of the base model, once"
+    assert traffic.bytes["reduce-scatter"] > 0
+    assert "all-to-all" not in traffic.bytes
