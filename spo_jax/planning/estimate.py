@@ -37,8 +37,6 @@ _CODE_BYTES, _MOST_CODE = 400_000, 2**30
 # Compilers keep more than they must, for speed. Seen: 0.9 to 2.5 times what the walk finds, mostly 1.2 to 1.6; this is
 # what brings all but one of the programs of docs/memory.md within 15 % of all of their memory.
 _KEPT = 1.2
-# Of weights that are split over devices: in an update half of them were gathered at a time (SDXL on eight v5e).
-_GATHERED_IN_UPDATE = 0.5
 _known: dict[str, tuple[float, int, int, list[int]]] = {}
 
 
@@ -92,7 +90,7 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
         _known[key] = cost.flops, extra, own, _split_bytes(run, leaves, jnp.dtype(config.dtype).itemsize)
     flops, extra, own, split = _known[key]
     if target.platform == "tpu":
-        own += round(_gathered(name, split) * (fsdp - 1) / fsdp)
+        own += _gathered(name, split) * (fsdp - 1) // fsdp
     return flops, extra, own
 
 
@@ -106,15 +104,15 @@ def _with_split_gradients(size_of: Callable[[Any], int], run: Run, parts: int) -
     return lambda aval: size_of(aval) // (parts if tuple(sorted(aval.shape)) in split else 1)
 
 
-def _gathered(name: str, split: list[int]) -> float:
+def _gathered(name: str, split: list[int]) -> int:
     """Bytes of split weights that are whole at a time on a TPU, of those of each network, whole.
 
     They are gathered before a loop, and stay as long as it runs. The pool's steps sample and score in one loop, the
-    other programs use one network after the other; an update has no loop. On a GPU they are gathered where they are
-    used, and go.
+    other programs use one network after the other. An update has no loop, and gathers them where they are used and
+    lets them go, as a GPU does everywhere.
     """
     if name == "update":
-        return _GATHERED_IN_UPDATE * sum(split)
+        return 0
     return sum(split) if name == "pool" else max(split)
 
 
