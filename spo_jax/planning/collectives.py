@@ -119,7 +119,7 @@ def collectives(hlo: str) -> Traffic:
                     total.update(fused(_CALLED.findall(instruction.text)))
                     continue
                 kind = instruction.opcode.removesuffix("-start")
-                if kind in KINDS and starts.get(_channel(instruction), computation.name) == computation.name:
+                if kind in KINDS and computation.name in starts.get(_channel(instruction), {computation.name}):
                     total.update(_one("reduce-scatter" if scatters else kind, computation, instruction))
         return total
 
@@ -145,15 +145,18 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
     return computations, entry
 
 
-def _starts(computations: dict[str, _Computation]) -> dict[str, str]:
-    """In which computation the collective of a channel starts, for those that a TPU takes to pieces."""
-    return {
-        _channel(instruction): computation.name
-        for computation in computations.values()
-        if any('"AsyncCollectiveStart"' in instruction.text for instruction in computation.instructions.values())
-        for instruction in computation.instructions.values()
-        if instruction.opcode in KINDS
-    }
+def _starts(computations: dict[str, _Computation]) -> dict[str, set[str]]:
+    """In which computations the collectives of a channel start, for those that a TPU takes to pieces.
+
+    They are several where layers are traced once for all of them: each has the channels of the first.
+    """
+    starts: dict[str, set[str]] = {}
+    for computation in computations.values():
+        if any('"AsyncCollectiveStart"' in instruction.text for instruction in computation.instructions.values()):
+            for instruction in computation.instructions.values():
+                if instruction.opcode in KINDS:
+                    starts.setdefault(_channel(instruction), set()).add(computation.name)
+    return starts
 
 
 def _channel(instruction: _Instruction) -> str:

@@ -106,6 +106,14 @@ def test_the_pieces_of_an_overlapped_collective_on_a_tpu_count_once_and_loops_ar
     assert collectives(TPU) == Traffic(counts, {"all-gather": 4096 * 4096 * 2, "reduce-scatter": 5 * 4096 * 8 * 4})
 
 
+def test_layers_that_are_traced_once_share_a_channel_and_each_counts():
+    start = TPU[TPU.index("%fused_start") : TPU.index("%async_collective_fusion.1 (")]
+    again = "  %again = (bf16[512,4096]{1,0}, bf16[4096,4096]{1,0}, u32[]{:S(2)}) fusion(%p.0), calls=%other_start\n"
+    text = TPU.replace(start, start + start.replace("%fused_start", "%other_start"))
+    text = text.replace("  ROOT %fusion.1", again + "  ROOT %fusion.1")
+    assert collectives(text).counts["all-gather"] == 2
+
+
 # In the form in which GPUs and TPUs have them.
 ASYNC = """HloModule jit_step
 %wrapped (param: f32[64,8]) -> f32[8,8] {
