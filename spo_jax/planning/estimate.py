@@ -35,7 +35,7 @@ _UNREAD = {
 # (that of SDXL), and nothing that tells which.
 _CODE_BYTES, _MOST_CODE = 400_000, 2**30
 # Compilers keep more than they must, for speed. Seen: 0.9 to 2.5 times what the walk finds, mostly 1.2 to 1.6; this is
-# what brings all but one of the programs of docs/memory.md within 15 % of all of their memory.
+# what brings all but two pools with mesh.fsdp in docs/memory.md within 15 % of all of their memory.
 _KEPT = 1.2
 _known: dict[str, tuple[float, int, int, list[int]]] = {}
 
