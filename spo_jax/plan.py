@@ -26,8 +26,8 @@ CONFIRM = flags.DEFINE_bool(
 )
 
 _CAUTION = (
-    "This is an estimate: compiled, programs have needed from 10 % less to 16 % more, a pool with mesh.fsdp "
-    "15 % less to 24 % more (docs/memory.md); leave --estimate out before you pay."
+    "This is an estimate: compiled, programs have needed from 13 % less to 18 % more (docs/memory.md); "
+    "leave --estimate out before you pay."
 )
 
 
