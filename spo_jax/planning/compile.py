@@ -2,8 +2,8 @@
 
     python -m spo_jax.planning.compile < request.json
 
-The answer is the last line of standard output, as JSON. Answers are kept by the program's text, so that the same
-program is compiled once for a target.
+The answer is the last line of standard output, as JSON. Answers are kept by the program's text and by the code that
+reads them from the compiler, so that the same program is compiled once for a target.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from ml_collections import ConfigDict
 from spo_jax.distributed.mesh import make_mesh
 from spo_jax.planning.collectives import Traffic, collectives
 from spo_jax.planning.programs import extra_bytes, make_run
-from spo_jax.planning.targets import ENVIRONMENT, devices_of, parse_target
+from spo_jax.planning.targets import ENVIRONMENT, Target, devices_of, parse_target
 
 _NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of|(?:allocate|allocating) (\d+)( )bytes")
 # Without a GPU nothing can be tried out, and the first choice of tiles for its own kernels of matrix products can
 # fail ("Couldn't find output tile sizes"); cuBLAS needs none, and is what most products end up with.
 _OPTIONS: dict[str, Any] = {"cuda": {"xla_gpu_enable_triton_gemm": False}}
+# What an answer depends on beside the program: with other code it is another.
+_ANSWERED_BY = ("compile.py", "collectives.py")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, " ": 1}
 
 
@@ -101,8 +103,7 @@ def _main() -> None:
     run = make_run(config, mesh)
     program = run.program(request["program"])
     lowered = program.function.lower(*program.arguments)
-    key = hashlib.sha256(f"{target.name} {versions(target.platform)} {lowered.as_text()}".encode()).hexdigest()
-    kept = _cache() / f"{key}.json"
+    kept = _cache() / f"{_key(target, lowered.as_text())}.json"
     if not kept.exists():
         answer = json.dumps(dataclasses.asdict(_compile(lowered, target.platform)))
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +147,11 @@ def _traffic(compiled: Any) -> Traffic | None:
         if "RET_CHECK failure" not in str(error):
             raise
         return None
+
+
+def _key(target: Target, program: str) -> str:
+    code = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _ANSWERED_BY)
+    return hashlib.sha256(f"{target.name} {versions(target.platform)} {code} {program}".encode()).hexdigest()
 
 
 def _cache() -> Path:

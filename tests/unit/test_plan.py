@@ -295,6 +295,15 @@ def test_a_program_whose_text_jax_cannot_read_has_its_memory_and_no_collectives(
             compiling._traffic(Unreadable())
 
 
+def test_an_answer_is_kept_for_a_program_a_target_and_the_code_that_reads_it(monkeypatch):
+    cpu, two = parse_target("cpu"), parse_target("cpu:2")
+    kept = compiling._key(cpu, "program")
+    assert compiling._key(cpu, "program") == kept
+    assert len({kept, compiling._key(cpu, "another"), compiling._key(two, "program")}) == 3
+    monkeypatch.setattr(compiling, "_ANSWERED_BY", ("compile.py",))
+    assert compiling._key(cpu, "program") != kept
+
+
 @pytest.mark.parametrize(
     "script, message",
     [
