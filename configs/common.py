@@ -3,18 +3,31 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+# The paper's 4,000 prompts, out of Pick-a-Pic's training split.
+TRAINING_PROMPTS = (
+    "github:RockeyCoss/SPO@27a86428edcff3b25dcce8001be94a7a01608f58/"
+    "spo_training_and_inference/assets/prompts/4k_training_prompts.json"
+    "#sha256=804018fcb30bc9bed28a2a0518855bffd386675a3c5138f96b925071cbae6fc4"
+)
+# 487 of Pick-a-Pic v2's test split; the paper's 500 left the hub with their data set.
+HELD_OUT_PROMPTS = (
+    "github:AIDC-AI/Diffusion-SDPO@84fb241c1b89705a247da8b0d6047798ca49830d/prompts/papv2.json"
+    "#sha256=531f3ca923035b5f17dbcbc60a7d7dfa476219e59b0e99617bb3f0afabf5663b"
+)
+
 
 def get_config() -> ConfigDict:
     """The config; every key can be set on the command line, as in ``--config.sampling.num_steps=10``."""
     c = ConfigDict()
     c.method = "spo"  # trains a UNet; "spm", in configs/spm_*.py, the preference model that is used here
     c.seed = 0  # root of every random number of the run
-    c.model = (
-        "model"  # diffusers pipeline: a local folder, org/name@commit on the hub, or "emoji:..." out of the package
-    )
+    # A diffusers pipeline: a local folder, org/name@commit of the Hugging Face hub, or "emoji:..." out of the package.
+    # Without a commit, or with a branch or tag behind the @, the commit is looked up once and kept in the workdir.
+    c.model = "model"
     c.variant = ""  # of the weight files, such as "fp16"
     c.vae = ""  # autoencoder to use instead of the pipeline's, named as the model is; empty: the pipeline's
-    c.prompts = "prompts.json"  # text lines, a JSON list of {"caption": ...}, or tfds:NAME@SPLIT
+    # Text lines, a JSON list of {"caption": ...}, or tfds:NAME@SPLIT; a local file, or one of GitHub or of the hub.
+    c.prompts = TRAINING_PROMPTS
     c.num_batches = 1000  # batches of prompts to train on
     c.prompts_per_batch = 40  # over all devices together
     c.dtype = "bfloat16"  # of the frozen networks; "float32" on CPUs
@@ -77,8 +90,8 @@ def get_config() -> ConfigDict:
     c.validation.num_prompts = 16  # the first prompts of the evaluation file
 
     c.evaluation = ConfigDict()
-    c.evaluation.prompts = "evaluation_prompts.json"  # never trained on
-    c.evaluation.num_prompts = 500  # the first so many of the file
+    c.evaluation.prompts = HELD_OUT_PROMPTS  # never trained on
+    c.evaluation.num_prompts = 500  # the first so many of the file, or all that it has
     c.evaluation.batch_size = 8  # pictures at a time, over all devices together; rounded up so that they can be split
     c.evaluation.eta = 0.0  # deterministic DDIM
     c.evaluation.judge = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"  # measures alignment

@@ -1,10 +1,10 @@
 """SPO on Stable Diffusion 1.5, the paper's recipe (arXiv 2406.04314, with the constants of the released code).
 
-    python -m spo_jax.main --config=configs/sd15.py --workdir=runs/sd15 \\
-        --config.prompts=4k_training_prompts.json --config.evaluation.prompts=validation_unique.json \\
-        --config.scorer.path=sd-v1-5_step-aware_preference_model.bin
+    python -m spo_jax.fetch --config=configs/sd15.py                        # what it needs, 12 GB; training does it too
+    python -m spo_jax.main --config=configs/sd15.py --workdir=runs/sd15
 
-The prompts are the paper's 4,000 out of Pick-a-Pic, the preference model is the released one; both are files of yours.
+The prompts are the paper's 4,000 out of Pick-a-Pic, the preference model is the released one. From an empty machine to
+adapters in ComfyUI: docs/sd15.md.
 ``configs/sd15.py:16gb`` is for one device of that memory: the same pairs a step, one tenth of the prompts a batch.
 
 Expected on 500 Pick-a-Pic prompts, 20 DDIM steps, guidance 5 (paper): PickScore 20.53 -> 21.43, HPSv2 23.79 -> 26.45,
@@ -16,11 +16,14 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+PREFERENCE_MODELS = "SPO-Diffusion-Models/Step-Aware_Preference_Models@0930261d5a1fb701f35d20c0ea8c145fe2c73738"
+
 
 def get_config(device: str = "") -> ConfigDict:
     """The paper's recipe: 4 devices with 10 prompts and 10 pairs each, 10 epochs over 4,000 prompts."""
     c = common.get_config()
     c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5@451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
+    c.scorer.path = f"{PREFERENCE_MODELS}/sd-v1-5_step-aware_preference_model.bin"
     c.scorer.chunk, c.remat = 8, True  # so that the load of a device fits 16 GB, see docs/memory.md
     if device == "16gb":
         c.prompts_per_batch, c.num_batches = 4, 10_000

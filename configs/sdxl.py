@@ -1,10 +1,9 @@
 """SPO on SDXL base 1.0, the paper's recipe (arXiv 2406.04314, with the constants of the released code).
 
-    python -m spo_jax.main --config=configs/sdxl.py --workdir=runs/sdxl \\
-        --config.prompts=4k_training_prompts.json --config.evaluation.prompts=validation_unique.json \\
-        --config.scorer.path=sdxl_step-aware_preference_model.bin
+    python -m spo_jax.fetch --config=configs/sdxl.py                        # what it needs; training does it too
+    python -m spo_jax.main --config=configs/sdxl.py --workdir=runs/sdxl
 
-The prompts are the paper's 4,000 out of Pick-a-Pic, the preference model is the released one; both are files of yours.
+The prompts are the paper's 4,000 out of Pick-a-Pic, the preference model is the released one.
 ``configs/sdxl.py:16gb`` is for one device of little memory: one prompt at a time, activations computed twice.
 
 Expected on 500 Pick-a-Pic prompts, 20 DDIM steps, guidance 5 (paper): PickScore 21.95 -> 23.06, HPSv2 26.95 -> 31.80,
@@ -15,6 +14,7 @@ Weights alone take 10.4 GB; docs/memory.md has what was measured.
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.sd15 import PREFERENCE_MODELS
 
 
 def get_config(device: str = "") -> ConfigDict:
@@ -23,6 +23,7 @@ def get_config(device: str = "") -> ConfigDict:
     c.model = "stabilityai/stable-diffusion-xl-base-1.0@462165984030d82259a11f4367a4eed129e94a7b"
     c.vae = "madebyollin/sdxl-vae-fp16-fix@207b116dae70ace3637169f1ddd2434b91b3a8cd"  # the own one overflows in fp16
     c.prompts_per_batch, c.num_batches = 8, 5_000
+    c.scorer.path = f"{PREFERENCE_MODELS}/sdxl_step-aware_preference_model.bin"
     c.sampling.num_candidates = 2
     c.sampling.num_inner_steps = 3
     c.pairs.threshold = 0.4

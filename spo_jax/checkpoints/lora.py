@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 
 from spo_jax.checkpoints import lora_keys
+from spo_jax.checkpoints.hub import fetched
 from spo_jax.checkpoints.safetensors_io import read_tensors, write_tensors
 from spo_jax.errors import UserError
 from spo_jax.models.lora import TARGETS, init_lora
@@ -74,14 +75,14 @@ def read_lora(path: str | Path, shapes: Any) -> Any:
     """Reads adapters for a UNet from any layout of ``lora_keys.spellings``; alpha / rank is folded into ``B``.
 
     Args:
-      path: the file, or the folder that holds it.
+      path: the file, or the folder that holds it; local, or on the hub (see ``resolve_model``).
       shapes: UNet parameters or their shapes (names and shapes are read).
 
     Raises:
       UserError: the file is missing or damaged, a key or shape does not fit the UNet, or it adapts other layers than
         the attention projections, which alone have adapters here.
     """
-    path = Path(path)
+    path = fetched(path)
     file = path / FILE_NAME if path.is_dir() else path
     tensors = read_tensors(file)
     common_alpha = _alpha_of_metadata(file)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from spo_jax.checkpoints.hub import fetched
 from spo_jax.errors import UserError
 
 MAX_BYTES = 64 * 2**20
@@ -18,6 +19,9 @@ _FEATURES = ("caption", "prompt", "text")
 def read_prompts(path: str | Path) -> list[str]:
     """Prompts from a JSON list (of strings or of ``{"caption": ...}``) or from the non-empty lines of a text file.
 
+    The file is local, or one of the hub or of GitHub, see ``checkpoints/remote.py``. In a JSON list ``"prompt"`` and
+    ``"text"`` may stand for ``"caption"``.
+
     Or, as ``tfds:NAME@SPLIT``, from a data set that TensorFlow Datasets has prepared, by its name or its folder; its
     feature ``caption``, ``prompt`` or ``text`` is taken, its split ``train`` if none is named.
 
@@ -27,7 +31,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     if str(path).startswith(TFDS):
         return _from_tfds(str(path))
-    path = Path(path)
+    path = fetched(path)
     if not path.is_file():
         raise UserError(f"Prompt file {path} does not exist; give a text file with one prompt a line, or a JSON list.")
     if path.stat().st_size > MAX_BYTES:
@@ -90,7 +94,7 @@ def _from_tfds(source: str) -> list[str]:
 
 
 def _caption(path: Path, index: int, entry: Any) -> str:
-    caption = entry.get("caption") if isinstance(entry, dict) else entry
+    caption = next((entry[key] for key in _FEATURES if key in entry), None) if isinstance(entry, dict) else entry
     if not isinstance(caption, str):
         raise UserError(f'Prompt file {path}: entry {index} is neither a string nor an object with a "caption" string.')
     if any("\ud800" <= character <= "\udfff" for character in caption):

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from spo_jax.errors import UserError
 
-_MAX_MESSAGE = 2000  # bytes; messages are one sentence
+_MAX_MESSAGE = 4000  # bytes; messages are one sentence
 
 
 def agree(decide: Callable[[], int]) -> int:
@@ -21,17 +21,44 @@ def agree(decide: Callable[[], int]) -> int:
     Raises:
       UserError: the one that ``decide`` raised, in every process.
     """
+    return int(agree_text(lambda: str(decide())))
+
+
+def agree_text(decide: Callable[[], str]) -> str:
+    """The same for a text of any length."""
     if jax.process_count() == 1:
         return decide()
-    answer, message = 0, ""
+    answer, failed = "", 0
     if jax.process_index() == 0:
         try:
             answer = decide()
         except UserError as error:
-            message = str(error)
+            answer, failed = str(error), 1
+    content = np.frombuffer(answer.encode(), np.uint8)
+    length, failed = (int(x) for x in multihost_utils.broadcast_one_to_all((np.int32(len(content)), np.int32(failed))))
+    if jax.process_index() != 0:
+        content = np.zeros(length, np.uint8)
+    answer = np.asarray(multihost_utils.broadcast_one_to_all(content)).tobytes().decode() if length else ""
+    if failed:
+        raise UserError(answer)
+    return answer
+
+
+def everyone(act: Callable[[], None]) -> None:
+    """Calls ``act`` in every process, and waits until all have done it.
+
+    Raises:
+      UserError: the one that ``act`` raised in the first process where it did, in every process.
+    """
+    if jax.process_count() == 1:
+        act()
+        return
+    message = ""
+    try:
+        act()
+    except UserError as error:
+        message = str(error)
     padded = np.frombuffer(message.encode()[:_MAX_MESSAGE].ljust(_MAX_MESSAGE, b"\0"), np.uint8)
-    answer, padded = multihost_utils.broadcast_one_to_all((np.int32(answer), padded))
-    message = np.asarray(padded).tobytes().rstrip(b"\0").decode(errors="replace")
-    if message:
-        raise UserError(message)
-    return int(answer)
+    for row in np.asarray(multihost_utils.process_allgather(padded)):
+        if message := row.tobytes().rstrip(b"\0").decode(errors="replace"):
+            raise UserError(message)

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from spo_jax.checkpoints.artifacts import PINS_FILE
 from spo_jax.distributed.agreement import agree
 from spo_jax.errors import UserError
 
@@ -227,18 +228,19 @@ def _first_words(error: Exception) -> str:
 
 
 # -------------------------------------------------------------------------------------------------- working directory
-def check_workdir(workdir: str | Path, config: dict[str, Any]) -> None:
+def check_workdir(workdir: str | Path, config: dict[str, Any], pins: dict[str, str] | None = None) -> None:
     """Makes the folder and records ``config`` in it, or makes sure that the recorded one is the same.
 
+    ``pins``, the commits that were looked up for it, are recorded too (see ``checkpoints/artifacts.py``).
     The keys in ``FREE_KEYS`` may differ: they say where and how fast a run computes. The file keeps the first config.
 
     Raises:
       UserError: the folder belongs to a run with another config (names the first key that differs), or cannot be made.
     """
-    agree(lambda: _check_workdir(Path(workdir), config))
+    agree(lambda: _check_workdir(Path(workdir), config, pins or {}))
 
 
-def _check_workdir(workdir: Path, config: dict[str, Any]) -> int:
+def _check_workdir(workdir: Path, config: dict[str, Any], pins: dict[str, str]) -> int:
     path = workdir / CONFIG_FILE
     if path.is_file():
         try:
@@ -254,14 +256,20 @@ def _check_workdir(workdir: Path, config: dict[str, Any]) -> int:
         return 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        if pins:  # before the config, without which there is no run
+            _write_json(workdir / PINS_FILE, pins)
+        _write_json(path, config)
     except OSError as error:
         raise UserError(
             f"--workdir={workdir} cannot be made or written ({error.strerror}); choose another --workdir."
         ) from error
     return 0
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _first_difference(old: Any, new: Any, name: str) -> str | None:

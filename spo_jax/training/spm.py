@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spo_jax import rng
+from spo_jax.checkpoints.artifacts import ready
 from spo_jax.checkpoints.pipeline import (
     read_clip,
     read_pipeline,
@@ -89,6 +90,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     placement = functools.partial(weight_sharding, mesh)
 
     # ---------------------------------------------------------------------------------------------------------- data
+    config, pins = ready(config, workdir)
     source, held_out = open_pairs(config.data.train), open_pairs(config.data.validation)
 
     # -------------------------------------------------------------------------------------------------------- models
@@ -131,7 +133,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     state = jax.device_put(state, shardings)
 
     # ------------------------------------------------------------------------------------------------------- restore
-    checkpoint.check_workdir(workdir, config.to_dict())
+    checkpoint.check_workdir(workdir, config.to_dict(), pins)
     manager = checkpoint.make_manager(workdir / "checkpoints", config.checkpoint.keep)
     # Beside the arrays: where the data stand, metrics that are not logged yet, and the accuracies so far by step.
     done: dict[str, Any] = {"step": 0, "seconds": 0.0, "data": None, "window": [], "accuracy": {}}

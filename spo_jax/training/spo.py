@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spo_jax import rng
+from spo_jax.checkpoints.artifacts import ready
 from spo_jax.checkpoints.lora import write_lora
 from spo_jax.checkpoints.pipeline import (
     read_clip,
@@ -82,6 +83,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     placement = weight_placement(mesh, offload=config.offload)
 
     # ---------------------------------------------------------------------------------------------------------- data
+    config, pins = ready(config, workdir)
     prompts = read_prompts(resolve(config.prompts))
     held_out = read_prompts(resolve(config.evaluation.prompts))[: config.evaluation.num_prompts]
 
@@ -119,7 +121,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     state = jax.device_put(state, weight_shardings(mesh, state))
 
     # ------------------------------------------------------------------------------------------------------- restore
-    checkpoint.check_workdir(workdir, config.to_dict())
+    checkpoint.check_workdir(workdir, config.to_dict(), pins)
     manager = checkpoint.make_manager(workdir / "checkpoints", config.checkpoint.keep)
     restored = checkpoint.restore_latest(manager, state)
     first_batch, seconds_before = 0, 0.0

@@ -1,0 +1,472 @@
+"""Fetches files of the Hugging Face hub and of GitHub into the hub's cache; goes on where it stopped, and verifies.
+
+    HF_HOME/hub/models--org--name/snapshots/<commit>/...    files of the hub, in its own layout (links to blobs/<hash>)
+    HF_HOME/spo_jax/github/owner/repo/<commit>/...          files of GitHub
+    HF_HOME/spo_jax/listings/...                            which files a commit of the hub has, so that none is asked twice
+
+``HF_HOME``, ``HF_HUB_CACHE``, ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and the usual proxy variables are
+respected, as huggingface_hub does it; ``GITHUB_RAW_ENDPOINT`` names a mirror of raw.githubusercontent.com.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from spo_jax.checkpoints.remote import RemoteName, choose_files
+from spo_jax.errors import UserError
+
+_GITHUB = "https://raw.githubusercontent.com"
+_TRIES = 5  # of one request or file, as long as nothing comes
+_LONGEST_WAIT = 300.0  # seconds that a server may ask for
+_MAX_LISTING_BYTES = 64 * 2**20
+_BLOCK = 2**20
+_T = TypeVar("_T")
+
+
+class Unreachable(UserError):
+    """A server could not be asked, or may not be; ``reason`` says why, in a few words."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository: its size in bytes, -1 if unknown, and a digest, "sha256:..." or "git:..." or empty.
+
+    Git's digest is the SHA-1 of a header and the content; the hub tells it of small files, and SHA-256 of large ones.
+    """
+
+    path: str
+    size: int = -1
+    digest: str = ""
+
+
+# ------------------------------------------------------------------------------------------------------ what there is
+def commit_of(remote: RemoteName) -> str:
+    """The commit that a name of the hub means now; without network the one that the cache holds for its branch.
+
+    Raises:
+      UserError: there is no such repository or revision.
+      Unreachable: the hub cannot be asked, and the cache does not know.
+    """
+    if remote.pinned:
+        return remote.revision
+    try:
+        return str(_ask(remote, lambda api: api.repo_info(**_place(remote, remote.revision or None))).sha)
+    except Unreachable:
+        known = _repository(remote) / "refs" / (remote.revision or "main")
+        commit = known.read_text(encoding="utf-8").strip() if known.is_file() else ""
+        if re.fullmatch(r"[0-9a-f]{40}", commit):
+            return commit
+        raise
+
+
+def list_files(
+    remote: RemoteName, *, variant: str = "", weights: bool = True, network: bool = True
+) -> list[RemoteFile] | None:
+    """The files of ``remote`` that are read here, see ``choose_files``; None if that is not known and not asked.
+
+    Args:
+      remote: pinned to a commit.
+      variant: of the weight files.
+      weights: False for configs and tokenizers only.
+      network: False asks no server.
+
+    Raises:
+      UserError: the repository, the commit or the file does not exist or is not accessible.
+      Unreachable: a server has to be asked, and cannot be.
+    """
+    if remote.site == "github":
+        digest = f"sha256:{remote.sha256}" if remote.sha256 else ""
+        return [RemoteFile(remote.inside, _size_on_github(remote) if network else -1, digest)]
+    listing = _known_listing(remote)
+    if listing is None:
+        if not network:
+            return None
+        listing = _ask_listing(remote)
+    chosen = choose_files(remote, listing, variant=variant, weights=weights)
+    for path in chosen:
+        if path not in listing:
+            raise UserError(f"The hub's repository {remote.repo} has no file {path} at {remote.revision}; see {page(remote)}.")
+    files = [listing[path] for path in chosen]
+    if remote.sha256:
+        named = listing[remote.inside]
+        if named.digest.startswith("sha256:") and named.digest != f"sha256:{remote.sha256}":
+            raise UserError(
+                f"File {remote.inside} of {remote.repo} has the checksum {named.digest.removeprefix('sha256:')} on the "
+                f"hub, but {remote.sha256} was asked for; mend the one behind #sha256=, or the commit."
+            )
+        files = [dataclasses.replace(f, digest=f"sha256:{remote.sha256}") if f == named else f for f in files]
+    return files
+
+
+def local_path(remote: RemoteName, path: str) -> Path:
+    """Where a file of a pinned repository is, or would be, on this machine."""
+    if remote.site == "github":
+        return _own_folder() / "github" / remote.repo / remote.revision / path
+    return _repository(remote) / "snapshots" / remote.revision / path
+
+
+def is_here(remote: RemoteName, file: RemoteFile) -> bool:
+    """Whether the file is on this machine, and as long as it should be."""
+    path = local_path(remote, file.path)
+    return path.is_file() and file.size in (-1, path.stat().st_size)
+
+
+def size_of(remote: RemoteName, file: RemoteFile) -> int:
+    """Its size as its server has it; if that is unknown, what is here of it."""
+    path = local_path(remote, file.path)
+    return file.size if file.size >= 0 else path.stat().st_size if path.is_file() else 0
+
+
+def partial_bytes(remote: RemoteName, file: RemoteFile) -> int:
+    """What an interrupted transfer has left of the file."""
+    path = _incomplete(remote, file)
+    return path.stat().st_size if path.is_file() else 0
+
+
+def page(remote: RemoteName) -> str:
+    """The address of the repository's page, on the hub that ``HF_ENDPOINT`` names."""
+    from huggingface_hub import constants
+
+    return remote.page(constants.ENDPOINT)
+
+
+def address(remote: RemoteName, path: str) -> str:
+    """The URL of a file's content."""
+    from huggingface_hub import hf_hub_url
+
+    if remote.site == "github":
+        base = os.environ.get("GITHUB_RAW_ENDPOINT") or _GITHUB
+        return f"{base.rstrip('/')}/{remote.repo}/{remote.revision}/{path}"
+    return hf_hub_url(filename=path, **_place(remote, remote.revision))
+
+
+def cache_folder(remote: RemoteName) -> Path:
+    """The nearest existing folder above the place of its files: what tells how much space there is."""
+    folder = _own_folder() if remote.site == "github" else _repository(remote)
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+# --------------------------------------------------------------------------------------------------------- transfers
+def fetch(remote: RemoteName, file: RemoteFile) -> Path:
+    """Fetches one file, unless it is here, and verifies its size and digest before it gets its name.
+
+    What an interrupted transfer left is gone on with. Several processes may ask for the same file: one fetches it.
+
+    Raises:
+      UserError: it is not accessible, what came is not what it should be, or it cannot be written.
+      Unreachable: the server cannot be asked.
+    """
+    from huggingface_hub.utils import WeakFileLock
+
+    target, incomplete = local_path(remote, file.path), _incomplete(remote, file)
+    with _one_sentence(remote, file.path):
+        incomplete.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(incomplete.with_suffix(".lock")):
+            if is_here(remote, file):
+                return target
+            _transfer(remote, file, incomplete)
+            if (fault := fault_of(incomplete, file)) is not None:
+                incomplete.unlink()
+                other = " or for a slip in the digits behind #sha256=" if remote.sha256 else ""
+                raise UserError(
+                    f"File {file.path} of {remote.repo} did not come as it should be ({fault}); what came was thrown away: "
+                    f"run the same command again, and if that repeats, look for a proxy or mirror that changes it{other}."
+                )
+            _move_into_place(remote, file, incomplete, target)
+    return target
+
+
+def fault_of(path: Path, file: RemoteFile) -> str | None:
+    """What is wrong with the content at ``path``, if anything is; nothing is known of a file without size and digest."""
+    size = path.stat().st_size
+    if file.size not in (-1, size):
+        return f"{size} bytes instead of {file.size}"
+    kind, _, expected = file.digest.partition(":")
+    if not expected:
+        return None
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with path.open("rb") as content:
+        while block := content.read(_BLOCK):
+            digest.update(block)
+    found = digest.hexdigest()
+    return None if found == expected else f"checksum {found} instead of {expected}"
+
+
+def throw_away(remote: RemoteName, file: RemoteFile) -> None:
+    """Removes a damaged file, and the content that its name links to."""
+    path = local_path(remote, file.path)
+    with _one_sentence(remote, file.path):
+        content = path.resolve()
+        path.unlink()
+        if content.is_relative_to(_repository(remote).resolve() / "blobs"):
+            content.unlink()
+
+
+def check_space(wanted: Sequence[tuple[RemoteName, RemoteFile]]) -> None:
+    """Raises UserError if the files do not fit the disks they go to."""
+    needs: dict[int, tuple[Path, int]] = {}
+    for remote, file in wanted:
+        folder = cache_folder(remote)
+        _, bytes_before = needs.get(folder.stat().st_dev, (folder, 0))
+        size = max(0, file.size - partial_bytes(remote, file))
+        needs[folder.stat().st_dev] = folder, bytes_before + size
+    for folder, size in needs.values():
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise UserError(
+                f"{in_bytes(size)} have to be fetched, but {folder} has {in_bytes(free)} free; free some, or set HF_HOME to "
+                "a folder on another disk."
+            )
+
+
+def in_bytes(size: int) -> str:
+    """A size for people: 604 kB, 5.48 GB."""
+    if size < 1000:
+        return f"{size} bytes"
+    amount, units = size / 1000, ["kB", "MB", "GB"]
+    while amount >= 1000 and len(units) > 1:
+        amount, units = amount / 1000, units[1:]
+    return f"{amount:.2f} GB" if units[0] == "GB" else f"{amount:.3g} {units[0]}"
+
+
+# ------------------------------------------------------------------------------------------------------------ pieces
+def _own_folder() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "spo_jax"
+
+
+def _repository(remote: RemoteName) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"{remote.kind}s--{remote.repo.replace('/', '--')}"
+
+
+def _blob(remote: RemoteName, file: RemoteFile) -> Path:
+    return _repository(remote) / "blobs" / file.digest.rpartition(":")[2]
+
+
+def _incomplete(remote: RemoteName, file: RemoteFile) -> Path:
+    whole = _blob(remote, file) if remote.site == "hub" and file.digest else local_path(remote, file.path)
+    return whole.with_name(whole.name + ".spo_jax.incomplete")
+
+
+def _place(remote: RemoteName, revision: str | None) -> dict[str, Any]:
+    return {"repo_id": remote.repo, "repo_type": remote.kind, "revision": revision}
+
+
+def _listing_file(remote: RemoteName) -> Path:
+    return _own_folder() / "listings" / _repository(remote).name / f"{remote.revision}.json"
+
+
+def _known_listing(remote: RemoteName) -> dict[str, RemoteFile] | None:
+    path = _listing_file(remote)
+    try:
+        if path.stat().st_size > _MAX_LISTING_BYTES:
+            return None
+        files = [RemoteFile(*entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+        return {file.path: file for file in files}
+    except (OSError, ValueError, TypeError):
+        return None  # asked for again
+
+
+def _ask_listing(remote: RemoteName) -> dict[str, RemoteFile]:
+    def ask(api: Any) -> list[Any]:
+        api.repo_info(**_place(remote, remote.revision))  # says at once if there is no network
+        return list(api.list_repo_tree(recursive=True, **_place(remote, remote.revision)))
+
+    files = []
+    for entry in _ask(remote, ask):
+        if (size := getattr(entry, "size", None)) is not None:  # a folder has none
+            large = getattr(entry, "lfs", None)
+            files.append(RemoteFile(entry.path, size, f"sha256:{large.sha256}" if large else f"git:{entry.blob_id}"))
+    path = _listing_file(remote)
+    with contextlib.suppress(OSError):  # without it the hub is asked again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps([dataclasses.astuple(file) for file in files]), encoding="utf-8")
+        os.replace(temporary, path)
+    return {file.path: file for file in files}
+
+
+def _ask(remote: RemoteName, request: Callable[[Any], _T]) -> _T:
+    """Asks the hub; patient with a busy one."""
+    from huggingface_hub import HfApi
+
+    with _one_sentence(remote):
+        return _patiently(lambda: request(HfApi()))
+
+
+def _patiently(act: Callable[[], _T]) -> _T:
+    """``act()``, again after a while if the server says that it is busy (429, 5xx)."""
+    for left in reversed(range(_TRIES)):
+        try:
+            return act()
+        except Exception as error:
+            response = getattr(error, "response", None)
+            status = getattr(response, "status_code", 0)
+            if not left or not (status == 429 or 500 <= status < 600):
+                raise
+            asked = response.headers.get("Retry-After", "") if response is not None else ""
+            wait = float(asked) if asked.isdigit() else 2.0 ** (_TRIES - left)
+            if wait > _LONGEST_WAIT:
+                raise
+            print(f"spo_jax: the server is busy ({status}); asking again in {wait:.0f} s.", file=sys.stderr)
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _headers(remote: RemoteName) -> dict[str, str]:
+    from huggingface_hub.utils import build_hf_headers
+
+    # Without compression, so that sizes and ranges are of the file itself.
+    plain = {"Accept-Encoding": "identity"}
+    return plain if remote.site == "github" else build_hf_headers() | plain
+
+
+def _size_on_github(remote: RemoteName) -> int:
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    path = local_path(remote, remote.inside)
+    if path.is_file():
+        return path.stat().st_size
+
+    def ask() -> int:
+        url = address(remote, remote.inside)
+        response = get_session().head(url, headers=_headers(remote), follow_redirects=True)
+        hf_raise_for_status(response)
+        return int(response.headers.get("Content-Length", -1))
+
+    with _one_sentence(remote, remote.inside):
+        return _patiently(ask)
+
+
+def _transfer(remote: RemoteName, file: RemoteFile, incomplete: Path) -> None:
+    """Appends to ``incomplete`` until the file is whole; a connection that breaks is made again."""
+    from huggingface_hub.file_download import http_get
+
+    expected = file.size if file.size >= 0 else None
+    name = file.path if len(file.path) <= 40 else "..." + file.path[-37:]
+    failures = 0
+    while True:
+        with incomplete.open("ab") as content:
+            before = content.seek(0, os.SEEK_END)
+            if expected is not None and before > expected:
+                content.truncate(0)
+                before = 0
+            try:
+                http_get(
+                    address(remote, file.path),
+                    content,
+                    headers=_headers(remote),
+                    resume_size=before,
+                    expected_size=expected,
+                    displayed_filename=name,
+                )
+                return
+            except Exception as error:  # the HTTP library's own kinds differ between versions
+                if not _passes(error):
+                    raise
+                broken = error
+            failures = 0 if content.tell() > before else failures + 1
+        if failures >= _TRIES:
+            raise broken
+        time.sleep(min(2.0**failures, 10.0))
+
+
+def _passes(error: Exception) -> bool:
+    """Whether a transfer that failed so may go on: a broken connection or a busy server, but no refusal or full disk."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if (response := getattr(error, "response", None)) is not None:
+        return response.status_code == 429 or response.status_code >= 500
+    return not isinstance(error, OfflineModeIsEnabled) and getattr(error, "errno", None) is None
+
+
+def _move_into_place(remote: RemoteName, file: RemoteFile, incomplete: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if remote.site == "github" or not file.digest:
+        os.replace(incomplete, target)
+        return
+    blob = _blob(remote, file)
+    os.replace(incomplete, blob)
+    target.unlink(missing_ok=True)
+    try:
+        target.symlink_to(os.path.relpath(blob, target.parent))
+    except OSError:  # a file system without links
+        os.replace(blob, target)
+
+
+@contextlib.contextmanager
+def _one_sentence(remote: RemoteName, path: str = "") -> Iterator[None]:
+    """Turns what a request or a transfer raises into one sentence for the user."""
+    from huggingface_hub import errors
+
+    what = f"{path} of {remote.repo}" if path else remote.repo
+    try:
+        yield
+    except UserError:
+        raise
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{remote.repo} is gated: open {page(remote)}, accept its terms, and set HF_TOKEN to a token of yours "
+            "(or log in with `hf auth login`)."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(
+            f"{remote.repo} has no revision {remote.revision or 'main'}; its commits are listed at "
+            f"{page(remote)}/commits/main."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"There is no repository {remote.repo} at {page(remote)}, or it is private, and nothing of that name is here; "
+            "check the name, and for a private one set HF_TOKEN to a token of yours (or log in with `hf auth login`)."
+        ) from error
+    except Exception as error:  # network, proxy, authentication and disk fail in many ways
+        response, reason = getattr(error, "response", None), _first_line(error)
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"The disk of {cache_folder(remote)} is full: {what} is not complete; free some space, or set HF_HOME to "
+                "a folder on another disk, and run the same command again: it goes on where it stopped."
+            ) from error
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or number == errno.EROFS:
+            raise UserError(
+                f"{what} cannot be written to {cache_folder(remote)} ({reason}); set HF_HOME to a folder of yours."
+            ) from error
+        if response is not None:
+            raise UserError(_refusal(remote, what, response.status_code)) from error
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            reason = "HF_HUB_OFFLINE is set"
+        message = f"{what} could not be fetched ({reason}); run the same command again with network."
+        raise Unreachable(message, reason) from error
+
+
+def _refusal(remote: RemoteName, what: str, status: int) -> str:
+    if status in (401, 403):
+        return f"The server refuses {what} ({status}); see {page(remote)}, and check HF_TOKEN or `hf auth login`."
+    if status in (404, 410):
+        return f"There is no {what} at {remote.revision or 'its default branch'} ({status}); see {page(remote)}."
+    if status == 429:
+        return f"The server has had too many requests for {what} (429); wait some minutes and run the same command again."
+    return f"The server cannot give {what} now ({status}); run the same command again later: it goes on where it stopped."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__

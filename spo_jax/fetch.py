@@ -1,0 +1,114 @@
+"""Fetches what a run needs: models, prompts, preference model; what is here already is verified.
+
+    python -m spo_jax.fetch --config=configs/sd15.py            lists, fetches, verifies
+    python -m spo_jax.fetch --config=configs/sd15.py --dry_run  lists only; exit code 1 if something is missing
+
+Run the same command again after an interruption: it goes on where it stopped. Everything goes below HF_HOME (by default
+~/.cache/huggingface), which may be copied to a machine without network. HF_ENDPOINT and GITHUB_RAW_ENDPOINT name
+mirrors, HF_TOKEN opens gated repositories.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from spo_jax import cli
+
+if TYPE_CHECKING:
+    from spo_jax.checkpoints.artifacts import Stock
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/sd15.py.", lock_config=True)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "List only what a run needs and what of it is missing.")
+
+
+def main() -> None:
+    """Lists, fetches and verifies; exits with 1 if a dry run finds something missing."""
+    config = cli.config_of(CONFIG)
+
+    from spo_jax.checkpoints import artifacts
+
+    config = artifacts.with_pins(config, artifacts.look_up(config, {}))
+    if not DRY_RUN.value:
+        throw_damaged_away(artifacts.take_stock(config))
+    stocks = artifacts.take_stock(config)
+    print(inventory(config, stocks))
+    complete = all(stock.complete for stock in stocks)
+    if DRY_RUN.value:
+        sys.exit(0 if complete else 1)
+    if not complete:
+        artifacts.fetch_missing(stocks)
+        print("Fetched and verified. ", end="")
+    print("Everything that lies elsewhere is here; no network is needed any more.")
+
+
+def throw_damaged_away(stocks: Sequence[Stock]) -> None:
+    """Verifies each file that is here against its digest; a damaged one is removed, to be fetched again."""
+    from tqdm import tqdm
+
+    from spo_jax.checkpoints import download
+
+    here = {
+        download.local_path(stock.remote, file.path): (stock.remote, file)
+        for stock in stocks
+        for file in stock.files or ()
+        if file not in stock.missing
+    }
+    total = sum(path.stat().st_size for path in here)
+    with tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=None if total else True) as progress:
+        for path, (remote, file) in here.items():
+            size = path.stat().st_size
+            if (fault := download.fault_of(path, file)) is not None:
+                progress.write(f"spo_jax: {file.path} of {remote.repo} is damaged ({fault}); it is fetched again.")
+                download.throw_away(remote, file)
+            progress.update(size)
+
+
+def inventory(config: ConfigDict, stocks: Sequence[Stock]) -> str:
+    """What a run of the config reads: names with commits, files, sizes, and what of it is missing."""
+    from spo_jax.checkpoints import artifacts
+    from spo_jax.checkpoints.download import in_bytes, partial_bytes, size_of
+
+    remote = {stock.artifact.key: stock for stock in stocks}
+    lines = []
+    for artifact in artifacts.artifacts_of(config):
+        stock = remote.get(artifact.key)
+        lines.append(f"config.{artifact.key}, {artifact.what}")
+        if stock is None:
+            lines.append(f"    {artifact.name}\n    here")
+            continue
+        lines.append(f"    {stock.remote}")
+        if stock.files is None:
+            state = "here, as far as can be told" if stock.complete else "missing"
+            lines.append(f"    {state}; its files are not known without network ({stock.unreachable})")
+            continue
+        size = sum(size_of(stock.remote, file) for file in stock.files)
+        about = f"{len(stock.files)} file{'s' if len(stock.files) > 1 else ''}, {in_bytes(size) if size else 'size not known'}"
+        if stock.complete:
+            lines.append(f"    {about}: here")
+            continue
+        lines.append(f"    {about}: {len(stock.missing)} missing")
+        for file in stock.missing:
+            part = partial_bytes(stock.remote, file)
+            begun = f", {in_bytes(part)} of it here" if part else ""
+            lines.append(f"        {file.path}" + (f"  {in_bytes(file.size)}{begun}" if file.size >= 0 else ""))
+    lines += [f"config.{key}, pairs\n    {name}\n    {state}" for key, name, state in _pairs(config)]
+    return "\n".join(lines)
+
+
+def _pairs(config: ConfigDict) -> list[tuple[str, str, str]]:
+    """Prepared pairs of preferences; they are not fetched, because Pick-a-Pic has left the hub."""
+    if config.method != "spm":
+        return []
+    told = "missing; make it with spo_jax.prepare, as the top of the config file says"
+    splits = (("data.train", config.data.train), ("data.validation", config.data.validation))
+    return [(key, name, "here" if Path(name.partition("@")[0]).is_dir() else told) for key, name in splits]
+
+
+if __name__ == "__main__":
+    cli.run(main)

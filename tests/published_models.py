@@ -1,0 +1,78 @@
+"""Small random models in the layout of the repositories that the configs name, to be served by ``tests/hub_server.py``."""
+
+import functools
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import safetensors.numpy
+import torch
+
+from configs import common
+from spo_jax.checkpoints.remote import parse_remote
+from spo_jax.emoji import resolve
+from tests.hub_server import files_of
+from tests.small_pipeline import small_pipeline
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+PREFERENCE_MODELS = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
+CLIP_L14 = "openai/clip-vit-large-patch14"
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+NOT_READ = {
+    "README.md": b"a page",
+    "modeling_evil.py": b"raise SystemExit",
+    "v1-5-pruned.safetensors": b"0" * 2000,
+    "safety_checker/config.json": b"{}",
+    "safety_checker/model.safetensors": b"0" * 2000,
+    "unet/diffusion_pytorch_model.non_ema.safetensors": b"0" * 2000,
+}
+
+
+@functools.cache
+def repositories() -> dict[str, dict[str, bytes]]:
+    """What ``configs/sd15.py`` and ``configs/spm_sd15.py`` need, as small as can be."""
+    pipeline = {path: content for path, content in files_of(small_pipeline()).items() if path.split("/")[0] in PIPELINE}
+    captions = resolve("emoji:prompts/spo.txt").read_text(encoding="utf-8").splitlines()
+    training, held_out = parse_remote(common.TRAINING_PROMPTS), parse_remote(common.HELD_OUT_PROMPTS)
+    return {
+        SD15: pipeline | NOT_READ,
+        PREFERENCE_MODELS: preference_models(("sd-v1-5", "sdxl")),
+        CLIP_L14: files_of(resolve("emoji:model/clip")),
+        PICKSCORE: files_of(resolve("emoji:model/clip")),
+        f"github:{training.repo}": {training.inside: json.dumps([{"caption": c} for c in captions[:24]]).encode()},
+        f"github:{held_out.repo}": {held_out.inside: json.dumps([{"prompt": c} for c in captions[24:32]]).encode()},
+    }
+
+
+PIPELINE = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def preference_models(names: tuple[str, ...]) -> dict[str, bytes]:
+    """The emoji preference model in the published layout; the published ones have no config, being a ViT-H/14."""
+    scorer = resolve("emoji:model/scorer")
+    weights = safetensors.numpy.load_file(scorer / "model.safetensors")
+    content = io.BytesIO()
+    prefix = "model."
+    torch.save({prefix + key.removeprefix(prefix): torch.from_numpy(value) for key, value in weights.items()}, content)
+    files = {f"{name}_step-aware_preference_model.bin": content.getvalue() for name in names}
+    return files | {"config.json": (scorer / "config.json").read_bytes()}
+
+
+def prompts_as_served(files: dict[str, dict[str, bytes]]) -> dict[str, str]:
+    """The two prompt files of a config with the checksums of what is served in their place: texts are not shipped."""
+    names = {"config.prompts": common.TRAINING_PROMPTS, "config.evaluation.prompts": common.HELD_OUT_PROMPTS}
+    given = {}
+    for key, name in names.items():
+        remote = parse_remote(name)
+        digest = hashlib.sha256(files[f"github:{remote.repo}"][remote.inside]).hexdigest()
+        given[key] = name.replace(remote.sha256, digest)
+    return given
+
+
+def write_repository(folder: Path, files: dict[str, bytes]) -> Path:
+    """A repository's files in a local folder."""
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return folder
