@@ -64,7 +64,8 @@ def throw_damaged_away(stocks: Sequence[Stock]) -> None:
         for path, (remote, file) in here.items():
             size = path.stat().st_size
             if (fault := download.fault_of(path, file)) is not None:
-                progress.write(f"spo_jax: {file.path} of {remote.repo} is damaged ({fault}); it is fetched again.")
+                told = f"spo_jax: {file.path} of {remote.repo} is damaged ({fault}); it is fetched again."
+                progress.write(told, file=sys.stderr)
                 download.throw_away(remote, file)
             progress.update(size)
 
@@ -88,7 +89,8 @@ def inventory(config: ConfigDict, stocks: Sequence[Stock]) -> str:
             lines.append(f"    {state}; its files are not known without network ({stock.unreachable})")
             continue
         size = sum(size_of(stock.remote, file) for file in stock.files)
-        about = f"{len(stock.files)} file{'s' if len(stock.files) > 1 else ''}, {in_bytes(size) if size else 'size not known'}"
+        files = f"{len(stock.files)} file{'s' if len(stock.files) > 1 else ''}"
+        about = f"{files}, {in_bytes(size) if size else 'size not known'}"
         if stock.complete:
             lines.append(f"    {about}: here")
             continue

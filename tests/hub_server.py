@@ -31,28 +31,29 @@ class Faults:
 
 @dataclasses.dataclass
 class Hub:
-    """``repositories`` by ``org/name`` or ``github:owner/repo``: their files. ``requests`` is what was asked so far."""
+    """``repositories`` by ``org/name`` or ``github:owner/repo``: their files; ``requests`` and ``sent``: what was."""
 
     repositories: dict[str, dict[str, bytes]]
     commits: dict[str, str] = dataclasses.field(default_factory=dict)  # of the default branch, COMMIT by default
     tokens: dict[str, str] = dataclasses.field(default_factory=dict)  # repositories that need this one
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # of files in trees, if not the true ones
     faults: Faults = dataclasses.field(default_factory=Faults)
-    requests: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)  # method, path, Range
+    requests: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # method and path
+    sent: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # a file's path, and its range
     address: str = ""
 
     def environment(self, home: Path) -> dict[str, str]:
         """Variables of a process that takes this server for the hub and for GitHub, and has its cache in ``home``."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
         return kept | {
             "HF_ENDPOINT": self.address,
             "GITHUB_RAW_ENDPOINT": f"{self.address}/raw",
             "HF_HOME": str(home),
-            "NO_PROXY": "127.0.0.1",
         }
 
-    def downloads(self, path: str) -> list[str]:
-        """The ranges in which a file's content was asked for."""
-        return [asked for method, url, asked in self.requests if method == "GET" and url.endswith(path)]
+    def downloads(self, name: str) -> list[str]:
+        """The ranges in which the content of a file was sent."""
+        return [asked for sent, asked in self.sent if sent == name]
 
 
 def files_of(folder: Path, prefix: str = "") -> dict[str, bytes]:
@@ -85,7 +86,7 @@ def serve(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
 
         def answer(self, method: str) -> None:
             path = unquote(urlsplit(self.path).path)
-            hub.requests.append((method, path, self.headers.get("Range", "")))
+            hub.requests.append((method, path))
             parts = path.strip("/").split("/")
             if parts[0] == "api":
                 self.api(parts[1:])
@@ -110,7 +111,7 @@ def serve(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
             if len(commit) != 40:
                 self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             elif len(parts) > 3 and parts[3] == "tree":
-                self.reply(200, json.dumps(tree(hub.repositories[repo])).encode())
+                self.reply(200, json.dumps(tree(hub.repositories[repo], hub.sizes)).encode())
             else:
                 siblings = [{"rfilename": name} for name in hub.repositories[repo]]
                 self.reply(200, json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode())
@@ -129,6 +130,8 @@ def serve(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
                 self.reply(302, b"", large | {"Location": f"{hub.address}/content/{digest}"})
 
         def content(self, content: bytes, name: str, headers: dict[str, str] | None = None) -> None:
+            if self.command == "GET":
+                hub.sent.append((name, self.headers.get("Range", "")))
             if name in hub.faults.wrong:
                 content = bytes(len(content))
             status, headers = 200, headers or {}
@@ -151,6 +154,7 @@ def serve(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
             if repository and what not in hub.repositories:
                 status = 404
             code = {401: "RepoNotFound", 403: "GatedRepo", 404: "RepoNotFound"}.get(status, "")
+            code = "" if self.path.startswith("/raw/") else code
             if status != 200:
                 self.reply(status, b"{}", {"X-Error-Code": code} if code else {})
             return status != 200
@@ -175,13 +179,14 @@ def serve(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
                     return repository, name
         raise AssertionError(digest)
 
-    def tree(files: dict[str, bytes]) -> list[dict[str, object]]:
+    def tree(files: dict[str, bytes], sizes: dict[str, int]) -> list[dict[str, object]]:
         entries: list[dict[str, object]] = []
         for name, content in files.items():
-            entry = {"type": "file", "path": name, "size": len(content), "oid": git_sha1(content)}
+            size = sizes.get(name, len(content))
+            entry: dict[str, object] = {"type": "file", "path": name, "size": size, "oid": git_sha1(content)}
             if len(content) >= _LARGE:
                 digest = hashlib.sha256(content).hexdigest()
-                entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
+                entry["lfs"] = {"oid": digest, "size": size, "pointerSize": 130}
             entries.append(entry)
         folders = {name.rpartition("/")[0] for name in files if "/" in name}
         return entries + [{"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(folders)]

@@ -1,4 +1,4 @@
-"""Small random models in the layout of the repositories that the configs name, to be served by ``tests/hub_server.py``."""
+"""Small random models in the layout of the repositories that the configs name, for ``tests/hub_server.py``."""
 
 import functools
 import hashlib

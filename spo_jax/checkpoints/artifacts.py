@@ -43,8 +43,8 @@ class Artifact:
 class Stock:
     """An artifact of the hub or of GitHub, and what is here of it.
 
-    ``files`` are those that are read; None if that is not known, because its server was never asked on this machine, and
-    ``unreachable`` then says why it cannot be now. ``missing`` are those of the files that are not here.
+    ``files`` are those that are read; None if that is not known, because its server was never asked on this machine,
+    and ``unreachable`` then says why it cannot be now. ``missing`` are those of the files that are not here.
     """
 
     artifact: Artifact
@@ -195,7 +195,8 @@ def fetch_missing(stocks: Sequence[Stock]) -> None:
         raise UserError(missing_sentence(lacking))
     download.check_space([(stock.remote, file) for stock in lacking for file in stock.missing])
     sizes = {stock.artifact.key: sum(max(0, file.size) for file in stock.missing) for stock in lacking}
-    for stock in sorted(lacking, key=lambda stock: sizes[stock.artifact.key]):  # what is wrong with small ones shows soon
+    # The small ones first: what is wrong with them shows soon.
+    for stock in sorted(lacking, key=lambda stock: sizes[stock.artifact.key]):
         size = sizes[stock.artifact.key]
         print(f"spo_jax: fetching {stock.artifact.what}, {in_bytes(size)}: {stock.remote}", file=sys.stderr)
         for file in stock.missing:

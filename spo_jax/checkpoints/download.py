@@ -2,7 +2,7 @@
 
     HF_HOME/hub/models--org--name/snapshots/<commit>/...    files of the hub, in its own layout (links to blobs/<hash>)
     HF_HOME/spo_jax/github/owner/repo/<commit>/...          files of GitHub
-    HF_HOME/spo_jax/listings/...                            which files a commit of the hub has, so that none is asked twice
+    HF_HOME/spo_jax/listings/...                            which files a commit of the hub has
 
 ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and the usual proxy variables are
 respected, as huggingface_hub does it; ``GITHUB_RAW_ENDPOINT`` names a mirror of raw.githubusercontent.com.
@@ -32,6 +32,7 @@ _TRIES = 5  # of one request or file, as long as nothing comes
 _LONGEST_WAIT = 300.0  # seconds that a server may ask for
 _MAX_LISTING_BYTES = 64 * 2**20
 _BLOCK = 2**20
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _T = TypeVar("_T")
 
 
@@ -101,7 +102,9 @@ def list_files(
     chosen = choose_files(remote, listing, variant=variant, weights=weights)
     for path in chosen:
         if path not in listing:
-            raise UserError(f"The hub's repository {remote.repo} has no file {path} at {remote.revision}; see {page(remote)}.")
+            raise UserError(
+                f"The hub's repository {remote.repo} has no file {path} at {remote.revision}; see {page(remote)}."
+            )
     files = [listing[path] for path in chosen]
     if remote.sha256:
         named = listing[remote.inside]
@@ -185,15 +188,16 @@ def fetch(remote: RemoteName, file: RemoteFile) -> Path:
                 incomplete.unlink()
                 other = " or for a slip in the digits behind #sha256=" if remote.sha256 else ""
                 raise UserError(
-                    f"File {file.path} of {remote.repo} did not come as it should be ({fault}); what came was thrown away: "
-                    f"run the same command again, and if that repeats, look for a proxy or mirror that changes it{other}."
+                    f"File {file.path} of {remote.repo} did not come as it should be ({fault}); what came was thrown "
+                    "away: run the same command again, and if that repeats, look for a proxy or mirror that changes it"
+                    f"{other}."
                 )
             _move_into_place(remote, file, incomplete, target)
     return target
 
 
 def fault_of(path: Path, file: RemoteFile) -> str | None:
-    """What is wrong with the content at ``path``, if anything is; nothing is known of a file without size and digest."""
+    """What is wrong with the content at ``path``, if anything is; without size and digest nothing can be."""
     size = path.stat().st_size
     if file.size not in (-1, size):
         return f"{size} bytes instead of {file.size}"
@@ -230,8 +234,8 @@ def check_space(wanted: Sequence[tuple[RemoteName, RemoteFile]]) -> None:
         free = shutil.disk_usage(folder).free
         if size > free:
             raise UserError(
-                f"{in_bytes(size)} have to be fetched, but {folder} has {in_bytes(free)} free; free some, or set HF_HOME to "
-                "a folder on another disk."
+                f"{in_bytes(size)} have to be fetched, but {folder} has {in_bytes(free)} free; free some, or set "
+                "HF_HOME to a folder on another disk."
             )
 
 
@@ -391,7 +395,7 @@ def _transfer(remote: RemoteName, file: RemoteFile, incomplete: Path) -> None:
 
 
 def _passes(error: Exception) -> bool:
-    """Whether a transfer that failed so may go on: a broken connection or a busy server, but no refusal or full disk."""
+    """Whether a transfer that failed may go on: after a broken connection or a busy server, not after a refusal."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if (response := getattr(error, "response", None)) is not None:
@@ -435,16 +439,17 @@ def _one_sentence(remote: RemoteName, path: str = "") -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"There is no repository {remote.repo} at {page(remote)}, or it is private, and nothing of that name is here; "
-            "check the name, and for a private one set HF_TOKEN to a token of yours (or log in with `hf auth login`)."
+            f"There is no repository {remote.repo} at {page(remote)}, or it is private, and nothing of that name is "
+            "here; check the name, and for a private one set HF_TOKEN to a token of yours (or log in with "
+            "`hf auth login`)."
         ) from error
     except Exception as error:  # network, proxy, authentication and disk fail in many ways
         response, reason = getattr(error, "response", None), _first_line(error)
         number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT):
+        if number in _NO_SPACE:
             raise UserError(
-                f"The disk of {cache_folder(remote)} is full: {what} is not complete; free some space, or set HF_HOME to "
-                "a folder on another disk, and run the same command again: it goes on where it stopped."
+                f"{what} does not fit into {cache_folder(remote)} ({os.strerror(number)}); free some space, or set "
+                "HF_HOME to a folder on another disk, and run the same command again: it goes on where it stopped."
             ) from error
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or number == errno.EROFS:
             raise UserError(
@@ -464,8 +469,12 @@ def _refusal(remote: RemoteName, what: str, status: int) -> str:
     if status in (404, 410):
         return f"There is no {what} at {remote.revision or 'its default branch'} ({status}); see {page(remote)}."
     if status == 429:
-        return f"The server has had too many requests for {what} (429); wait some minutes and run the same command again."
-    return f"The server cannot give {what} now ({status}); run the same command again later: it goes on where it stopped."
+        return (
+            f"The server has had too many requests for {what} (429); wait some minutes and run the same command again."
+        )
+    return (
+        f"The server cannot give {what} now ({status}); run the same command again later: it goes on where it stopped."
+    )
 
 
 def _first_line(error: Exception) -> str:

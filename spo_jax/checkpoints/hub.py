@@ -1,6 +1,6 @@
 """Models by name: a local folder, or what ``remote.py`` describes, fetched into the hub's cache if it is not there.
 
-What is cached (``HF_HOME``) needs no network. Only configs, tokenizers and weights are fetched; no code is fetched or run.
+What is cached (``HF_HOME``) needs no network. Configs, tokenizers and weights are fetched; no code is fetched or run.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def resolve_model(name: str | Path, *, variant: str | None = None, weights: bool
                 download.fetch(remote, file)
     except download.Unreachable as error:
         raise UserError(
-            f"{name} is neither here nor complete in the hub's cache, and it could not be fetched ({error.reason}); with "
-            f"network, fetch it with `{fetch_command(remote)}`."
+            f"{name} is neither here nor complete in the hub's cache, and it could not be fetched ({error.reason}); "
+            f"with network, fetch it with `{fetch_command(remote)}`."
         ) from error
     return download.local_path(remote, remote.inside)
 
@@ -78,7 +78,8 @@ def not_here(name: str) -> str:
 def fetch_command(remote: RemoteName) -> str:
     """The hub's own command that fetches what a name stands for."""
     if remote.site == "github":
-        return f"curl --create-dirs -o {download.local_path(remote, remote.inside)} {download.address(remote, remote.inside)}"
+        place, address = download.local_path(remote, remote.inside), download.address(remote, remote.inside)
+        return f"curl --create-dirs -o {shlex.quote(str(place))} {shlex.quote(address)}"
     kind = " --repo-type dataset" if remote.kind == "dataset" else ""
     inside = f" {shlex.quote(remote.inside)}" if remote.is_file else ""
     revision = f" --revision {remote.revision}" if remote.revision else ""

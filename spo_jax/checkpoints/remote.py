@@ -104,8 +104,8 @@ def parse_remote(name: str) -> RemoteName | None:
         raise UserError(f"{name!r}: a checksum is of one file; name it, as in {remote.repo}@{remote.revision}/FILE.")
     if github and not (remote.pinned and remote.is_file):
         raise UserError(
-            f"{name!r} must name one file at a commit, as in github:{remote.repo}@<40 digits>/prompts.json; commits are "
-            f"listed at https://github.com/{remote.repo}/commits."
+            f"{name!r} must name one file at a commit, as in github:{remote.repo}@<40 digits>/prompts.json; commits "
+            f"are listed at https://github.com/{remote.repo}/commits."
         )
     return remote
 
@@ -137,7 +137,8 @@ def choose_files(remote: RemoteName, paths: Iterable[str], *, variant: str = "",
     chosen = set(matching(place, *_CONFIGS))
     if weights:
         dot = f".{variant}" if variant else ""
-        for kind in ("bin", "safetensors"):  # of models, whole or in shards, and of adapters; no checkpoints of other programs
+        for kind in ("bin", "safetensors"):
+            # Models, whole or in shards, and adapters; no checkpoints of other programs.
             names = f"*model{dot}.{kind}", f"*model{dot}-*-of-*.{kind}", f"pytorch_lora_weights.{kind}"
             found = matching(place, *names)
             folders = {PurePosixPath(path).parent for path in found}

@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from spo_jax.errors import UserError
 
 _MAX_MESSAGE = 4000  # bytes; messages are one sentence
+_A_DAY = 24 * 60 * 60 * 1000  # milliseconds
 
 
 def agree(decide: Callable[[], int]) -> int:
@@ -35,6 +36,7 @@ def agree_text(decide: Callable[[], str]) -> str:
         except UserError as error:
             answer, failed = str(error), 1
     content = np.frombuffer(answer.encode(), np.uint8)
+    _wait_for_all()
     length, failed = (int(x) for x in multihost_utils.broadcast_one_to_all((np.int32(len(content)), np.int32(failed))))
     if jax.process_index() != 0:
         content = np.zeros(length, np.uint8)
@@ -58,7 +60,15 @@ def everyone(act: Callable[[], None]) -> None:
         act()
     except UserError as error:
         message = str(error)
+    _wait_for_all()
     padded = np.frombuffer(message.encode()[:_MAX_MESSAGE].ljust(_MAX_MESSAGE, b"\0"), np.uint8)
     for row in np.asarray(multihost_utils.process_allgather(padded)):
         if message := row.tobytes().rstrip(b"\0").decode(errors="replace"):
             raise UserError(message)
+
+
+def _wait_for_all() -> None:
+    """Waits until all processes are here, as long as it takes: the first collective of CPUs waits 30 seconds only."""
+    from orbax.checkpoint import multihost  # takes seconds to import, and one process does not need it
+
+    multihost.get_barrier_sync_fn()(key="spo_jax", timeout_ms=_A_DAY)

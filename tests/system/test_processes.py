@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.hub_server import COMMIT, serve
 from tests.system.commands import ROOT
 
 
@@ -17,14 +18,15 @@ def address():
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def together(module, address, count, processes, *arguments, **environ):
-    """Exit code, output and errors of each of ``processes``, started as ``count``."""
+def together(module, address, count, processes, *arguments, homes=None, **environ):
+    """Exit code, output and errors of each of ``processes``, started as ``count``; ``homes`` are their hub's caches."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | environ
     flags = [f"--coordinator_address={address}", f"--num_processes={count}", *arguments]
     started = [
         subprocess.Popen(
             [sys.executable, "-m", module, f"--process_id={i}", *flags],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=env | ({"HF_HOME": str(homes[i])} if homes else {}),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in processes
     ]  # fmt: skip
@@ -81,3 +83,32 @@ def test_when_one_ends_the_other_does_not_wait(address, end, code):
     assert (reason.strip().splitlines()[-1:] == ["spo_jax: error: A file is missing here."]) == (end == "mistake")
     assert first == 1 and "Traceback" not in errors, errors
     assert "spo_jax: error: Another process of the run has ended; its log says why." in errors
+
+
+FILES = {"model_index.json": b"{}", "unet/diffusion_pytorch_model.safetensors": bytes(10**5)}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_all_processes_of_a_run_get_what_it_needs(tmp_path, address, shared):
+    homes = [tmp_path / "home", tmp_path / ("home" if shared else "other")]
+    with serve({"org/sd": FILES}) as hub:
+        env = hub.environment(tmp_path) | {"HF_HUB_OFFLINE": "0"}
+        ends = together("tests.system.get_ready", address, 2, [0, 1], "--model=org/sd", homes=homes, **env)
+    for code, output, errors in ends:
+        assert code == 0 and output.splitlines()[-1] == f"org/sd@{COMMIT} ['org/sd']", errors
+    said = [f"config.model=org/sd is at commit {COMMIT}" in errors for _, _, errors in ends]
+    assert said == [True, False]
+    assert len([path for _, path in hub.requests if path.endswith("/revision/main")]) <= 1
+    assert len(hub.sent) == len(FILES) * len(set(homes))
+
+
+def test_what_one_process_cannot_fetch_all_of_them_say(tmp_path, address):
+    (tmp_path / "file").write_text("")
+    homes = [tmp_path / "home", tmp_path / "file"]
+    with serve({"org/sd": FILES}) as hub:
+        env = hub.environment(tmp_path) | {"HF_HUB_OFFLINE": "0"}
+        ends = together("tests.system.get_ready", address, 2, [0, 1], f"--model=org/sd@{COMMIT}", homes=homes, **env)
+    for code, _, errors in ends:
+        assert code == 2, errors
+        last = errors.strip().splitlines()[-1]
+        assert last.startswith("spo_jax: error: ") and "set HF_HOME to a folder of yours" in last, errors

@@ -1,0 +1,96 @@
+"""What a config needs: commits are looked up once and kept, and what is here is not asked for."""
+
+import json
+
+import huggingface_hub.constants
+import pytest
+
+from configs import common, common_spm, sd15, tiny
+from spo_jax.checkpoints.artifacts import artifacts_of, look_up, ready, take_stock
+from spo_jax.errors import UserError
+from spo_jax.training.checkpoint import check_workdir
+from tests.hub_server import COMMIT, serve
+
+LATER = "f" * 40
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server, which this process takes for the hub, and an empty cache."""
+    with serve({"org/sd": {"model_index.json": b"{}"}, "org/judge": {"config.json": b"{}"}}) as server:
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{server.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield server
+
+
+def config_with(**names):
+    config = tiny.get_config()
+    config.update_from_flattened_dict({key.replace("__", "."): name for key, name in names.items()})
+    return config.lock()
+
+
+def test_a_run_keeps_the_commit_that_it_began_with(hub, tmp_path, capsys):
+    given = config_with(model="org/sd", scorer__path="org/judge@main", evaluation__judge=f"org/judge@{COMMIT}")
+    config, pins = ready(given, tmp_path / "w")
+    assert (config.model, config.scorer.path) == (f"org/sd@{COMMIT}", f"org/judge@{COMMIT}")
+    assert given.model == "org/sd"
+    assert f"config.model=org/sd is at commit {COMMIT}" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+    check_workdir(tmp_path / "w", config.to_dict(), pins)
+    hub.commits |= {"org/sd": LATER, "org/judge": LATER}
+    again, pins = ready(given, tmp_path / "w")
+    assert again.to_dict() == config.to_dict()
+    check_workdir(tmp_path / "w", again.to_dict(), pins)
+    other, _ = ready(given, tmp_path / "other")
+    assert other.model == f"org/sd@{LATER}" and other.evaluation.judge == f"org/judge@{COMMIT}"
+    assert json.loads((tmp_path / "w" / "config.json").read_text())["model"] == f"org/sd@{COMMIT}"
+
+
+def test_another_branch_is_another_config(hub, tmp_path):
+    config, pins = ready(config_with(model="org/sd"), tmp_path / "w")
+    check_workdir(tmp_path / "w", config.to_dict(), pins)
+    hub.commits["org/sd"] = LATER
+    config, pins = ready(config_with(model="org/sd@main"), tmp_path / "w")
+    with pytest.raises(UserError, match="another config"):
+        check_workdir(tmp_path / "w", config.to_dict(), pins)
+
+
+def test_what_is_here_is_not_asked_for(hub, tmp_path):
+    config = config_with(model=f"org/sd@{COMMIT}")
+    ready(config, tmp_path / "w")
+    asked = len(hub.requests)
+    assert asked
+    ready(config, tmp_path / "w")
+    assert len(hub.requests) == asked
+
+
+def test_damaged_pins_are_refused(tmp_path):
+    (tmp_path / "pins.json").write_text("[")
+    with pytest.raises(UserError, match=r"pins\.json is damaged"):
+        ready(tiny.get_config(), tmp_path)
+
+
+def test_local_name_that_is_not_there_is_refused_before_the_hub_is_asked(hub):
+    with pytest.raises(UserError, match=r"config\.prompts: '/nowhere\.txt' does not exist here"):
+        look_up(config_with(model="org/sd", prompts="/nowhere.txt"), {})
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("config", [tiny.get_config(), common.get_config(), common_spm.get_config(), sd15.get_config()])
+def test_every_name_is_a_value_of_its_config(config):
+    flat = {artifact.key: artifact.name for artifact in artifacts_of(config)}
+    for key, name in flat.items():
+        value = config
+        for part in key.split("."):
+            value = value[part]
+        assert value == name
+
+
+def test_what_ships_with_the_package_is_no_remote_artifact():
+    assert take_stock(tiny.get_config()) == []
