@@ -10,6 +10,7 @@ mirrors, HF_TOKEN opens gated repositories.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spo_jax import cli
+from spo_jax.checkpoints.download import bytes_to_fetch, cache_folder, in_bytes, size_of
 
 if TYPE_CHECKING:
     from spo_jax.checkpoints.artifacts import Stock
@@ -73,34 +75,44 @@ def throw_damaged_away(stocks: Sequence[Stock]) -> None:
 def inventory(config: ConfigDict, stocks: Sequence[Stock]) -> str:
     """What a run of the config reads: names with commits, files, sizes, and what of it is missing."""
     from spo_jax.checkpoints import artifacts
-    from spo_jax.checkpoints.download import in_bytes, partial_bytes, size_of
+    from spo_jax.checkpoints.download import partial_bytes
 
     remote = {stock.artifact.key: stock for stock in stocks}
     lines = []
     for artifact in artifacts.artifacts_of(config):
-        stock = remote.get(artifact.key)
-        lines.append(f"config.{artifact.key}, {artifact.what}")
+        stock, title = remote.get(artifact.key), f"{artifact.what} (config.{artifact.key})"
         if stock is None:
-            lines.append(f"    {artifact.name}\n    here")
+            lines += [f"{title}: here", f"    {artifact.name}"]
             continue
-        lines.append(f"    {stock.remote}")
-        if stock.files is None:
-            state = "here, as far as can be told" if stock.complete else "missing"
-            lines.append(f"    {state}; its files are not known without network ({stock.unreachable})")
-            continue
-        size = sum(size_of(stock.remote, file) for file in stock.files)
-        files = f"{len(stock.files)} file{'s' if len(stock.files) > 1 else ''}"
-        about = f"{files}, {in_bytes(size) if size else 'size not known'}"
-        if stock.complete:
-            lines.append(f"    {about}: here")
-            continue
-        lines.append(f"    {about}: {len(stock.missing)} missing")
+        lines += [f"{title}: {_state(stock)}", f"    {stock.remote}"]
         for file in stock.missing:
             part = partial_bytes(stock.remote, file)
-            begun = f", {in_bytes(part)} of it here" if part else ""
-            lines.append(f"        {file.path}" + (f"  {in_bytes(file.size)}{begun}" if file.size >= 0 else ""))
-    lines += [f"config.{key}, pairs\n    {name}\n    {state}" for key, name, state in _pairs(config)]
-    return "\n".join(lines)
+            size = f"{in_bytes(file.size)}" if file.size >= 0 else "size not known"
+            lines.append(f"        {file.path}, {size}" + (f", of it here {in_bytes(part)}" if part else ""))
+    lines += [f"pairs (config.{key}): {state}\n    {name}" for key, name, state in _pairs(config)]
+    return "\n".join([*lines, _total(stocks)])
+
+
+def _state(stock: Stock) -> str:
+    if stock.files is None:
+        state = "here, as far as can be told" if stock.complete else "missing"
+        return f"{state}; which files it has is not known ({stock.unreachable})"
+    size = sum(size_of(stock.remote, file) for file in stock.files)
+    files = f"{len(stock.files)} file{'s' if len(stock.files) > 1 else ''}" + (f", {in_bytes(size)}" if size else "")
+    return f"{files}, {'here' if stock.complete else f'{len(stock.missing)} missing'}"
+
+
+def _total(stocks: Sequence[Stock]) -> str:
+    """What is to be fetched in all, and where to."""
+    lacking = [stock for stock in stocks if not stock.complete]
+    if not lacking:
+        return "Nothing is missing that would have to be fetched."
+    folder = cache_folder(lacking[0].remote)
+    room = f"{folder} has {in_bytes(shutil.disk_usage(folder).free)} free"
+    if any(stock.files is None for stock in lacking):
+        return f"{len(lacking)} of {len(stocks)} are missing; {room}."
+    size = bytes_to_fetch([(stock.remote, file) for stock in lacking for file in stock.missing])
+    return f"To fetch: {in_bytes(size)}; {room}."
 
 
 def _pairs(config: ConfigDict) -> list[tuple[str, str, str]]:

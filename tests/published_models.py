@@ -4,7 +4,6 @@ import functools
 import hashlib
 import io
 import json
-from pathlib import Path
 
 import safetensors.numpy
 import torch
@@ -15,6 +14,8 @@ from spo_jax.emoji import resolve
 from tests.hub_server import files_of
 from tests.small_pipeline import small_pipeline
 
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PREFERENCE_MODELS = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
 CLIP_L14 = "openai/clip-vit-large-patch14"
@@ -27,6 +28,9 @@ NOT_READ = {
     "safety_checker/model.safetensors": b"0" * 2000,
     "unet/diffusion_pytorch_model.non_ema.safetensors": b"0" * 2000,
 }
+
+
+PIPELINE = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 @functools.cache
@@ -43,9 +47,6 @@ def repositories() -> dict[str, dict[str, bytes]]:
         f"github:{training.repo}": {training.inside: json.dumps([{"caption": c} for c in captions[:24]]).encode()},
         f"github:{held_out.repo}": {held_out.inside: json.dumps([{"prompt": c} for c in captions[24:32]]).encode()},
     }
-
-
-PIPELINE = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def preference_models(names: tuple[str, ...]) -> dict[str, bytes]:
@@ -68,11 +69,3 @@ def prompts_as_served(files: dict[str, dict[str, bytes]]) -> dict[str, str]:
         digest = hashlib.sha256(files[f"github:{remote.repo}"][remote.inside]).hexdigest()
         given[key] = name.replace(remote.sha256, digest)
     return given
-
-
-def write_repository(folder: Path, files: dict[str, bytes]) -> Path:
-    """A repository's files in a local folder."""
-    for path, content in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content)
-    return folder

@@ -224,19 +224,23 @@ def throw_away(remote: RemoteName, file: RemoteFile) -> None:
 
 def check_space(wanted: Sequence[tuple[RemoteName, RemoteFile]]) -> None:
     """Raises UserError if the files do not fit the disks they go to."""
-    needs: dict[int, tuple[Path, int]] = {}
+    disks: dict[int, list[tuple[RemoteName, RemoteFile]]] = {}
     for remote, file in wanted:
-        folder = cache_folder(remote)
-        _, bytes_before = needs.get(folder.stat().st_dev, (folder, 0))
-        size = max(0, file.size - partial_bytes(remote, file))
-        needs[folder.stat().st_dev] = folder, bytes_before + size
-    for folder, size in needs.values():
+        disks.setdefault(cache_folder(remote).stat().st_dev, []).append((remote, file))
+    for there in disks.values():
+        folder, size = cache_folder(there[0][0]), bytes_to_fetch(there)
         free = shutil.disk_usage(folder).free
         if size > free:
             raise UserError(
                 f"{in_bytes(size)} have to be fetched, but {folder} has {in_bytes(free)} free; free some, or set "
                 "HF_HOME to a folder on another disk."
             )
+
+
+def bytes_to_fetch(wanted: Sequence[tuple[RemoteName, RemoteFile]]) -> int:
+    """What is left to transfer of the files; one that several artifacts share is counted once."""
+    left = {local_path(r, file.path): max(0, file.size - partial_bytes(r, file)) for r, file in wanted}
+    return sum(left.values())
 
 
 def in_bytes(size: int) -> str:

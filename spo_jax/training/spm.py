@@ -90,10 +90,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     placement = functools.partial(weight_sharding, mesh)
 
     # ---------------------------------------------------------------------------------------------------------- data
-    config, pins = ready(config, workdir)
     source, held_out = open_pairs(config.data.train), open_pairs(config.data.validation)
 
     # -------------------------------------------------------------------------------------------------------- models
+    config, pins = ready(config, workdir)
     dtype = jnp.dtype(config.dtype)
     pipeline = read_pipeline(resolve(config.model), dtype, variant=config.variant or None, sharding=placement)
     if config.vae:

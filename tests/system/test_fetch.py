@@ -90,9 +90,9 @@ def test_it_fetches_what_is_read_and_then_needs_no_network(hub, tmp_path):
 def test_a_dry_run_lists_commits_sizes_and_what_is_missing(hub, tmp_path):
     code, output, _ = fetch(hub.environment(tmp_path), "--dry_run")
     assert code == 1
-    for words in (f"org/sd@{COMMIT}", "4 files, 512 kB: 4 missing", f"{WEIGHTS}  512 kB", f"owner/texts@{COMMIT}"):
+    for words in (f"org/sd@{COMMIT}", "4 files, 512 kB, 4 missing", f"{WEIGHTS}, 512 kB", f"owner/texts@{COMMIT}"):
         assert words in output
-    assert "emoji:model/clip\n    here" in output
+    assert "(config.evaluation.judge): here\n    emoji:model/clip" in output and "To fetch: 1.02 MB; " in output
     assert not hub.sent and not cached(tmp_path).exists()
 
 
@@ -140,7 +140,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(hub, tmp_path):
     assert 0 < kept <= 200_000
     code, output, errors = fetch(env)
     assert code == 0, errors
-    assert "of it here" in output
+    assert "of it here " in output
     assert f"bytes={kept}-" in hub.downloads(WEIGHTS) + hub.downloads("sd_preference_model.bin")
     assert cached(tmp_path).read_bytes() == LARGE and not left_overs(tmp_path)
 
