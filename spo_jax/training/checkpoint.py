@@ -27,7 +27,7 @@ from spo_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
 CHECKSUMS_FILE = "checksums.json"
-# What may change when a run goes on: where and how fast it computes, not what.
+# What may change when a run goes on: where and how fast it computes and where it is shown, not what it computes.
 FREE_KEYS = (
     "checkpoint",
     "chunk",
@@ -38,6 +38,7 @@ FREE_KEYS = (
     "remat",
     "scorer.chunk",
     "validation.batch_size",
+    "wandb",
 )
 _ARRAYS, _EXTRA = "state", "extra"  # the parts of a checkpoint
 _NO_STEP = -1
@@ -230,7 +231,7 @@ def _first_words(error: Exception) -> str:
 def check_workdir(workdir: str | Path, config: dict[str, Any]) -> None:
     """Makes the folder and records ``config`` in it, or makes sure that the recorded one is the same.
 
-    The keys in ``FREE_KEYS`` may differ: they say where and how fast a run computes. The file keeps the first config.
+    The keys in ``FREE_KEYS`` may differ: they do not change what a run computes. The file keeps the first config.
 
     Raises:
       UserError: the folder belongs to a run with another config (names the first key that differs), or cannot be made.

@@ -34,7 +34,7 @@ from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.images import to_uint8
 from spo_jax.preference.scorers import make_clip_scorer
-from spo_jax.training import checkpoint, preemption
+from spo_jax.training import checkpoint, preemption, wandb_run
 from spo_jax.training.config_check import check_spm_config
 from spo_jax.training.judged_pairs import Tokenizers, make_encode_captions, make_to_devices, total_state
 from spo_jax.training.judges import make_scorer, tokenizer_of
@@ -64,6 +64,7 @@ from spo_jax.types import JudgedPairs, TrainState
 NUM_REPORT_PAIRS = 8
 
 
+@wandb_run.finished
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """Trains a preference model and measures it; going on where an interrupted run of the same command stopped.
 
@@ -82,6 +83,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
     # ---------------------------------------------------------------------------------------------------------- mesh
     check_spm_config(config)
+    wandb_run.check(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_divisible("config.train.batch_size", config.train.batch_size, mesh)
     check_divisible("config.validation.batch_size", config.validation.batch_size, mesh)
@@ -139,6 +141,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     if restored is not None:
         state, done = restored
     first_step, window, accuracy = done["step"], metrics_from_json(done["window"]), done["accuracy"]
+    run = wandb_run.start(config, workdir, first_step)
 
     # ---------------------------------------------------------------------------------------------------------- loop
     update = make_spm_update(
@@ -183,7 +186,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     with (
         preemption.watch() as preempted,
         contextlib.closing(PairLoader(source, batch_size=local_size, state=done["data"], **options)) as loader,
-        MetricsWriter(workdir, first_step, enabled=main) as writer,
+        MetricsWriter(workdir, first_step, run, enabled=main) as writer,
         tqdm(
             total=config.num_steps,
             initial=first_step,
@@ -268,6 +271,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     if not main:
         return summary
     write_summary(workdir / "summary.json", summary)
+    run.write_summary(summary)
     write_spm_report(
         workdir / "report.html", summary=summary, metrics=read_metrics(workdir / METRICS_FILE), pairs=pairs
     )

@@ -34,7 +34,7 @@ from spo_jax.distributed.sharding import weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.images import grid, to_uint8, write_png
 from spo_jax.preference.scorers import make_clip_scorer
-from spo_jax.training import checkpoint, preemption
+from spo_jax.training import checkpoint, preemption, wandb_run
 from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import Measured, encode_prompts, make_measure, summarize
 from spo_jax.training.judges import check_function, make_scorer, tokenizer_of
@@ -57,6 +57,7 @@ from spo_jax.types import PromptBatch
 NUM_REPORT_PICTURES = 24
 
 
+@wandb_run.finished
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """Trains adapters and measures them; going on where an interrupted run of the same command stopped.
 
@@ -76,6 +77,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
     # ---------------------------------------------------------------------------------------------------------- mesh
     check_config(config)
+    wandb_run.check(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_divisible("config.prompts_per_batch", config.prompts_per_batch, mesh)
     check_divisible("config.train.minibatch_size", config.train.minibatch_size, mesh)
@@ -127,6 +129,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         state, extra = restored
         first_batch, seconds_before = extra["batch"], extra["seconds"]
     finished = saved = first_batch
+    run = wandb_run.start(config, workdir, first_batch)
 
     # ---------------------------------------------------------------------------------------------------------- loop
     programs = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
@@ -171,7 +174,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
     with (
         preemption.watch() as preempted,
-        MetricsWriter(workdir, first_batch, enabled=main) as writer,
+        MetricsWriter(workdir, first_batch, run, enabled=main) as writer,
         tqdm(
             total=config.num_batches,
             initial=first_batch,
@@ -247,6 +250,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     if not main:
         return summary
     write_summary(workdir / "summary.json", summary)
+    run.write_summary(summary)
     pictures = zip(held_out, to_uint8(base.images), to_uint8(tuned.images), strict=True)
     write_report(
         workdir / "report.html",
