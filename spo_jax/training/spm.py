@@ -51,6 +51,7 @@ from spo_jax.training.pair_accuracy import (
     make_measure_accuracy,
 )
 from spo_jax.training.report import write_summary
+from spo_jax.training.spm_card import write_preference_card
 from spo_jax.training.spm_report import ShownPair, write_spm_report
 from spo_jax.training.spm_update import (
     make_relabel,
@@ -71,7 +72,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Args:
       config: see ``configs/common_spm.py`` for every key.
       workdir: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, the preference models
-        ``last`` and ``best`` (by accuracy on the validation pairs), ``summary.json`` and ``report.html``.
+        ``last`` and ``best`` (by accuracy on the validation pairs), ``summary.json``, ``report.html`` and a
+        model card, ``README.md``.
 
     Returns:
       What ``summary.json`` holds; None if SIGTERM has stopped the run, whose state is then saved.
@@ -275,6 +277,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     write_spm_report(
         workdir / "report.html", summary=summary, metrics=read_metrics(workdir / METRICS_FILE), pairs=pairs
     )
+    write_preference_card(workdir / "README.md", summary=summary)
     print(
         f"Preference models: {workdir / 'best'} (step {best}) and {workdir / 'last'}\n"
         f"Report: {workdir / 'report.html'}\nNumbers: {workdir / 'summary.json'}"

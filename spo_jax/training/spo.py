@@ -39,6 +39,7 @@ from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import Measured, encode_prompts, make_measure, summarize
 from spo_jax.training.judges import check_function, make_scorer, tokenizer_of
 from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, clipped_warning, read_metrics
+from spo_jax.training.model_card import write_model_card
 from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.programs import (
     ENCODE_PARTS,
@@ -65,7 +66,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
       config: see ``configs/common.py`` for every key.
       workdir: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``validation/``,
         ``pytorch_lora_weights.safetensors`` (diffusers' format; after full fine-tuning a pipeline folder, ``model``),
-        ``summary.json`` and ``report.html``.
+        ``summary.json``, ``report.html`` and a model card, ``README.md``.
 
     Returns:
       What ``summary.json`` holds; None if SIGTERM has stopped the run, whose state is then saved.
@@ -258,6 +259,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         metrics=read_metrics(workdir / METRICS_FILE),
         samples=list(pictures)[:NUM_REPORT_PICTURES],
     )
+    xl = pipeline.text_encoder_2 is not None
+    write_model_card(workdir / "README.md", summary=summary, num_prompts=len(prompts), xl=xl)
     print(
         f"Tuned model wins on {summary['win_rate']:.1%} of {len(held_out)} held-out prompts by colourfulness, "
         f"{summary['win_rate_preference_score']:.1%} by preference score.\n"
