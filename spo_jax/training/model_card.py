@@ -115,7 +115,7 @@ def shown(name: str) -> str:
     if source is not None:
         inside = f", {code(source.inside)}" if source.inside else ""
         return f"[{source.repo}]({source.url}){inside}, commit `{source.commit[:10]}`"
-    return code(local_name(name)) + (", part of `spo_jax`" if is_emoji(name) else ", a local file")
+    return code(local_name(name)) + (", part of `spo_jax`" if is_emoji(name) else ", a local path")
 
 
 def local_name(name: str) -> str:

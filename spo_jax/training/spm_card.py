@@ -66,7 +66,7 @@ def _made_from(config: Mapping[str, Any], num_used: int) -> str:
     rows.append(with_licence("base model, which makes what is judged", config["model"]))
     if config["vae"]:
         rows.append(with_licence("autoencoder, instead of the base model's", config["vae"]))
-    rows.append(with_licence(f"training pairs, {num_used} used (again in each epoch)", config["data"]["train"]))
+    rows.append(with_licence(f"training pairs, {num_used} used over all epochs", config["data"]["train"]))
     rows.append(with_licence("validation pairs", config["data"]["validation"]))
     if config["labels"]["judge"]:
         rows.append(with_licence("judge that labelled the training pairs anew", config["labels"]["judge"]))
