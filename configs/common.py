@@ -95,4 +95,9 @@ def get_config() -> ConfigDict:
     c.evaluation.batch_size = 8  # pictures at a time, over all devices together; rounded up so that they can be split
     c.evaluation.eta = 0.0  # deterministic DDIM
     c.evaluation.judge = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"  # measures alignment
+
+    c.wandb = ConfigDict()
+    c.wandb.project = ""  # on Weights & Biases, where the run is shown as well; needs `pip install wandb`; empty: none
+    c.wandb.entity = ""  # user or team that the project belongs to; empty: your default one
+    c.wandb.name = ""  # of the run there; empty: one that W&B makes up
     return c

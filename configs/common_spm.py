@@ -69,4 +69,9 @@ def get_config() -> ConfigDict:
     c.validation.timesteps = (0, 251, 501, 701, 951)  # the best checkpoint is that of the best mean over these
     c.validation.plain = ""  # CLIP without the time input to measure beside it, on the same pairs; empty: none
     c.validation.batch_size = 64  # pairs at a time, over all devices together
+
+    c.wandb = ConfigDict()
+    c.wandb.project = ""  # on Weights & Biases, where the run is shown as well; needs `pip install wandb`; empty: none
+    c.wandb.entity = ""  # user or team that the project belongs to; empty: your default one
+    c.wandb.name = ""  # of the run there; empty: one that W&B makes up
     return c

@@ -28,7 +28,7 @@ from spo_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
 CHECKSUMS_FILE = "checksums.json"
-# What may change when a run goes on: where and how fast it computes, not what.
+# What may change when a run goes on: where and how fast it computes and where it is shown, not what it computes.
 FREE_KEYS = (
     "checkpoint",
     "chunk",
@@ -39,6 +39,7 @@ FREE_KEYS = (
     "remat",
     "scorer.chunk",
     "validation.batch_size",
+    "wandb",
 )
 _ARRAYS, _EXTRA = "state", "extra"  # the parts of a checkpoint
 _NO_STEP = -1
@@ -232,7 +233,7 @@ def check_workdir(workdir: str | Path, config: dict[str, Any], pins: dict[str, s
     """Makes the folder and records ``config`` in it, or makes sure that the recorded one is the same.
 
     ``pins``, the commits that were looked up for it, are recorded too (see ``checkpoints/artifacts.py``).
-    The keys in ``FREE_KEYS`` may differ: they say where and how fast a run computes. The file keeps the first config.
+    The keys in ``FREE_KEYS`` may differ: they do not change what a run computes. The file keeps the first config.
 
     Raises:
       UserError: the folder belongs to a run with another config (names the first key that differs), or cannot be made.

@@ -1,12 +1,15 @@
-"""Metrics as sums and counts, and their way into ``metrics.jsonl`` and TensorBoard event files."""
+"""The rows of a run, and their way into ``metrics.jsonl``, TensorBoard event files and further places."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -18,24 +21,35 @@ CLIPPED_FRACTION = 0.95
 CLIPPED_BATCHES = 5
 
 
+class Sink(Protocol):
+    """Where rows and pictures go; ``wandb_run.WandbRun`` is one as well."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None: ...
+
+
 class MetricsWriter:
-    """Writes scalars and pictures of a run; a context manager.
+    """Writes scalars and pictures of a run into ``metrics.jsonl``, TensorBoard's events and further places.
+
+    A context manager. Only what it has opened itself is closed at its end.
 
     Args:
       workdir: gets ``metrics.jsonl`` (one object a step) and ``tensorboard/``.
       resume_step: rows with a later step are of a run that was killed after its last checkpoint; they are dropped
         and will be written again.
+      more: further sinks.
       enabled: False writes nothing, for all but one of several processes.
     """
 
-    def __init__(self, workdir: str | Path, resume_step: int = 0, *, enabled: bool = True):
-        self._enabled = enabled
-        if not enabled:
-            return
-        path = Path(workdir) / METRICS_FILE
-        _truncate(path, resume_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
-        self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1)
+    def __init__(self, workdir: str | Path, resume_step: int = 0, *more: Sink, enabled: bool = True):
+        self._files = contextlib.ExitStack()
+        self._sinks: list[Sink] = []
+        if enabled:
+            rows, events = _Rows(Path(workdir), resume_step), _Events(Path(workdir), resume_step)
+            for opened in (rows, events):
+                self._files.callback(opened.close)
+            self._sinks = [rows, events, *more]
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -43,31 +57,64 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._enabled:
-            self._file.close()
-            self._events.close()
+        self._files.close()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One row of scalars; a number that is not finite is written as null, because JSON has no NaN."""
-        if not self._enabled:
-            return
+        """One row of scalars."""
+        for sink in self._sinks:
+            sink.write(step, scalars)
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """One picture, uint8 [H, W, 3]."""
+        for sink in self._sinks:
+            sink.write_image(step, name, image)
+
+
+class _Rows:
+    """``metrics.jsonl``; it has no pictures."""
+
+    def __init__(self, workdir: Path, resume_step: int):
+        path = workdir / METRICS_FILE
+        _truncate(path, resume_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        # A number that is not finite is written as null, because JSON has no NaN.
         row = {name: float(value) if np.isfinite(value) else None for name, value in scalars.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Events:
+    """TensorBoard's event files."""
+
+    def __init__(self, workdir: Path, resume_step: int):
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
             self._events.add_scalar(name, float(value), step)
         self._events.flush()
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """One picture, uint8 [H, W, 3]."""
-        if not self._enabled:
-            return
         self._events.add_image(name, image, step, dataformats="HWC")
         self._events.flush()
 
+    def close(self) -> None:
+        self._events.close()
 
-def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
-    """The rows of a ``metrics.jsonl``; they end where a line is damaged, as a kill or a full disk leaves it."""
+
+def read_metrics(path: str | Path, last_step: float = math.inf) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl`` up to a step, numbers or None by name.
+
+    They end where a line is damaged, as a kill or a full disk leaves it.
+    """
     rows = []
     if Path(path).is_file():
         for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
@@ -77,14 +124,15 @@ def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
                 break
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 break
-            rows.append(row)
+            if row["step"] <= last_step:
+                rows.append(row)
     return rows
 
 
 def _truncate(path: Path, last_step: int) -> None:
-    rows = [row for row in read_metrics(path) if (row["step"] or 0) <= last_step]
+    rows = "".join(json.dumps(row) + "\n" for row in read_metrics(path, last_step))
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.write_text(rows, encoding="utf-8")
     os.replace(temporary, path)
 
 

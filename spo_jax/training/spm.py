@@ -35,7 +35,7 @@ from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.images import to_uint8
 from spo_jax.preference.scorers import make_clip_scorer
-from spo_jax.training import checkpoint, preemption
+from spo_jax.training import checkpoint, preemption, wandb_run
 from spo_jax.training.config_check import check_spm_config
 from spo_jax.training.judged_pairs import Tokenizers, make_encode_captions, make_to_devices, total_state
 from spo_jax.training.judges import make_scorer, tokenizer_of
@@ -52,6 +52,7 @@ from spo_jax.training.pair_accuracy import (
     make_measure_accuracy,
 )
 from spo_jax.training.report import write_summary
+from spo_jax.training.spm_card import write_preference_card
 from spo_jax.training.spm_report import ShownPair, write_spm_report
 from spo_jax.training.spm_update import (
     make_relabel,
@@ -65,13 +66,15 @@ from spo_jax.types import JudgedPairs, TrainState
 NUM_REPORT_PAIRS = 8
 
 
+@wandb_run.finished
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """Trains a preference model and measures it; going on where an interrupted run of the same command stopped.
 
     Args:
       config: see ``configs/common_spm.py`` for every key.
       workdir: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, the preference models
-        ``last`` and ``best`` (by accuracy on the validation pairs), ``summary.json`` and ``report.html``.
+        ``last`` and ``best`` (by accuracy on the validation pairs), ``summary.json``, ``report.html`` and a
+        model card, ``README.md``.
 
     Returns:
       What ``summary.json`` holds; None if SIGTERM has stopped the run, whose state is then saved.
@@ -83,6 +86,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
     # ---------------------------------------------------------------------------------------------------------- mesh
     check_spm_config(config)
+    wandb_run.check(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_divisible("config.train.batch_size", config.train.batch_size, mesh)
     check_divisible("config.validation.batch_size", config.validation.batch_size, mesh)
@@ -141,6 +145,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     if restored is not None:
         state, done = restored
     first_step, window, accuracy = done["step"], metrics_from_json(done["window"]), done["accuracy"]
+    run = wandb_run.start(config, workdir, first_step)
 
     # ---------------------------------------------------------------------------------------------------------- loop
     update = make_spm_update(
@@ -185,7 +190,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     with (
         preemption.watch() as preempted,
         contextlib.closing(PairLoader(source, batch_size=local_size, state=done["data"], **options)) as loader,
-        MetricsWriter(workdir, first_step, enabled=main) as writer,
+        MetricsWriter(workdir, first_step, run, enabled=main) as writer,
         tqdm(
             total=config.num_steps,
             initial=first_step,
@@ -270,9 +275,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     if not main:
         return summary
     write_summary(workdir / "summary.json", summary)
+    run.write_summary(summary)
     write_spm_report(
         workdir / "report.html", summary=summary, metrics=read_metrics(workdir / METRICS_FILE), pairs=pairs
     )
+    write_preference_card(workdir / "README.md", summary=summary)
     print(
         f"Preference models: {workdir / 'best'} (step {best}) and {workdir / 'last'}\n"
         f"Report: {workdir / 'report.html'}\nNumbers: {workdir / 'summary.json'}"

@@ -35,11 +35,12 @@ from spo_jax.distributed.sharding import weight_shardings
 from spo_jax.emoji import resolve
 from spo_jax.images import grid, to_uint8, write_png
 from spo_jax.preference.scorers import make_clip_scorer
-from spo_jax.training import checkpoint, preemption
+from spo_jax.training import checkpoint, preemption, wandb_run
 from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import Measured, encode_prompts, make_measure, summarize
 from spo_jax.training.judges import check_function, make_scorer, tokenizer_of
 from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, clipped_warning, read_metrics
+from spo_jax.training.model_card import write_model_card
 from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.programs import (
     ENCODE_PARTS,
@@ -58,6 +59,7 @@ from spo_jax.types import PromptBatch
 NUM_REPORT_PICTURES = 24
 
 
+@wandb_run.finished
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """Trains adapters and measures them; going on where an interrupted run of the same command stopped.
 
@@ -65,7 +67,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
       config: see ``configs/common.py`` for every key.
       workdir: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``validation/``,
         ``pytorch_lora_weights.safetensors`` (diffusers' format; after full fine-tuning a pipeline folder, ``model``),
-        ``summary.json`` and ``report.html``.
+        ``summary.json``, ``report.html`` and a model card, ``README.md``.
 
     Returns:
       What ``summary.json`` holds; None if SIGTERM has stopped the run, whose state is then saved.
@@ -77,6 +79,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
     # ---------------------------------------------------------------------------------------------------------- mesh
     check_config(config)
+    wandb_run.check(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_divisible("config.prompts_per_batch", config.prompts_per_batch, mesh)
     check_divisible("config.train.minibatch_size", config.train.minibatch_size, mesh)
@@ -129,6 +132,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         state, extra = restored
         first_batch, seconds_before = extra["batch"], extra["seconds"]
     finished = saved = first_batch
+    run = wandb_run.start(config, workdir, first_batch)
 
     # ---------------------------------------------------------------------------------------------------------- loop
     programs = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
@@ -173,7 +177,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
     with (
         preemption.watch() as preempted,
-        MetricsWriter(workdir, first_batch, enabled=main) as writer,
+        MetricsWriter(workdir, first_batch, run, enabled=main) as writer,
         tqdm(
             total=config.num_batches,
             initial=first_batch,
@@ -249,6 +253,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     if not main:
         return summary
     write_summary(workdir / "summary.json", summary)
+    run.write_summary(summary)
     pictures = zip(held_out, to_uint8(base.images), to_uint8(tuned.images), strict=True)
     write_report(
         workdir / "report.html",
@@ -256,6 +261,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         metrics=read_metrics(workdir / METRICS_FILE),
         samples=list(pictures)[:NUM_REPORT_PICTURES],
     )
+    xl = pipeline.text_encoder_2 is not None
+    write_model_card(workdir / "README.md", summary=summary, num_prompts=len(prompts), xl=xl)
     print(
         f"Tuned model wins on {summary['win_rate']:.1%} of {len(held_out)} held-out prompts by colourfulness, "
         f"{summary['win_rate_preference_score']:.1%} by preference score.\n"

@@ -81,7 +81,8 @@ def test_evidence_is_written_and_the_update_compiles_once(undisturbed):
     assert summary["accuracy"]["start"]["701"]["gain"]["told_0"]["value"] == 0
     rows = read_metrics(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 21))
-    assert "gain of knowing t" in (workdir / "report.html").read_text(encoding="utf-8")
+    for file in ("report.html", "README.md"):
+        assert "gain of knowing t" in (workdir / file).read_text(encoding="utf-8")
     expected = "loss accuracy grad_norm learning_rate records_used records_skipped records_unlabelled num_pairs"
     assert set(expected.split()) <= set(rows[0])
     assert [row["step"] for row in rows if "accuracy_t701" in row] == [10, 20]

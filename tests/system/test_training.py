@@ -56,6 +56,9 @@ def test_evidence_is_written(undisturbed):
     assert "http" not in report and "data:image/png" in report
     assert list((workdir / "tensorboard").glob("events.*"))
     assert len(list((workdir / "checkpoints").iterdir())) == 2
+    card = (workdir / "README.md").read_text(encoding="utf-8")
+    assert "training prompts, 20 |" in card
+    compile(*re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE), "card", "exec")
 
 
 def test_every_program_compiles_once(undisturbed):

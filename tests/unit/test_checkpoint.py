@@ -328,7 +328,7 @@ def test_what_does_not_change_the_results_may_differ(tmp_path):
 
     checkpoint.check_workdir(tmp_path, config(1))
     checkpoint.check_workdir(tmp_path, config(2))
-    newer = config(2) | {"offload": True}
+    newer = config(2) | {"offload": True, "wandb": {"project": "emoji"}}
     checkpoint.check_workdir(tmp_path, newer)
     for change in (
         {"seed": 1},

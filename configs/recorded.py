@@ -1,0 +1,21 @@
+"""The config of an earlier run, as its ``config.json`` records it: to repeat the run, or to change a key of it.
+
+python -m spo_jax.main --config=configs/recorded.py:runs/a --workdir=runs/a_again [--config.seed=1]
+"""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs import common, common_spm
+
+
+def get_config(workdir: str = "") -> ConfigDict:
+    """The recorded values; a key that is newer than the run has its usual one."""
+    if not workdir:
+        raise ValueError("Which run? Write its --workdir behind the name: configs/recorded.py:runs/a")
+    recorded = json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))
+    c = common_spm.get_config() if recorded["method"] == "spm" else common.get_config()
+    c.update(recorded)
+    return c
