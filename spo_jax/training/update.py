@@ -126,7 +126,7 @@ def make_update(
         average = state.average
         if average is not None:
             average = optax.incremental_update(trained, average, 1.0 - ema_decay)
-        metrics = UpdateMetrics(sums, mask.sum(dtype=jnp.int32), optax.global_norm(grads))
+        metrics = UpdateMetrics(sums, mask.sum(dtype=jnp.int32), optax.tree.norm(grads))
         return TrainState(state.step + 1, trained, opt_state, average), metrics
 
     return update
