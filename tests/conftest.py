@@ -26,8 +26,8 @@ FAST = frozenset(
     f"test_{name}.py"
     for name in (
         *("accuracy", "attention", "cli", "colorfulness", "exchange", "fast", "guidance", "hub", "layers", "mesh"),
-        *("metrics", "pairs", "pool", "processes", "prompts", "records", "report", "roll_call", "seams", "spm_report"),
-        "write_pipeline",
+        *("metrics", "pairs", "pool", "processes", "prompts", "recorded_checkpoint", "records", "report", "roll_call"),
+        *("seams", "spm_report", "write_pipeline"),
     )
 )
 
