@@ -12,9 +12,9 @@ usage_if_asked() {
     esac
 }
 
-# An empty file of this name says that a requirements file is installed as it is now; it may include requirements.txt.
+# An empty file of this name says that a requirements file is installed as it is now; they include each other.
 stamp_of() {
-    echo ".venv/installed-$1-$(cat requirements.txt "$1" | cksum | tr ' ' '-')"
+    echo ".venv/installed-$1-$(cat requirements*.txt | cksum | tr ' ' '-')"
 }
 
 # setup_venv REQUIREMENTS [EXTRA]: the extra is of jax, which without one is for the CPU alone: cuda12, tpu.

@@ -8,6 +8,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,7 +19,58 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis
 import jax
+import pytest
+
+# The modules of tests/unit that `-m fast` runs: without PyTorch, and quick, because they compile no network.
+FAST = frozenset(
+    f"test_{name}.py"
+    for name in (
+        *(
+            "accuracy",
+            "artifacts",
+            "attention",
+            "cli",
+            "colorfulness",
+            "exchange",
+            "fast",
+            "guidance",
+            "hub",
+            "layers",
+            "mesh",
+        ),
+        *(
+            "metrics",
+            "pairs",
+            "pool",
+            "processes",
+            "prompts",
+            "recorded_checkpoint",
+            "records",
+            "remote",
+            "report",
+            "roll_call",
+        ),
+        *("seams", "spm_report", "write_pipeline"),
+    )
+)
 
 jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("spo_jax", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile("spo_jax")
+
+
+def _is_fast(path: Path) -> bool:
+    return path.parent.name == "unit" and path.name in FAST
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Other modules are not even imported for ``-m fast``: it takes seconds, and some need PyTorch."""
+    alone = config.option.markexpr == "fast" and collection_path.name.startswith("test_")
+    return True if alone and not _is_fast(collection_path) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is fast."""
+    for item in items:
+        if _is_fast(item.path):
+            item.add_marker("fast")

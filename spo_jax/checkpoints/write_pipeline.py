@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ def check_output_folder(out: str | Path) -> None:
 def write_pipeline(out: str | Path, source: str | Path, unet_params: Any, *, dtype: Any = np.float32) -> None:
     """Writes the pipeline of ``source`` with the given UNet parameters; everything else is copied.
 
-    Copied is what ``model_index.json`` names, and no weight file of the old UNet in whatever format.
+    Copied is what ``model_index.json`` names, and no weight file of the old UNet in whatever format. A component that
+    the installed diffusers or transformers does not have is named in a warning: that version cannot load the folder.
 
     Args:
       out: the new folder; it may exist if it is empty.
@@ -63,7 +66,24 @@ def write_pipeline(out: str | Path, source: str | Path, unet_params: Any, *, dty
         shutil.copyfile(source / "unet" / "config.json", temporary / "unet" / "config.json")
         write_params(temporary / "unet" / "diffusion_pytorch_model.safetensors", unet_params, dtype=dtype)
         os.replace(temporary, out)
+        for unknown in _unknown_classes(index):
+            print(f"spo_jax: warning: {out / INDEX} names {unknown}, which cannot load it.", file=sys.stderr)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written ({error.strerror or error}); choose another place.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unknown_classes(index: Mapping[str, Any]) -> list[str]:
+    """Classes of the pipeline and its parts that the installed libraries do not have, each with the library."""
+    import diffusers  # these take seconds to import, and only what is written needs them
+    import transformers
+
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    parts = [part for part in index.values() if isinstance(part, list) and len(part) == 2]
+    named = [("diffusers", index.get("_class_name")), *parts]
+    return [
+        f"{name}.{kind}, unknown to {name} {libraries[name].__version__}"
+        for name, kind in named
+        if name in libraries and kind not in dir(libraries[name])
+    ]

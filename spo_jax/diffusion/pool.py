@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -67,14 +68,30 @@ def sample_pool(
     Returns:
       The pool. The network runs once a step: candidates are scored by the x0 they predict at the next timestep, and
       that prediction serves the next step too. The last candidates are scored as they are, at timestep 0.
+
+    Raises:
+      AssertionError: shapes of ``noise``, of a model output or of scores are not those above.
     """
     if continuation not in CONTINUATIONS:
         raise ValueError(f"continuation must be one of {CONTINUATIONS}, not {continuation!r}.")
     first = num_plain_steps
     timesteps, previous_timesteps = schedule.timesteps, schedule.previous_timesteps
+    batch_size, num_candidates = noise.candidates.shape[1:3]
+    latent_shape, num_pool_steps = noise.initial.shape[1:], schedule.num_steps - first
+    # Arrays of other sizes would be broadcast, and the pool of one prompt mixed into that of another.
+    chex.assert_shape(noise.initial, (batch_size, ...))
+    chex.assert_shape(noise.plain, (first, batch_size, *latent_shape))
+    chex.assert_shape(noise.candidates, (num_pool_steps, batch_size, num_candidates, *latent_shape))
 
     def look_ahead(latents, timestep):
-        return predict_x0_and_noise(schedule, predict(latents, timestep), latents, timestep)
+        output = predict(latents, timestep)
+        chex.assert_equal_shape([output, latents])
+        return predict_x0_and_noise(schedule, output, latents, timestep)
+
+    def judge(x0, timestep):
+        scores = score(x0, timestep)
+        chex.assert_shape(scores, (batch_size, num_candidates))
+        return scores
 
     def draw(x0, eps, timestep, previous, step_noise):
         mean, sigma = ddim_distribution(schedule, x0, eps, timestep, previous, eta)
@@ -93,7 +110,6 @@ def sample_pool(
     states, _ = jax.lax.scan(plain_step, (initial,) * 3, (jnp.arange(first + 1), plain_noise))
 
     # Where candidates start a step: one [B, 1, h, w, c] for all, or with inner steps each its own, [B, k, h, w, c].
-    batch_size, num_candidates = noise.candidates.shape[1:3]
     num_starts = num_candidates if num_inner_steps else 1
 
     def spread(states):
@@ -101,7 +117,7 @@ def sample_pool(
 
     def close_segment(states, timestep, random_choice):
         """Scores the candidates by their x0; one of them goes on."""
-        scores = score(states[1], timestep)
+        scores = judge(states[1], timestep)
         choice = random_choice if continuation == "random" else jnp.argmax(scores, axis=1)
         return spread(_choose(x, choice) for x in states), scores
 
@@ -132,7 +148,7 @@ def sample_pool(
 
     latents, x0, eps = states
     final = draw(x0, eps, timesteps[-1], previous_timesteps[-1], noise.candidates[-1])
-    final_scores = score(final, jnp.zeros((), jnp.int32))
+    final_scores = judge(final, jnp.zeros((), jnp.int32))
     return Pool(
         latents=jnp.concatenate([starts, latents[None, :, 0]])[::size],
         candidates=jnp.concatenate([candidates, final[None]]),

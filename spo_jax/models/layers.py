@@ -30,10 +30,7 @@ def tied(x: Any, weights: Any) -> tuple[Any, Any]:
 def _tied_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     leaves, tree = jax.tree.flatten(tangents, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
     learns = [not isinstance(leaf, SymbolicZero) for leaf in leaves]
-    if any(learns[1:]):
-        if not learns[0]:
-            leaves[0] = jnp.zeros(leaves[0].shape, leaves[0].dtype)
-        learns[0] = True
+    if learns[0] and any(learns[1:]):
         # Its transpose is a barrier between the gradients; what does not learn has none, and stays out.
         together = iter(jax.lax.optimization_barrier([leaf for leaf, one in zip(leaves, learns, strict=True) if one]))
         leaves = [next(together) if one else leaf for leaf, one in zip(leaves, learns, strict=True)]

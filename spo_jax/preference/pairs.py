@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -24,9 +25,16 @@ def make_pairs(pool: Pool, threshold: float) -> PreferencePairs:
     """Best against worst candidate of every step and prompt, [S, B].
 
     The steps of a segment share its one preference.
+
+    Raises:
+      AssertionError: the pool does not have scores and latents for each of its segments.
     """
-    num_steps, batch_size = pool.candidates.shape[:2]
+    num_steps, batch_size, num_candidates, *latent_shape = pool.candidates.shape
     segment_size = pool.num_inner_steps + 1
+    num_segments = -(-num_steps // segment_size)
+    # An index behind the last segment would be taken for the last one, without a word.
+    chex.assert_shape(pool.scores, (num_segments, batch_size, num_candidates))
+    chex.assert_shape(pool.latents, (num_segments, batch_size, *latent_shape))
     segments = jnp.arange(num_steps) // segment_size
     win, lose, valid = jax.vmap(jax.vmap(lambda scores: compare(scores, threshold)))(pool.scores)
 

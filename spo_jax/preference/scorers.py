@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -62,6 +63,7 @@ def make_clip_scorer(clip: Any, *, antialias: bool = False) -> Scorer:
         pixels = preprocess_images(images, clip.image_size, antialias=antialias)
         times = (timesteps,) if clip.step_aware else ()
         image = _unit(clip.apply({"params": params}, pixels, *times, method=clip.image_features))
+        chex.assert_equal_shape([image, text])  # one text for all pictures would be broadcast
         return jnp.exp(params["logit_scale"].astype(jnp.float32)) * (image * text).sum(axis=-1)
 
     return Scorer(encode_text, score)

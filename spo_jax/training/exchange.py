@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
@@ -35,7 +36,8 @@ def make_exchange(mesh: Mesh, minibatch_size: int) -> Callable[..., tuple[Prompt
     Returns:
       A function of the B prompts, their pairs [S, B, ...], ``order`` and ``count`` of ``compact``, and the place in the
       order where the minibatch starts. It gives pairs ``order[start : start + P]``, [P, ...], with the prompt of each
-      (without the preference model's text), and which of them exist: behind ``count`` rows only fill up.
+      (without the preference model's text), and which of them exist: behind ``count`` rows only fill up. It raises
+      AssertionError where pairs, prompts or order are not of the same S steps and B prompts.
     """
 
     def give(pairs: PreferencePairs, rows: Any, index: jax.Array) -> Any:
@@ -58,6 +60,10 @@ def make_exchange(mesh: Mesh, minibatch_size: int) -> Callable[..., tuple[Prompt
     given = jax.shard_map(give, mesh=mesh, in_specs=(by_prompt, spread, everywhere), out_specs=spread)
 
     def exchange(prompts: PromptBatch, pairs: PreferencePairs, order: jax.Array, count: jax.Array, start: jax.Array):
+        num_steps, num_prompts = pairs.timesteps.shape
+        chex.assert_equal_shape_prefix([pairs.timesteps, pairs.latents, pairs.win, pairs.lose], 2)
+        chex.assert_shape(order, (num_steps * num_prompts,))
+        chex.assert_axis_dimension(prompts.embeddings, 0, num_prompts)
         position = start + jnp.arange(minibatch_size)
         index = order[jnp.minimum(position, order.shape[0] - 1)]
         rows = (prompts.embeddings, prompts.added)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,10 @@ def preference_loss(scores: Float[Array, " 2"], labels: Float[Array, " 2"]) -> F
 
     Returns:
       ``-sum(labels log softmax(scores))``; for a tie less log 2, so that equal scores cost nothing.
+
+    Raises:
+      AssertionError: scores or labels are not of one pair.
     """
+    chex.assert_shape([scores, labels], (2,))
     cross_entropy = -(labels * jax.nn.log_softmax(scores.astype(jnp.float32))).sum()
     return cross_entropy + jnp.where(labels[0] == labels[1], jnp.log(0.5), 0.0)

@@ -116,7 +116,7 @@ def make_spm_update(
             agreements=((margin * wanted > 0) & (pairs.weights > 0)).sum(dtype=jnp.int32),
             num_preferences=((wanted != 0) & (pairs.weights > 0)).sum(dtype=jnp.int32),
             num_pairs=(pairs.weights > 0).sum(dtype=jnp.int32),
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
         )
         return TrainState(state.step + 1, trained, opt_state, average), metrics
 

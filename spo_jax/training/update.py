@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,14 @@ def pair_losses(
     """Loss and ratios of each pair, fields [P], from the guided outputs of policy and reference.
 
     Outputs are [P, h, w, c], or [P, 2, h, w, c] if the pairs have ``lose_latents``.
+
+    Raises:
+      AssertionError: the outputs are not of these pairs.
     """
+    count, *latent_shape = pairs.latents.shape
+    starts = () if pairs.lose_latents is None else (2,)
+    chex.assert_shape([policy_output, reference_output], (count, *starts, *latent_shape))
+    chex.assert_equal_shape([pairs.latents, pairs.win, pairs.lose])
 
     def one(policy: jax.Array, reference: jax.Array, pair: PreferencePairs) -> PairLoss:
         win, lose = transition_log_probs(schedule, policy, pair, eta)
@@ -95,6 +103,7 @@ def make_loss(
         policy = outputs({"params": params, **trained})
         reference = jax.lax.stop_gradient(outputs({"params": params}))
         losses = pair_losses(schedule, policy, reference, pairs, eta=eta, beta=beta, clip_range=clip_range)
+        chex.assert_equal_shape([mask, losses.loss])
         sums = jax.tree.map(lambda values: jnp.where(mask, values, 0.0).sum(), losses)
         return sums.loss / jnp.maximum(mask.sum(), 1), sums
 
@@ -123,10 +132,11 @@ def make_update(
         grads, sums = jax.grad(loss_fn, has_aux=True)(state.trained, params, prompts, pairs, mask)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
+        chex.assert_trees_all_equal_shapes_and_dtypes(trained, state.trained)  # else it is compiled again at each step
         average = state.average
         if average is not None:
             average = optax.incremental_update(trained, average, 1.0 - ema_decay)
-        metrics = UpdateMetrics(sums, mask.sum(dtype=jnp.int32), optax.global_norm(grads))
+        metrics = UpdateMetrics(sums, mask.sum(dtype=jnp.int32), optax.tree.norm(grads))
         return TrainState(state.step + 1, trained, opt_state, average), metrics
 
     return update

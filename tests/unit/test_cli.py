@@ -117,5 +117,5 @@ def test_a_user_error_anywhere_below_main(capsys, monkeypatch):
 
 def test_a_full_disk_is_said_in_one_sentence():
     """Writing to this device fails as on a full disk."""
-    code = "from spo_jax import cli; cli.run(lambda: open('/dev/full', 'w', buffering=1).write('x\\n'))"
+    code = "from spo_jax import cli; from pathlib import Path; cli.run(lambda: Path('/dev/full').write_text('x'))"
     assert "No space left on device" in sentence(run(code))

@@ -64,7 +64,7 @@ def launch(checkout, script, *arguments, **environ):
 
 def test_scripts_are_linted():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    files = [*(str(Path("launch", name)) for name in SCRIPTS), ".ci/run"]
+    files = [*(str(Path("launch", name)) for name in SCRIPTS), ".ci/run", ".ci/newest"]
     result = subprocess.run([shellcheck, "-x", *files], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
@@ -78,6 +78,16 @@ def test_help_is_the_header(checkout, script, flag):
     comments = [line.removeprefix("# ") for line in header if line.startswith("# ")]
     assert result.stdout.splitlines()[0] == comments[0]
     assert "#!" not in result.stdout and "SBATCH" not in result.stdout and "set -" not in result.stdout
+
+
+def test_the_newest_versions_need_root_or_a_python(checkout):
+    stand_in = checkout.parent / "bin" / "id"
+    stand_in.write_text("#!/bin/sh\necho 1000\n")
+    stand_in.chmod(0o755)
+    result, calls = launch(checkout, "test_newest.sh", PYTHON="")
+    assert result.returncode == 2 and not calls and not (checkout / ".newest").exists()
+    (line,) = result.stderr.splitlines()
+    assert "only root may make one" in line and "set PYTHON" in line
 
 
 @pytest.mark.parametrize("script, extra", [("gpu.sh", "cuda12"), ("tpu_vm.sh", "tpu")])

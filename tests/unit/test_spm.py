@@ -284,7 +284,7 @@ def test_it_computes_in_bfloat16_and_learns_in_float32():
 def test_computing_activations_again_changes_nothing():
     (plain, gradient), (again, made_again) = loss_and_gradient(), loss_and_gradient(remat=True)
     np.testing.assert_allclose(again, plain, rtol=1e-5)
-    np.testing.assert_allclose(optax.global_norm(made_again), optax.global_norm(gradient), rtol=1e-4)
+    np.testing.assert_allclose(optax.tree.norm(made_again), optax.tree.norm(gradient), rtol=1e-4)
     chex.assert_trees_all_close(made_again, gradient, rtol=1e-4, atol=1e-6)
 
 

@@ -62,6 +62,18 @@ def test_all_parts_are_copied_and_the_unet_is_the_new_one_alone(tmp_path, source
     assert files_in(source) == before and {p.name for p in tmp_path.iterdir()} == {"source", "new"}
 
 
+def test_a_component_that_nobody_here_can_load_is_named(tmp_path, source, capsys):
+    """Old pipelines name a class that transformers 5 has dropped."""
+    write_pipeline(tmp_path / "known", source, PARAMS)
+    assert capsys.readouterr().err == ""
+    old = INDEX | {"feature_extractor": ["transformers", "CLIPFeatureExtractor"]}
+    (source / "model_index.json").write_text(json.dumps(old), encoding="utf-8")
+    write_pipeline(tmp_path / "old", source, PARAMS)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"spo_jax: warning: {tmp_path / 'old' / 'model_index.json'} names ")
+    assert "transformers.CLIPFeatureExtractor, unknown to transformers 5" in line
+
+
 def test_an_empty_folder_is_taken_and_a_full_one_or_a_file_is_not(tmp_path, source):
     (tmp_path / "empty").mkdir()
     write_pipeline(tmp_path / "empty", source, PARAMS)
