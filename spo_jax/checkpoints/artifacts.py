@@ -120,10 +120,12 @@ def look_up(config: ConfigDict, known: Mapping[str, str]) -> dict[str, str]:
     unreachable = False
     for artifact, remote in _remotes(config):
         moving = _repository(remote)
-        if remote.pinned or moving in pins or unreachable:
+        if remote.pinned or moving in pins:
             continue
         if moving in known:
             pins[moving] = known[moving]
+            continue
+        if unreachable:
             continue
         try:
             pins[moving] = download.commit_of(remote)

@@ -32,6 +32,8 @@ _TRIES = 5  # of one request or file, as long as nothing comes
 _LONGEST_WAIT = 300.0  # seconds that a server may ask for
 _MAX_LISTING_BYTES = 64 * 2**20
 _BLOCK = 2**20
+_UNSAFE_PATH = re.compile(r"^/|(^|/)\.\.?(/|$)|[\\\0]")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _T = TypeVar("_T")
 
@@ -180,7 +182,9 @@ def fetch(remote: RemoteName, file: RemoteFile) -> Path:
     target, incomplete = local_path(remote, file.path), _incomplete(remote, file)
     with _one_sentence(remote, file.path):
         incomplete.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(incomplete.with_suffix(".lock")):
+        lock = _lock(remote, file)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
             if is_here(remote, file):
                 return target
             _transfer(remote, file, incomplete)
@@ -275,6 +279,14 @@ def _incomplete(remote: RemoteName, file: RemoteFile) -> Path:
     return whole.with_name(whole.name + ".spo_jax.incomplete")
 
 
+def _lock(remote: RemoteName, file: RemoteFile) -> Path:
+    # For files of the hub the one that huggingface_hub takes, so that its commands wait as well.
+    blob = _blob(remote, file)
+    if remote.site == "hub" and file.digest:
+        return blob.parents[2] / ".locks" / blob.parents[1].name / f"{blob.name}.lock"
+    return _own_folder() / "locks" / f"{hashlib.sha256(str(local_path(remote, file.path)).encode()).hexdigest()}.lock"
+
+
 def _place(remote: RemoteName, revision: str | None) -> dict[str, Any]:
     return {"repo_id": remote.repo, "repo_type": remote.kind, "revision": revision}
 
@@ -289,9 +301,9 @@ def _known_listing(remote: RemoteName) -> dict[str, RemoteFile] | None:
         if path.stat().st_size > _MAX_LISTING_BYTES:
             return None
         files = [RemoteFile(*entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-        return {file.path: file for file in files}
     except (OSError, ValueError, TypeError):
         return None  # asked for again
+    return {file.path: file for file in files}
 
 
 def _ask_listing(remote: RemoteName) -> dict[str, RemoteFile]:
@@ -303,7 +315,11 @@ def _ask_listing(remote: RemoteName) -> dict[str, RemoteFile]:
     for entry in _ask(remote, ask):
         if (size := getattr(entry, "size", None)) is not None:  # a folder has none
             large = getattr(entry, "lfs", None)
-            files.append(RemoteFile(entry.path, size, f"sha256:{large.sha256}" if large else f"git:{entry.blob_id}"))
+            digest = f"sha256:{large.sha256}" if large else f"git:{entry.blob_id}"
+            # Both become names of files here, and a mirror may send anything.
+            if _UNSAFE_PATH.search(entry.path) or not _DIGEST.fullmatch(digest):
+                raise UserError(f"{page(remote)} lists a file {entry.path!r} ({digest}), which no repository has.")
+            files.append(RemoteFile(entry.path, size, digest))
     path = _listing_file(remote)
     with contextlib.suppress(OSError):  # without it the hub is asked again
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -247,3 +247,11 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(hub, tmp_path):
     (tmp_path / "home").write_text("a file")
     said = sentence(fetch(hub.environment(tmp_path / "home")))
     assert "set HF_HOME to a folder of yours" in said
+
+
+@pytest.mark.parametrize("name", ["../../../../evil.json", "/evil.json", "a/../../evil.json"])
+def test_a_mirror_cannot_write_outside_the_cache(hub, tmp_path, name):
+    hub.repositories["org/sd"] = PIPELINE | {name: b"{}"}
+    said = sentence(fetch(hub.environment(tmp_path / "a" / "b" / "home")))
+    assert "lists a file" in said and "evil.json" in said
+    assert not list(tmp_path.rglob("evil.json")) and not hub.sent

@@ -94,3 +94,9 @@ def test_every_name_is_a_value_of_its_config(config):
 
 def test_what_ships_with_the_package_is_no_remote_artifact():
     assert take_stock(tiny.get_config()) == []
+
+
+def test_what_is_known_of_one_name_is_taken_though_another_cannot_be_looked_up(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    config = config_with(model="org/sd", scorer__path="org/judge")
+    assert look_up(config, {"org/judge": LATER}) == {"org/judge": LATER}
