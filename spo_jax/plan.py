@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spo_jax import cli
+from spo_jax.errors import UserError
 from spo_jax.planning.targets import parse_target
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/sdxl.py.", lock_config=True)
@@ -21,6 +22,12 @@ TARGET = flags.DEFINE_string(
     "target", "cpu", "v5e, v6e or v5p with a topology (v5e:2x4), h100 or h100:8, cpu or cpu:8."
 )
 ESTIMATE = flags.DEFINE_bool("estimate", False, "Estimate instead of compiling.")
+MEMORY = flags.DEFINE_float(
+    "memory",
+    None,
+    "GiB of a GPU that has not an h100's 79.2, such as 24; with --target=h100 --estimate.",
+    lower_bound=1,
+)
 CONFIRM = flags.DEFINE_bool(
     "confirm", True, "Compile the smaller setting, too, that is proposed if a run does not fit."
 )
@@ -34,7 +41,9 @@ _CAUTION = (
 def main() -> None:
     """Plans, prints, and exits with 1 if the run does not fit."""
     config = cli.config_of(CONFIG)
-    target = parse_target(TARGET.value)
+    if MEMORY.value is not None and not ESTIMATE.value:
+        raise UserError("--memory goes with --estimate: programs are compiled for an h100 only.")
+    target = parse_target(TARGET.value, MEMORY.value)
     # These import JAX models; a wrong flag should not wait for that.
     from spo_jax.planning import planner, report
 

@@ -46,7 +46,7 @@ def resolve_model(name: str | Path, *, variant: str | None = None, weights: bool
     except download.Unreachable as error:
         raise UserError(
             f"{name} is neither here nor complete in the hub's cache, and it could not be fetched ({error.reason}); "
-            f"with network, fetch it with `{fetch_command(remote)}`."
+            f"with network, fetch it with `{fetch_command(remote, variant or '')}`."
         ) from error
     return download.local_path(remote, remote.inside)
 
@@ -75,15 +75,18 @@ def not_here(name: str) -> str:
     )
 
 
-def fetch_command(remote: RemoteName) -> str:
-    """The hub's own command that fetches what a name stands for."""
+def fetch_command(remote: RemoteName, variant: str = "") -> str:
+    """The hub's own command that fetches what a name stands for, and about what is read of it."""
     if remote.site == "github":
         place, address = download.local_path(remote, remote.inside), download.address(remote, remote.inside)
         return f"curl --create-dirs -o {shlex.quote(str(place))} {shlex.quote(address)}"
     kind = " --repo-type dataset" if remote.kind == "dataset" else ""
     inside = f" {shlex.quote(remote.inside)}" if remote.is_file else ""
     revision = f" --revision {remote.revision}" if remote.revision else ""
-    return f"hf download {remote.repo}{inside}{kind}{revision}"
+    dot = f".{variant}" if variant else ""
+    patterns = () if inside else ("*.json", "*.txt", f"*model{dot}.safetensors", f"*model{dot}-*-of-*.safetensors")
+    include = "".join(f" --include {shlex.quote(pattern)}" for pattern in patterns)
+    return f"hf download {remote.repo}{inside}{kind}{revision}{include}"
 
 
 def repository_of(name: str | Path) -> str | None:

@@ -73,12 +73,18 @@ class Target:
     limit: int | None
 
 
-def parse_target(text: str) -> Target:
+def parse_target(text: str, memory: float | None = None) -> Target:
     """The target that ``--target`` names.
 
+    Args:
+      text: as the user writes it.
+      memory: GiB that a GPU has, for an estimate of another one than an h100.
+
     Raises:
-      UserError: it names none, or a topology that its devices are not built in.
+      UserError: it names none, or a topology that its devices are not built in; or ``memory`` is not of a GPU.
     """
+    if memory is not None and not text.startswith("h100"):
+        raise UserError(f"--memory={memory:g} is for GPUs, with --target=h100; --target={text} has what it has.")
     kind, _, size = text.partition(":")
     if kind in _TPU_GIB and re.fullmatch(r"\d+(x\d+)*", size or "1x1"):
         dimensions = [int(n) for n in (size or ("1x1x1" if kind == "v5p" else "1x1")).split("x")]
@@ -88,7 +94,8 @@ def parse_target(text: str) -> Target:
         return Target(text, "tpu", kind, math.prod(dimensions), int(_TPU_GIB[kind] * GIB))
     if kind in ("h100", "cpu") and re.fullmatch(r"[1-9]\d*", size or "1"):
         fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _GPU_FRACTION))
-        limit = int(_H100_BYTES * fraction) if kind == "h100" else None
+        size_of_gpu = _H100_BYTES if memory is None else memory * GIB
+        limit = int(size_of_gpu * fraction) if kind == "h100" else None
         return Target(text, "cuda" if kind == "h100" else "cpu", kind, int(size or 1), limit)
     raise UserError(
         f"--target={text} is not known; use v5e, v6e or v5p with a topology (v5e:2x4, v5p:2x2x1), h100, h100:8, or cpu."

@@ -57,6 +57,7 @@ from spo_jax.training.update import update_metrics
 from spo_jax.types import PromptBatch
 
 NUM_REPORT_PICTURES = 24
+READABLE_WIDTH = 96  # pixels; smaller pictures, as of the emoji, are enlarged on validation sheets
 
 
 @wandb_run.finished
@@ -230,7 +231,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
                 shown = measure(state.result, some)
                 if main:
                     sheet = grid(to_uint8(shown.images))
-                    write_png(workdir / "validation" / f"batch_{finished:06d}.png", sheet, zoom=3)
+                    zoom = max(1, READABLE_WIDTH // shown.images.shape[2])
+                    write_png(workdir / "validation" / f"batch_{finished:06d}.png", sheet, zoom)
                     writer.write_image(finished, "validation", sheet)
         save()
         checkpoint.close(manager)

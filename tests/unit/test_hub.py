@@ -67,7 +67,7 @@ def test_parts_of_a_repository_are_read_from_the_cache(cache):
 
 @pytest.mark.parametrize("read", [read_pipeline, read_tokenizer, lambda name: read_clip(name, step_aware=True)])
 def test_model_that_is_not_cached_is_named_with_the_command(cache, read):
-    command = f"`hf download org/name --revision {COMMIT}`"
+    command = f"`hf download org/name --revision {COMMIT} --include .*model.safetensors.*`"
     with pytest.raises(UserError, match=f"org/name@{COMMIT} is neither here .*{command}") as caught:
         read(f"org/name@{COMMIT}")
     assert "\n" not in str(caught.value)
@@ -77,8 +77,8 @@ def test_model_that_is_not_cached_is_named_with_the_command(cache, read):
     ("name", "command"),
     [
         (f"org/name@{COMMIT}/a/b.bin", f"`hf download org/name a/b.bin --revision {COMMIT}`"),
-        ("org/name@v1", "`hf download org/name --revision v1`"),
-        ("org/name", "`hf download org/name`"),
+        ("org/name@v1", "`hf download org/name --revision v1 --include '*.json' --include '*.txt' --include '*model.s"),
+        ("org/name", "`hf download org/name --include '*.json' "),
         (
             f"datasets/org/name@{COMMIT}/p.json",
             f"`hf download org/name p.json --repo-type dataset --revision {COMMIT}`",

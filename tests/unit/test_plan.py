@@ -49,6 +49,12 @@ def test_targets_have_devices_and_a_limit(monkeypatch, text, platform, count, gi
 def test_the_part_of_a_gpu_that_jax_takes_is_the_limit(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     assert parse_target("h100").limit / GIB == pytest.approx(0.95 * 79.2, abs=0.1)
+    assert parse_target("h100", 24).limit / GIB == pytest.approx(0.95 * 24, abs=0.1)
+
+
+def test_memory_is_of_gpus():
+    with pytest.raises(UserError, match="--memory=24 is for GPUs"):
+        parse_target("v5e:2x4", 24)
 
 
 @pytest.mark.parametrize("text", ["v7x", "v5e:8", "v5e:2x2x2", "v5p:2x2", "v5e:0x4", "h100:0", "h100:x", "cpu:-1", ""])
