@@ -1,6 +1,6 @@
 """SPO on Stable Diffusion 1.5, the paper's recipe (arXiv 2406.04314, with the constants of the released code).
 
-    python -m spo_jax.fetch --config=configs/sd15.py                        # what it needs, 12 GB; training does it too
+    python -m spo_jax.fetch --config=configs/sd15.py                        # what it needs, 11 GB; training does it too
     python -m spo_jax.main --config=configs/sd15.py --workdir=runs/sd15
 
 The prompts are the paper's 4,000 out of Pick-a-Pic, the preference model is the released one. From an empty machine to
@@ -28,6 +28,7 @@ def get_config(device: str = "") -> ConfigDict:
     if device == "16gb":
         c.prompts_per_batch, c.num_batches = 4, 10_000
         c.train.minibatch_size, c.train.accumulation_steps = 4, 10
+        c.checkpoint.every, c.validation.every = 100, 500  # as often, by prompts
     elif device:
         raise ValueError(f"configs/sd15.py:{device} is not known; leave the argument out, or use 16gb.")
     return c

@@ -35,6 +35,7 @@ def get_config(device: str = "") -> ConfigDict:
     if device == "16gb":
         c.prompts_per_batch, c.num_batches = 1, 40_000
         c.train.minibatch_size, c.train.accumulation_steps = 1, 16
+        c.checkpoint.every, c.validation.every = 80, 400  # as often, by prompts
         c.evaluation.batch_size = 1
         c.offload = True
     elif device:
