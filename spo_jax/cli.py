@@ -31,6 +31,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         except UserError as error:
             _fail(str(error))
         except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) and not jax.distributed.is_initialized():
+                print("spo_jax: stopped; run the same command again to go on.", file=sys.stderr)
+                sys.exit(130)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 _fail(f"{error.strerror}; free some, and run the same command again to go on.")
             if jax.distributed.is_initialized():

@@ -24,6 +24,8 @@ from spo_jax.checkpoints.download import bytes_to_fetch, cache_folder, in_bytes,
 
 if TYPE_CHECKING:
     from spo_jax.checkpoints.artifacts import Stock
+    from spo_jax.checkpoints.download import RemoteFile
+    from spo_jax.checkpoints.remote import RemoteName
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/sd15.py.", lock_config=True)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "List only what a run needs and what of it is missing.")
@@ -36,40 +38,38 @@ def main() -> None:
     from spo_jax.checkpoints import artifacts
 
     config = artifacts.with_pins(config, artifacts.look_up(config, {}))
-    if not DRY_RUN.value:
-        throw_damaged_away(artifacts.take_stock(config))
     stocks = artifacts.take_stock(config)
+    if not DRY_RUN.value:
+        stocks = verified(stocks)
     print(inventory(config, stocks))
     complete = all(stock.complete for stock in stocks)
+    known = all(stock.files is not None for stock in stocks)
     if DRY_RUN.value:
-        sys.exit(0 if complete else 1)
+        sys.exit(0 if complete and known else 1)
     if not complete:
         artifacts.fetch_missing(stocks)
         print("Fetched and verified. ", end="")
-    print("Everything that lies elsewhere is here; no network is needed any more.")
+    told = "is here" if known else "is here, as far as can be told without network"
+    print(f"Everything that lies elsewhere {told}; no network is needed any more.")
 
 
-def throw_damaged_away(stocks: Sequence[Stock]) -> None:
-    """Verifies each file that is here against its digest; a damaged one is removed, to be fetched again."""
+def verified(stocks: Sequence[Stock]) -> list[Stock]:
+    """The stocks with what is damaged of them, which is said."""
     from tqdm import tqdm
 
-    from spo_jax.checkpoints import download
+    from spo_jax.checkpoints import artifacts
 
-    here = {
-        download.local_path(stock.remote, file.path): (stock.remote, file)
-        for stock in stocks
-        for file in stock.files or ()
-        if file not in stock.missing
-    }
-    total = sum(path.stat().st_size for path in here)
+    here = [(stock.remote, file) for stock in stocks for file in stock.files or () if file not in stock.missing]
+    total = sum(size_of(remote, file) for remote, file in here)
     with tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=None if total else True) as progress:
-        for path, (remote, file) in here.items():
-            size = path.stat().st_size
-            if (fault := download.fault_of(path, file)) is not None:
+
+        def seen(remote: RemoteName, file: RemoteFile, fault: str | None) -> None:
+            progress.update(size_of(remote, file))
+            if fault is not None:
                 told = f"spo_jax: {file.path} of {remote.repo} is damaged ({fault}); it is fetched again."
                 progress.write(told, file=sys.stderr)
-                download.throw_away(remote, file)
-            progress.update(size)
+
+        return artifacts.verify(stocks, seen)
 
 
 def inventory(config: ConfigDict, stocks: Sequence[Stock]) -> str:
@@ -82,10 +82,10 @@ def inventory(config: ConfigDict, stocks: Sequence[Stock]) -> str:
     for artifact in artifacts.artifacts_of(config):
         stock, title = remote.get(artifact.key), f"{artifact.what} (config.{artifact.key})"
         if stock is None:
-            lines += [f"{title}: here", f"    {artifact.name}"]
+            lines += [f"{title}: local", f"    {artifact.name}"]
             continue
         lines += [f"{title}: {_state(stock)}", f"    {stock.remote}"]
-        for file in stock.missing:
+        for file in (*stock.missing, *stock.damaged):
             part = partial_bytes(stock.remote, file)
             size = f"{in_bytes(file.size)}" if file.size >= 0 else "size not known"
             lines.append(f"        {file.path}, {size}" + (f", of it here {in_bytes(part)}" if part else ""))
@@ -99,7 +99,8 @@ def _state(stock: Stock) -> str:
         return f"{state}; which files it has is not known ({stock.unreachable})"
     size = sum(size_of(stock.remote, file) for file in stock.files)
     files = f"{len(stock.files)} file{'s' if len(stock.files) > 1 else ''}" + (f", {in_bytes(size)}" if size else "")
-    return f"{files}, {'here' if stock.complete else f'{len(stock.missing)} missing'}"
+    lacking = f"{len(stock.missing)} missing" + (f", {len(stock.damaged)} damaged" if stock.damaged else "")
+    return f"{files}, {'here' if stock.complete else lacking}"
 
 
 def _total(stocks: Sequence[Stock]) -> str:
@@ -111,7 +112,7 @@ def _total(stocks: Sequence[Stock]) -> str:
     room = f"{folder} has {in_bytes(shutil.disk_usage(folder).free)} free"
     if any(stock.files is None for stock in lacking):
         return f"{len(lacking)} of {len(stocks)} are missing; {room}."
-    size = bytes_to_fetch([(stock.remote, file) for stock in lacking for file in stock.missing])
+    size = bytes_to_fetch([(stock.remote, file) for stock in lacking for file in (*stock.missing, *stock.damaged)])
     return f"To fetch: {in_bytes(size)}; {room}."
 
 

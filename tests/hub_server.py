@@ -27,6 +27,7 @@ class Faults:
     busy: dict[str, int] = dataclasses.field(default_factory=dict)  # answer 429 so many times
     cut: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # end the next answers after so many bytes
     wrong: set[str] = dataclasses.field(default_factory=set)  # send other content of the same length
+    pages: set[str] = dataclasses.field(default_factory=set)  # send a login page instead, whatever was asked for
 
 
 @dataclasses.dataclass
@@ -132,6 +133,9 @@ def serve(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
         def content(self, content: bytes, name: str, headers: dict[str, str] | None = None) -> None:
             if self.command == "GET":
                 hub.sent.append((name, self.headers.get("Range", "")))
+            if name in hub.faults.pages:
+                self.reply(200, b"<html>log in</html>" * 99, {"Content-Type": "text/html"})
+                return
             if name in hub.faults.wrong:
                 content = bytes(len(content))
             status, headers = 200, headers or {}

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from spo_jax.checkpoints import download
 from spo_jax.checkpoints.download import RemoteFile, Unreachable, in_bytes
-from spo_jax.checkpoints.hub import not_here
-from spo_jax.checkpoints.remote import RemoteName, parse_remote
+from spo_jax.checkpoints.hub import exists, not_here, remote_of
+from spo_jax.checkpoints.remote import RemoteName
 from spo_jax.data.prompts import TFDS
 from spo_jax.distributed.agreement import agree_text, everyone
 from spo_jax.emoji import PREFIX
@@ -44,13 +44,15 @@ class Stock:
     """An artifact of the hub or of GitHub, and what is here of it.
 
     ``files`` are those that are read; None if that is not known, because its server was never asked on this machine,
-    and ``unreachable`` then says why it cannot be now. ``missing`` are those of the files that are not here.
+    and ``unreachable`` then says why it cannot be now. ``missing`` are those of the files that are not here,
+    ``damaged`` those that are, but not as they should be.
     """
 
     artifact: Artifact
     remote: RemoteName
     files: tuple[RemoteFile, ...] | None
     missing: tuple[RemoteFile, ...] = ()
+    damaged: tuple[RemoteFile, ...] = ()
     unreachable: str = ""
 
     @property
@@ -58,7 +60,7 @@ class Stock:
         """Whether it can be read; where its files are not known, whether there is a folder to read from."""
         if self.files is None:
             return self.remote.pinned and download.local_path(self.remote, self.remote.inside).exists()
-        return not self.missing
+        return not self.missing and not self.damaged
 
 
 def artifacts_of(config: ConfigDict) -> list[Artifact]:
@@ -167,22 +169,48 @@ def take_stock(config: ConfigDict) -> list[Stock]:
     Raises:
       UserError: a repository or file does not exist, or is not accessible.
     """
-    stocks, unreachable = [], ""
+    stocks, unreachable = [], {"hub": "", "github": ""}  # why, by site
     for artifact, remote in _remotes(config):
         options: dict[str, Any] = {"variant": artifact.variant, "weights": artifact.weights}
-        files = download.list_files(remote, network=False, **options) if remote.pinned else None
-        if not unreachable and (files is None or not all(download.is_here(remote, file) for file in files)):
-            try:
-                if not remote.pinned:
-                    download.commit_of(remote)  # says why it could not be looked up
-                files = download.list_files(remote, **options)
-            except Unreachable as error:
-                unreachable = error.reason
-            except UserError as error:
-                raise UserError(f"config.{artifact.key}: {error}") from error
-        missing = tuple(file for file in files or () if not download.is_here(remote, file))
-        stocks.append(Stock(artifact, remote, None if files is None else tuple(files), missing, unreachable))
+        try:
+            files = download.list_files(remote, network=False, **options) if remote.pinned else None
+            if not unreachable[remote.site] and not _all_here(remote, files):
+                try:
+                    if not remote.pinned:  # look_up has tried; what a second try finds would be no pin of the run
+                        download.commit_of(remote)
+                        raise Unreachable("", "its commit could not be looked up")
+                    files = download.list_files(remote, **options)
+                except Unreachable as error:
+                    unreachable[remote.site] = error.reason
+            missing = tuple(file for file in files or () if not download.is_here(remote, file))
+        except UserError as error:
+            raise UserError(f"config.{artifact.key}: {error}") from error
+        known = None if files is None else tuple(files)
+        stocks.append(Stock(artifact, remote, known, missing, unreachable=unreachable[remote.site]))
     return stocks
+
+
+def verify(stocks: Sequence[Stock], seen: Callable[[RemoteName, RemoteFile, str | None], None]) -> list[Stock]:
+    """The stocks with what is damaged of the files that are here, by their digests.
+
+    Args:
+      stocks: of ``take_stock``.
+      seen: is told of each file what is wrong with it, or None; content that several files share is looked at once.
+    """
+    faults: dict[Path, str | None] = {}
+
+    def is_damaged(remote: RemoteName, file: RemoteFile) -> bool:
+        content = download.local_path(remote, file.path).resolve()
+        if content not in faults:
+            faults[content] = download.fault_of(content, file)
+            seen(remote, file, faults[content])
+        return faults[content] is not None
+
+    def one(stock: Stock) -> Stock:
+        here = [file for file in stock.files or () if file not in stock.missing]
+        return dataclasses.replace(stock, damaged=tuple(file for file in here if is_damaged(stock.remote, file)))
+
+    return [one(stock) for stock in stocks]
 
 
 def fetch_missing(stocks: Sequence[Stock]) -> None:
@@ -190,23 +218,24 @@ def fetch_missing(stocks: Sequence[Stock]) -> None:
 
     Raises:
       UserError: a file cannot be had or written, or is not what it should be; or one sentence that names all that is
-        missing, if there is no network.
+        out of reach, when the rest is here.
     """
-    lacking = [stock for stock in stocks if not stock.complete]
-    if any(stock.unreachable for stock in lacking):
-        raise UserError(missing_sentence(lacking))
-    download.check_space([(stock.remote, file) for stock in lacking for file in stock.missing])
-    sizes = {stock.artifact.key: sum(max(0, file.size) for file in stock.missing) for stock in lacking}
+    out_of_reach = [stock for stock in stocks if not stock.complete and stock.unreachable]
+    lacking = [stock for stock in stocks if not stock.complete and not stock.unreachable]
+    download.check_space([(stock.remote, file) for stock in lacking for file in (*stock.missing, *stock.damaged)])
+    sizes = {stock.artifact.key: sum(max(0, f.size) for f in (*stock.missing, *stock.damaged)) for stock in lacking}
     # The small ones first: what is wrong with them shows soon.
     for stock in sorted(lacking, key=lambda stock: sizes[stock.artifact.key]):
-        size = sizes[stock.artifact.key]
-        print(f"spo_jax: fetching {stock.artifact.what}, {in_bytes(size)}: {stock.remote}", file=sys.stderr)
-        for file in stock.missing:
+        size = f", {in_bytes(sizes[stock.artifact.key])}" if sizes[stock.artifact.key] else ""
+        print(f"spo_jax: fetching {stock.artifact.what}{size}: {stock.remote}", file=sys.stderr)
+        for file in (*stock.missing, *stock.damaged):
             try:
-                download.fetch(stock.remote, file)
+                download.fetch(stock.remote, file, again=file in stock.damaged)
             except Unreachable as error:
                 left = [s for s in lacking if not all(download.is_here(s.remote, f) for f in s.missing)]
-                raise UserError(missing_sentence(left, error.reason)) from error
+                raise UserError(missing_sentence([*out_of_reach, *left], error.reason)) from error
+    if out_of_reach:
+        raise UserError(missing_sentence(out_of_reach))
 
 
 def missing_sentence(stocks: Sequence[Stock], reason: str = "") -> str:
@@ -218,7 +247,11 @@ def missing_sentence(stocks: Sequence[Stock], reason: str = "") -> str:
 
 def fetch_command() -> str:
     """The command that fetches what this process was started for."""
-    flags = [argument for argument in sys.argv[1:] if argument.lstrip("-").startswith("config")]
+    flags: list[str] = []
+    for before, argument in zip(sys.argv, sys.argv[1:], strict=False):
+        is_value = before in flags and "=" not in before and not argument.startswith("-")  # --config FILE
+        if is_value or (argument.startswith("-") and argument.lstrip("-").startswith("config")):
+            flags.append(argument)
     return shlex.join(["python", "-m", "spo_jax.fetch", *(flags or ["--config=..."])])
 
 
@@ -227,13 +260,20 @@ def _remotes(config: ConfigDict) -> list[tuple[Artifact, RemoteName]]:
     """The artifacts that are not here and do not ship with the package, with their parsed names."""
     found = []
     for artifact in artifacts_of(config):
-        if artifact.name.startswith((PREFIX, TFDS)) or Path(artifact.name).exists():
+        if artifact.name.startswith((PREFIX, TFDS)) or exists(artifact.name):
             continue
-        remote = parse_remote(artifact.name)
+        try:
+            remote = remote_of(artifact.name)
+        except UserError as error:
+            raise UserError(f"config.{artifact.key}: {error}") from error
         if remote is None:
             raise UserError(f"config.{artifact.key}: {not_here(artifact.name)}")
         found.append((artifact, remote))
     return found
+
+
+def _all_here(remote: RemoteName, files: list[RemoteFile] | None) -> bool:
+    return files is not None and all(download.is_here(remote, file) for file in files)
 
 
 def _repository(remote: RemoteName) -> str:

@@ -13,28 +13,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from spo_jax.checkpoints.remote import RemoteName, choose_files
+from spo_jax.checkpoints.transfer import NO_SPACE, alone, patiently, transfer
 from spo_jax.errors import UserError
 
 _GITHUB = "https://raw.githubusercontent.com"
-_TRIES = 5  # of one request or file, as long as nothing comes
-_LONGEST_WAIT = 300.0  # seconds that a server may ask for
+_SILENCE = 30.0  # seconds without an answer after which there is no network
 _MAX_LISTING_BYTES = 64 * 2**20
 _BLOCK = 2**20
-_UNSAFE_PATH = re.compile(r"^/|(^|/)\.\.?(/|$)|[\\\0]")
+_UNSAFE_PATH = re.compile(r"^/|(^|/)\.\.?(/|$)|[\\\0]|[^/]{256}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _T = TypeVar("_T")
 
 
@@ -68,14 +67,19 @@ def commit_of(remote: RemoteName) -> str:
     """
     if remote.pinned:
         return remote.revision
+    known = _repository(remote) / "refs" / (remote.revision or "main")
     try:
-        return str(_ask(remote, lambda api: api.repo_info(**_place(remote, remote.revision or None))).sha)
+        info = _ask(remote, lambda api: api.repo_info(timeout=_SILENCE, **_place(remote, remote.revision or None)))
     except Unreachable:
-        known = _repository(remote) / "refs" / (remote.revision or "main")
         commit = known.read_text(encoding="utf-8").strip() if known.is_file() else ""
-        if re.fullmatch(r"[0-9a-f]{40}", commit):
+        if _COMMIT.fullmatch(commit):
             return commit
         raise
+    if not _COMMIT.fullmatch(str(info.sha)):
+        raise UserError(f"{page(remote)} gives {info.sha!r} as its commit; is HF_ENDPOINT a hub?")
+    with contextlib.suppress(OSError):  # what huggingface_hub looks up without network
+        _write_whole(known, info.sha)
+    return str(info.sha)
 
 
 def list_files(
@@ -93,6 +97,8 @@ def list_files(
       UserError: the repository, the commit or the file does not exist or is not accessible.
       Unreachable: a server has to be asked, and cannot be.
     """
+    if not remote.pinned:
+        raise ValueError(f"{remote} is not pinned")
     if remote.site == "github":
         digest = f"sha256:{remote.sha256}" if remote.sha256 else ""
         return [RemoteFile(remote.inside, _size_on_github(remote) if network else -1, digest)]
@@ -102,11 +108,12 @@ def list_files(
             return None
         listing = _ask_listing(remote)
     chosen = choose_files(remote, listing, variant=variant, weights=weights)
-    for path in chosen:
-        if path not in listing:
-            raise UserError(
-                f"The hub's repository {remote.repo} has no file {path} at {remote.revision}; see {page(remote)}."
-            )
+    if not chosen or chosen[0] not in listing:
+        there = ", ".join(sorted(listing)[:5]) or "no files"
+        raise UserError(
+            f"{page(remote)} has nothing at {remote.revision} that is read here as {remote.inside or 'a model'}; "
+            f"it has {there}{', ...' if len(listing) > 5 else ''}."
+        )
     files = [listing[path] for path in chosen]
     if remote.sha256:
         named = listing[remote.inside]
@@ -127,9 +134,16 @@ def local_path(remote: RemoteName, path: str) -> Path:
 
 
 def is_here(remote: RemoteName, file: RemoteFile) -> bool:
-    """Whether the file is on this machine, and as long as it should be."""
+    """Whether the file is on this machine, as long as it should be, and, if its name has a checksum, with that one."""
     path = local_path(remote, file.path)
-    return path.is_file() and file.size in (-1, path.stat().st_size)
+    with _one_sentence(remote, file.path):
+        if not path.is_file():
+            return False
+        found = path.stat()
+        if file.size not in (-1, found.st_size):
+            return False
+        summed = remote.sha256 and file.path == remote.inside
+        return not summed or _fault_of_unchanged(path, file, found.st_mtime_ns) is None
 
 
 def size_of(remote: RemoteName, file: RemoteFile) -> int:
@@ -148,7 +162,7 @@ def page(remote: RemoteName) -> str:
     """The address of the repository's page, on the hub that ``HF_ENDPOINT`` names."""
     from huggingface_hub import constants
 
-    return remote.page(constants.ENDPOINT)
+    return remote.page(re.sub(r"//[^/@]*@", "//", constants.ENDPOINT))  # without a password
 
 
 def address(remote: RemoteName, path: str) -> str:
@@ -168,26 +182,24 @@ def cache_folder(remote: RemoteName) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------------- transfers
-def fetch(remote: RemoteName, file: RemoteFile) -> Path:
+def fetch(remote: RemoteName, file: RemoteFile, *, again: bool = False) -> Path:
     """Fetches one file, unless it is here, and verifies its size and digest before it gets its name.
 
-    What an interrupted transfer left is gone on with. Several processes may ask for the same file: one fetches it.
+    What an interrupted transfer left is gone on with, and content that is here under another name is used. Several
+    processes may ask for the same file: one fetches it. With ``again`` what is here is damaged, and stays until the
+    other has come.
 
     Raises:
       UserError: it is not accessible, what came is not what it should be, or it cannot be written.
       Unreachable: the server cannot be asked.
     """
-    from huggingface_hub.utils import WeakFileLock
-
-    target, incomplete = local_path(remote, file.path), _incomplete(remote, file)
-    with _one_sentence(remote, file.path):
+    target, incomplete, blob = local_path(remote, file.path), _incomplete(remote, file), _blob(remote, file)
+    with _one_sentence(remote, file.path), alone(_lock(remote, file), f"{file.path} of {remote.repo}"):
+        if is_here(remote, file) and not (again and fault_of(target, file)):
+            return target
         incomplete.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(remote, file)
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):
-            if is_here(remote, file):
-                return target
-            _transfer(remote, file, incomplete)
+        if blob is None or not blob.is_file() or fault_of(blob, file) is not None:
+            transfer(address(remote, file.path), _headers(remote), incomplete, file.size, file.path)
             if (fault := fault_of(incomplete, file)) is not None:
                 incomplete.unlink()
                 other = " or for a slip in the digits behind #sha256=" if remote.sha256 else ""
@@ -196,7 +208,9 @@ def fetch(remote: RemoteName, file: RemoteFile) -> Path:
                     "away: run the same command again, and if that repeats, look for a proxy or mirror that changes it"
                     f"{other}."
                 )
-            _move_into_place(remote, file, incomplete, target)
+            os.replace(incomplete, blob or target)
+        if blob is not None:
+            _link(target, blob)
     return target
 
 
@@ -216,14 +230,9 @@ def fault_of(path: Path, file: RemoteFile) -> str | None:
     return None if found == expected else f"checksum {found} instead of {expected}"
 
 
-def throw_away(remote: RemoteName, file: RemoteFile) -> None:
-    """Removes a damaged file, and the content that its name links to."""
-    path = local_path(remote, file.path)
-    with _one_sentence(remote, file.path):
-        content = path.resolve()
-        path.unlink()
-        if content.is_relative_to(_repository(remote).resolve() / "blobs"):
-            content.unlink()
+@functools.cache
+def _fault_of_unchanged(path: Path, file: RemoteFile, _changed: int) -> str | None:
+    return fault_of(path, file)
 
 
 def check_space(wanted: Sequence[tuple[RemoteName, RemoteFile]]) -> None:
@@ -242,15 +251,15 @@ def check_space(wanted: Sequence[tuple[RemoteName, RemoteFile]]) -> None:
 
 
 def bytes_to_fetch(wanted: Sequence[tuple[RemoteName, RemoteFile]]) -> int:
-    """What is left to transfer of the files; one that several artifacts share is counted once."""
-    left = {local_path(r, file.path): max(0, file.size - partial_bytes(r, file)) for r, file in wanted}
+    """What is left to transfer of the files; content that several share is counted once."""
+    left = {_incomplete(r, file): max(0, file.size - partial_bytes(r, file)) for r, file in wanted}
     return sum(left.values())
 
 
 def in_bytes(size: int) -> str:
     """A size for people: 604 kB, 5.48 GB."""
     if size < 1000:
-        return f"{size} bytes"
+        return f"{size} byte{'' if size == 1 else 's'}"
     amount, units = size / 1000, ["kB", "MB", "GB"]
     while amount >= 1000 and len(units) > 1:
         amount, units = amount / 1000, units[1:]
@@ -270,25 +279,47 @@ def _repository(remote: RemoteName) -> Path:
     return Path(constants.HF_HUB_CACHE) / f"{remote.kind}s--{remote.repo.replace('/', '--')}"
 
 
-def _blob(remote: RemoteName, file: RemoteFile) -> Path:
-    return _repository(remote) / "blobs" / file.digest.rpartition(":")[2]
+def _blob(remote: RemoteName, file: RemoteFile) -> Path | None:
+    """Where the hub's cache keeps the content, by its hash; None for GitHub's."""
+    return _repository(remote) / "blobs" / file.digest.rpartition(":")[2] if remote.site == "hub" else None
 
 
 def _incomplete(remote: RemoteName, file: RemoteFile) -> Path:
-    whole = _blob(remote, file) if remote.site == "hub" and file.digest else local_path(remote, file.path)
+    whole = _blob(remote, file) or local_path(remote, file.path)
     return whole.with_name(whole.name + ".spo_jax.incomplete")
 
 
 def _lock(remote: RemoteName, file: RemoteFile) -> Path:
     # For files of the hub the one that huggingface_hub takes, so that its commands wait as well.
-    blob = _blob(remote, file)
-    if remote.site == "hub" and file.digest:
+    if (blob := _blob(remote, file)) is not None:
         return blob.parents[2] / ".locks" / blob.parents[1].name / f"{blob.name}.lock"
     return _own_folder() / "locks" / f"{hashlib.sha256(str(local_path(remote, file.path)).encode()).hexdigest()}.lock"
 
 
+def _link(target: Path, blob: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        target.symlink_to(os.path.relpath(blob, target.parent))
+    except OSError:  # a file system without links
+        os.replace(blob, target)
+
+
 def _place(remote: RemoteName, revision: str | None) -> dict[str, Any]:
     return {"repo_id": remote.repo, "repo_type": remote.kind, "revision": revision}
+
+
+def _headers(remote: RemoteName) -> dict[str, str]:
+    from huggingface_hub.utils import build_hf_headers
+
+    return {} if remote.site == "github" else build_hf_headers()
+
+
+def _write_whole(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _listing_file(remote: RemoteName) -> Path:
@@ -303,30 +334,35 @@ def _known_listing(remote: RemoteName) -> dict[str, RemoteFile] | None:
         files = [RemoteFile(*entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         return None  # asked for again
-    return {file.path: file for file in files}
+    return {file.path: file for file in files} if files and all(map(_is_safe, files)) else None
 
 
 def _ask_listing(remote: RemoteName) -> dict[str, RemoteFile]:
     def ask(api: Any) -> list[Any]:
-        api.repo_info(**_place(remote, remote.revision))  # says at once if there is no network
+        api.repo_info(timeout=_SILENCE, **_place(remote, remote.revision))  # says soon if there is no network
         return list(api.list_repo_tree(recursive=True, **_place(remote, remote.revision)))
 
     files = []
     for entry in _ask(remote, ask):
-        if (size := getattr(entry, "size", None)) is not None:  # a folder has none
+        if hasattr(entry, "size"):  # a folder has none
             large = getattr(entry, "lfs", None)
             digest = f"sha256:{large.sha256}" if large else f"git:{entry.blob_id}"
-            # Both become names of files here, and a mirror may send anything.
-            if _UNSAFE_PATH.search(entry.path) or not _DIGEST.fullmatch(digest):
-                raise UserError(f"{page(remote)} lists a file {entry.path!r} ({digest}), which no repository has.")
-            files.append(RemoteFile(entry.path, size, digest))
-    path = _listing_file(remote)
-    with contextlib.suppress(OSError):  # without it the hub is asked again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps([dataclasses.astuple(file) for file in files]), encoding="utf-8")
-        os.replace(temporary, path)
+            file = RemoteFile(entry.path, entry.size, digest)
+            if not _is_safe(file):
+                raise UserError(
+                    f"{page(remote)} lists a file {entry.path!r}, {file.size!r} bytes, {digest!r}; no hub does."
+                )
+            files.append(file)
+    if files:
+        with contextlib.suppress(OSError):  # without it the hub is asked again
+            _write_whole(_listing_file(remote), json.dumps([dataclasses.astuple(file) for file in files]))
     return {file.path: file for file in files}
+
+
+def _is_safe(file: RemoteFile) -> bool:
+    """Whether a listed path and digest may become names of files here: a mirror may send anything."""
+    texts = isinstance(file.path, str) and isinstance(file.digest, str) and type(file.size) is int and file.size >= 0
+    return texts and not _UNSAFE_PATH.search(file.path) and _DIGEST.fullmatch(file.digest) is not None
 
 
 def _ask(remote: RemoteName, request: Callable[[Any], _T]) -> _T:
@@ -334,34 +370,7 @@ def _ask(remote: RemoteName, request: Callable[[Any], _T]) -> _T:
     from huggingface_hub import HfApi
 
     with _one_sentence(remote):
-        return _patiently(lambda: request(HfApi()))
-
-
-def _patiently(act: Callable[[], _T]) -> _T:
-    """``act()``, again after a while if the server says that it is busy (429, 5xx)."""
-    for left in reversed(range(_TRIES)):
-        try:
-            return act()
-        except Exception as error:
-            response = getattr(error, "response", None)
-            status = getattr(response, "status_code", 0)
-            if not left or not (status == 429 or 500 <= status < 600):
-                raise
-            asked = response.headers.get("Retry-After", "") if response is not None else ""
-            wait = float(asked) if asked.isdigit() else 2.0 ** (_TRIES - left)
-            if wait > _LONGEST_WAIT:
-                raise
-            print(f"spo_jax: the server is busy ({status}); asking again in {wait:.0f} s.", file=sys.stderr)
-            time.sleep(wait)
-    raise AssertionError("unreachable")
-
-
-def _headers(remote: RemoteName) -> dict[str, str]:
-    from huggingface_hub.utils import build_hf_headers
-
-    # Without compression, so that sizes and ranges are of the file itself.
-    plain = {"Accept-Encoding": "identity"}
-    return plain if remote.site == "github" else build_hf_headers() | plain
+        return patiently(lambda: request(HfApi()))
 
 
 def _size_on_github(remote: RemoteName) -> int:
@@ -372,69 +381,18 @@ def _size_on_github(remote: RemoteName) -> int:
         return path.stat().st_size
 
     def ask() -> int:
+        headers = {"Accept-Encoding": "identity"}
         url = address(remote, remote.inside)
-        response = get_session().head(url, headers=_headers(remote), follow_redirects=True)
+        response = get_session().head(url, headers=headers, follow_redirects=True, timeout=_SILENCE)
+        if response.status_code in (405, 501):  # a mirror without it
+            return -1
         hf_raise_for_status(response)
-        return int(response.headers.get("Content-Length", -1))
+        told = response.headers.get("Content-Length", "")
+        packed = response.headers.get("Content-Encoding", "identity") != "identity"
+        return int(told) if told.isdigit() and not packed else -1
 
     with _one_sentence(remote, remote.inside):
-        return _patiently(ask)
-
-
-def _transfer(remote: RemoteName, file: RemoteFile, incomplete: Path) -> None:
-    """Appends to ``incomplete`` until the file is whole; a connection that breaks is made again."""
-    from huggingface_hub.file_download import http_get
-
-    expected = file.size if file.size >= 0 else None
-    name = file.path if len(file.path) <= 40 else "..." + file.path[-37:]
-    failures = 0
-    while True:
-        with incomplete.open("ab") as content:
-            before = content.seek(0, os.SEEK_END)
-            if expected is not None and before > expected:
-                content.truncate(0)
-                before = 0
-            try:
-                http_get(
-                    address(remote, file.path),
-                    content,
-                    headers=_headers(remote),
-                    resume_size=before,
-                    expected_size=expected,
-                    displayed_filename=name,
-                )
-                return
-            except Exception as error:  # the HTTP library's own kinds differ between versions
-                if not _passes(error):
-                    raise
-                broken = error
-            failures = 0 if content.tell() > before else failures + 1
-        if failures >= _TRIES:
-            raise broken
-        time.sleep(min(2.0**failures, 10.0))
-
-
-def _passes(error: Exception) -> bool:
-    """Whether a transfer that failed may go on: after a broken connection or a busy server, not after a refusal."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    if (response := getattr(error, "response", None)) is not None:
-        return response.status_code == 429 or response.status_code >= 500
-    return not isinstance(error, OfflineModeIsEnabled) and getattr(error, "errno", None) is None
-
-
-def _move_into_place(remote: RemoteName, file: RemoteFile, incomplete: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if remote.site == "github" or not file.digest:
-        os.replace(incomplete, target)
-        return
-    blob = _blob(remote, file)
-    os.replace(incomplete, blob)
-    target.unlink(missing_ok=True)
-    try:
-        target.symlink_to(os.path.relpath(blob, target.parent))
-    except OSError:  # a file system without links
-        os.replace(blob, target)
+        return patiently(ask)
 
 
 @contextlib.contextmanager
@@ -463,22 +421,29 @@ def _one_sentence(remote: RemoteName, path: str = "") -> Iterator[None]:
             "here; check the name, and for a private one set HF_TOKEN to a token of yours (or log in with "
             "`hf auth login`)."
         ) from error
+    except errors.HFValidationError as error:
+        raise UserError(
+            f"{remote.repo} is no name of a repository on the hub, and nothing of that name is here."
+        ) from error
     except Exception as error:  # network, proxy, authentication and disk fail in many ways
-        response, reason = getattr(error, "response", None), _first_line(error)
-        number = getattr(error, "errno", None)
-        if number in _NO_SPACE:
+        response, number = getattr(error, "response", None), getattr(error, "errno", None)
+        reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+        if number in NO_SPACE:
             raise UserError(
                 f"{what} does not fit into {cache_folder(remote)} ({os.strerror(number)}); free some space, or set "
                 "HF_HOME to a folder on another disk, and run the same command again: it goes on where it stopped."
             ) from error
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or number == errno.EROFS:
             raise UserError(
-                f"{what} cannot be written to {cache_folder(remote)} ({reason}); set HF_HOME to a folder of yours."
+                f"{what} cannot be read or written in {cache_folder(remote)} ({reason}); "
+                "set HF_HOME to a folder of yours."
             ) from error
         if response is not None:
             raise UserError(_refusal(remote, what, response.status_code)) from error
         if isinstance(error, errors.OfflineModeIsEnabled):
             reason = "HF_HUB_OFFLINE is set"
+        if isinstance(error, json.JSONDecodeError):
+            reason = "what came is no answer of a hub: a login page, or a proxy?"
         message = f"{what} could not be fetched ({reason}); run the same command again with network."
         raise Unreachable(message, reason) from error
 
@@ -489,13 +454,5 @@ def _refusal(remote: RemoteName, what: str, status: int) -> str:
     if status in (404, 410):
         return f"There is no {what} at {remote.revision or 'its default branch'} ({status}); see {page(remote)}."
     if status == 429:
-        return (
-            f"The server has had too many requests for {what} (429); wait some minutes and run the same command again."
-        )
-    return (
-        f"The server cannot give {what} now ({status}); run the same command again later: it goes on where it stopped."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+        return f"The server has had too many requests for {what} (429); run the same command again in some minutes."
+    return f"The server cannot give {what} now ({status}); run the same command again later: it goes on then."

@@ -30,11 +30,11 @@ def resolve_model(name: str | Path, *, variant: str | None = None, weights: bool
     Raises:
       UserError: there is no such path or repository; or files that are neither cached nor to be had.
     """
-    if Path(name).exists():
-        return Path(name)
-    remote = parse_remote(str(name))
+    remote = remote_of(name)
     if remote is None:
-        raise UserError(not_here(str(name)))
+        if not exists(name):
+            raise UserError(not_here(str(name)))
+        return Path(name)
     try:
         remote = pinned(remote)
         files = download.list_files(remote, variant=variant or "", weights=weights, network=False)
@@ -52,9 +52,30 @@ def resolve_model(name: str | Path, *, variant: str | None = None, weights: bool
 
 
 def fetched(name: str | Path) -> Path:
-    """The path that a name stands for: a remote one is fetched, a local one need not be there."""
-    is_remote = not Path(name).exists() and parse_remote(str(name)) is not None
-    return resolve_model(name) if is_remote else Path(name)
+    """The path that a name of a file or of adapters stands for: a remote one is fetched, a local one need not be there.
+
+    These are mostly local, so a remote one has an ``@``: a slip in a path must not become a stranger's repository.
+    """
+    return resolve_model(name) if "@" in str(name) and remote_of(name) is not None else Path(name)
+
+
+def remote_of(name: str | Path) -> RemoteName | None:
+    """The remote name that a name is; None for what is here, and for what can only be a local path.
+
+    ``runs/a`` is a local path where there is a folder ``runs``, unless it has an ``@``.
+    """
+    text = str(name)
+    if exists(name) or ("@" not in text and "/" in text and exists(text.partition("/")[0] or "/")):
+        return None
+    return parse_remote(text)
+
+
+def exists(name: str | Path) -> bool:
+    """Whether there is such a path; also of names that no path can have."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
 
 
 @functools.cache
@@ -97,7 +118,7 @@ def repository_of(name: str | Path) -> str | None:
 
 def find_file(name: str | Path, file: str) -> Path | None:
     """A file of a model (see ``resolve_model``) that is here already, in its folder or in the hub's cache, or None."""
-    remote = None if Path(name).exists() else parse_remote(str(name))
+    remote = remote_of(name)
     if remote is None:
         path = Path(name) / file
     else:

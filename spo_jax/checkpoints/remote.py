@@ -21,7 +21,7 @@ from spo_jax.errors import UserError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB = re.compile(
-    r"(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@#]*)(?:/(?P<inside>[^#]+))?)?"
+    r"(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/pr/\d+|[^/@#]*)(?:/(?P<inside>[^#]+)|/)?)?"
     r"(?:#sha256=(?P<sha256>[^#]*))?"
 )
 _GITHUB = re.compile(
@@ -29,6 +29,7 @@ _GITHUB = re.compile(
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 _FILE_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet")
+_STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
 _CONFIGS = ("*.json", "*.txt")
 # Parts of published pipelines that are never read here.
 _UNUSED = ("safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae_1_0/*")
@@ -91,12 +92,12 @@ def parse_remote(name: str) -> RemoteName | None:
     remote = RemoteName(
         site="github" if github else "hub",
         repo=match["repo"],
-        revision=match["revision"] or "",
+        revision=_lower(match["revision"] or ""),
         inside=str(PurePosixPath(inside)) if inside else "",
-        sha256=match["sha256"] or "",
+        sha256=_lower(match["sha256"] or ""),
         kind="dataset" if not github and match["kind"] else "model",
     )
-    if ".." in PurePosixPath(inside).parts or PurePosixPath(inside).is_absolute():
+    if ".." in PurePosixPath(inside).parts or PurePosixPath(inside).is_absolute() or ".." in remote.revision:
         raise UserError(f"{name!r} names a path outside its repository.")
     if match["sha256"] is not None and not re.fullmatch(r"[0-9a-f]{64}", remote.sha256):
         raise UserError(f"{name!r}: behind #sha256= stand the 64 hexadecimal digits of a file's checksum.")
@@ -108,6 +109,11 @@ def parse_remote(name: str) -> RemoteName | None:
             f"are listed at https://github.com/{remote.repo}/commits."
         )
     return remote
+
+
+def _lower(digits: str) -> str:
+    """Hexadecimal digits in lower case; a branch or a tag stays as it is."""
+    return digits.lower() if re.fullmatch(r"[0-9A-Fa-f]{40}|[0-9A-Fa-f]{64}", digits) else digits
 
 
 def choose_files(remote: RemoteName, paths: Iterable[str], *, variant: str = "", weights: bool = True) -> list[str]:
@@ -138,9 +144,9 @@ def choose_files(remote: RemoteName, paths: Iterable[str], *, variant: str = "",
     if weights:
         dot = f".{variant}" if variant else ""
         for kind in ("bin", "safetensors"):
-            # Models, whole or in shards, and adapters; no checkpoints of other programs.
-            names = f"*model{dot}.{kind}", f"*model{dot}-*-of-*.{kind}", f"pytorch_lora_weights.{kind}"
-            found = matching(place, *names)
+            # Models, whole or in shards, and adapters; no single-file checkpoints.
+            names = [f"{stem}{dot}{part}.{kind}" for stem in _STEMS for part in ("", "-*-of-*")]
+            found = matching(place, *names, *(f"*/{name}" for name in names), f"pytorch_lora_weights.{kind}")
             folders = {PurePosixPath(path).parent for path in found}
             chosen = {p for p in chosen if not (p.endswith(".bin") and PurePosixPath(p).parent in folders)}
             chosen.update(found)

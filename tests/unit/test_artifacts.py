@@ -1,12 +1,15 @@
 """What a config needs: commits are looked up once and kept, and what is here is not asked for."""
 
 import json
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 
 from configs import common, common_spm, sd15, tiny
-from spo_jax.checkpoints.artifacts import artifacts_of, look_up, ready, take_stock
+from spo_jax.checkpoints import download
+from spo_jax.checkpoints.artifacts import artifacts_of, fetch_command, look_up, ready, take_stock
+from spo_jax.checkpoints.hub import fetched
 from spo_jax.errors import UserError
 from spo_jax.training.checkpoint import check_workdir
 from tests.hub_server import COMMIT, serve
@@ -100,3 +103,60 @@ def test_what_is_known_of_one_name_is_taken_though_another_cannot_be_looked_up(h
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     config = config_with(model="org/sd", scorer__path="org/judge")
     assert look_up(config, {"org/judge": LATER}) == {"org/judge": LATER}
+
+
+def test_a_name_that_could_not_be_looked_up_at_first_is_not_fetched_without_a_pin(hub, tmp_path, monkeypatch):
+    ask, failed = download.commit_of, []
+
+    def once(remote):
+        if not failed:
+            failed.append(remote)
+            raise download.Unreachable("", "a hiccup")
+        return ask(remote)
+
+    monkeypatch.setattr(download, "commit_of", once)
+    with pytest.raises(UserError, match=r"config\.model \(org/sd\).*with network"):
+        ready(config_with(model="org/sd"), tmp_path / "w")
+    assert not hub.sent
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ["../../evil.json", 2, f"git:{'0' * 40}"],
+        ["model_index.json", "2", f"git:{'0' * 40}"],
+        ["model_index.json", 2, "git:../../evil"],
+        ["a" * 300 + ".json", 2, f"git:{'0' * 40}"],
+    ],
+)
+def test_a_listing_that_was_tampered_with_is_asked_for_again(hub, tmp_path, entry):
+    listing = tmp_path / "home" / "spo_jax" / "listings" / "models--org--sd" / f"{COMMIT}.json"
+    listing.parent.mkdir(parents=True)
+    listing.write_text(json.dumps([entry]))
+    ready(config_with(model=f"org/sd@{COMMIT}"), tmp_path / "w")
+    assert [name for name, _ in hub.sent] == ["model_index.json"]
+
+
+def test_a_slip_in_a_local_path_asks_no_server(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match=r"config\.scorer\.path: 'runs/spm' does not exist here"):
+        ready(config_with(scorer__path="runs/spm"), tmp_path / "w")
+    assert fetched("other/lora") == Path("other/lora")
+    assert not hub.requests
+
+
+def test_the_command_that_fetches_has_the_flags_of_this_one(monkeypatch):
+    given = [
+        "main",
+        "--config",
+        "configs/tiny.py",
+        "--workdir=w",
+        "--config.model=a b",
+        "--config.vae",
+        "x",
+        "--seed=1",
+    ]
+    monkeypatch.setattr("sys.argv", given)
+    command = "python -m spo_jax.fetch --config configs/tiny.py '--config.model=a b' --config.vae x"
+    assert fetch_command() == command

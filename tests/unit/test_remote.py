@@ -23,6 +23,8 @@ PART = st.from_regex(r"[A-Za-z0-9_][\w.-]{0,8}", fullmatch=True)
         (f"org/name@{COMMIT}/a/", RemoteName("hub", "org/name", COMMIT, "a")),
         (f"datasets/org/name@v1/p.json#sha256={SUM}", RemoteName("hub", "org/name", "v1", "p.json", SUM, "dataset")),
         (f"github:org/name@{COMMIT}/p q.json", RemoteName("github", "org/name", COMMIT, "p q.json")),
+        ("org/name@refs/pr/12/a", RemoteName("hub", "org/name", "refs/pr/12", "a")),
+        (f"org/name@{COMMIT.upper()}/", RemoteName("hub", "org/name", COMMIT)),
     ],
 )
 def test_names(name, meant):
@@ -49,6 +51,7 @@ def test_local_paths_are_no_remote_names(name):
     [
         (f"org/name@{COMMIT}/../../x", "outside its repository"),
         (f"org/name@{COMMIT}//etc", "outside its repository"),
+        ("org/name@..", "outside its repository"),
         ("github:org", "write github:owner/repo@<40 digits>/path"),
         ("github:org/name/p.json", "one file at a commit.*https://github.com/org/name/commits"),
         ("github:org/name@main/p.json", "one file at a commit"),
@@ -123,6 +126,7 @@ def test_shards_single_files_and_adapters():
     shards = {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)} | {"model.safetensors.index.json", "config.json"}
     assert chosen("org/clip", shards | {"model.fp16-00001-of-00001.safetensors", "pytorch_model.bin"}) == shards
     models = {"sd_preference_model.bin", "sdxl_preference_model.bin", "README.md", "sub/config.json"}
+    assert chosen("org/spm", models - {"sub/config.json"}) == set()
     assert chosen("org/spm@main/sdxl_preference_model.bin", models) == {"sdxl_preference_model.bin"}
     assert chosen("org/spm@main/sub/a.bin", {*models, "sub/a.bin"}) == {"sub/a.bin", "sub/config.json"}
     assert chosen("org/lora", {"pytorch_lora_weights.safetensors", "x.py"}) == {"pytorch_lora_weights.safetensors"}
