@@ -25,9 +25,9 @@ import pytest
 FAST = frozenset(
     f"test_{name}.py"
     for name in (
-        *("accuracy", "attention", "cli", "colorfulness", "exchange", "fast", "guidance", "hub", "layers", "mesh"),
-        *("metrics", "pairs", "pool", "processes", "prompts", "recorded_checkpoint", "records", "report", "roll_call"),
-        *("seams", "spm_report", "write_pipeline"),
+        *("accuracy", "colorfulness", "exchange", "fast", "guidance", "layers", "mesh", "metrics", "pairs"),
+        *("processes", "prompts", "recorded_checkpoint", "records", "report", "roll_call", "seams", "spm_report"),
+        "write_pipeline",
     )
 )
 
