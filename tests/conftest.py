@@ -28,29 +28,17 @@ FAST = frozenset(
         *(
             "accuracy",
             "artifacts",
-            "attention",
-            "cli",
             "colorfulness",
             "exchange",
             "fast",
             "guidance",
-            "hub",
             "layers",
             "mesh",
-        ),
-        *(
             "metrics",
             "pairs",
-            "pool",
-            "processes",
-            "prompts",
-            "recorded_checkpoint",
-            "records",
-            "remote",
-            "report",
-            "roll_call",
         ),
-        *("seams", "spm_report", "write_pipeline"),
+        *("processes", "prompts", "recorded_checkpoint", "records", "remote", "report", "roll_call", "seams"),
+        *("spm_report", "write_pipeline"),
     )
 )
 
