@@ -25,21 +25,9 @@ import pytest
 FAST = frozenset(
     f"test_{name}.py"
     for name in (
-        *(
-            "accuracy",
-            "artifacts",
-            "colorfulness",
-            "exchange",
-            "fast",
-            "guidance",
-            "layers",
-            "mesh",
-            "metrics",
-            "pairs",
-        ),
-        *("processes", "prompts", "recorded_checkpoint", "records", "remote", "report", "roll_call", "seams"),
-        *("spm_report", "write_pipeline"),
-    )
+        "accuracy artifacts colorfulness exchange fast guidance layers mesh metrics pairs processes prompts "
+        "recorded_checkpoint records remote report roll_call seams spm_report write_pipeline"
+    ).split()
 )
 
 jax.config.update("jax_num_cpu_devices", 8)
