@@ -25,9 +25,10 @@ import pytest
 FAST = frozenset(
     f"test_{name}.py"
     for name in (
-        "accuracy artifacts colorfulness exchange fast guidance layers mesh metrics pairs processes prompts "
-        "recorded_checkpoint records remote report roll_call seams spm_report write_pipeline"
-    ).split()
+        *("accuracy", "artifacts", "colorfulness", "exchange", "fast", "guidance", "layers", "mesh", "metrics"),
+        *("pairs", "processes", "prompts", "recorded_checkpoint", "records", "remote", "report", "roll_call"),
+        *("seams", "spm_report", "write_pipeline"),
+    )
 )
 
 jax.config.update("jax_num_cpu_devices", 8)
