@@ -1,4 +1,4 @@
-"""Small random models in the layout of the repositories that the configs name, for ``tests/hub_server.py``."""
+"""Small models in the layout of the repositories that the configs name, for ``tests/hub_server.py``."""
 
 import functools
 import hashlib
@@ -12,7 +12,6 @@ from configs import common
 from spo_jax.checkpoints.remote import parse_remote
 from spo_jax.emoji import resolve
 from tests.hub_server import files_of
-from tests.small_pipeline import small_pipeline
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"
@@ -35,8 +34,9 @@ PIPELINE = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "sch
 
 @functools.cache
 def repositories() -> dict[str, dict[str, bytes]]:
-    """What ``configs/sd15.py`` and ``configs/spm_sd15.py`` need, as small as can be."""
-    pipeline = {path: content for path, content in files_of(small_pipeline()).items() if path.split("/")[0] in PIPELINE}
+    """What ``configs/sd15.py`` and ``configs/spm_sd15.py`` need: the emoji models, whose pictures differ in score."""
+    emoji = files_of(resolve("emoji:model"))
+    pipeline = {path: content for path, content in emoji.items() if path.split("/")[0] in PIPELINE}
     captions = resolve("emoji:prompts/spo.txt").read_text(encoding="utf-8").splitlines()
     training, held_out = parse_remote(common.TRAINING_PROMPTS), parse_remote(common.HELD_OUT_PROMPTS)
     return {
