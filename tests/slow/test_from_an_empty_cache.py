@@ -2,7 +2,7 @@
 
     bash launch/test.sh -m slow -n 0 -s tests/slow/test_from_an_empty_cache.py
 
-Only sizes are overridden, and the two files of prompts: their checksums are of texts that are not shipped. The pictures of
+Only sizes are overridden, and the two files of prompts: their checksums are of texts that are not shipped. Pictures of
 a random SDXL differ too little for the recipe's threshold of pairs, so that is overridden as well.
 """
 
