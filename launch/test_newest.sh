@@ -51,7 +51,7 @@ cd "$1"
 import platform
 from importlib.metadata import version
 names = "jax jaxlib flax optax orbax-checkpoint chex numpy diffusers transformers huggingface_hub".split()
-print("Python", platform.python_version(), *(f"{name} {version(name)}" for name in names), sep="\n")'
+print(f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names), sep=", ")'
 .venv/bin/python -m pytest -q -n 2 --dist loadfile -m fast
 .venv/bin/python -m pytest -q -n 2 --dist loadfile tests/parity/test_golden.py tests/parity/test_golden_sdxl.py
 END
