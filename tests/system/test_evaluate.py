@@ -78,7 +78,7 @@ def test_a_step_aware_model_beside_itself_kept_from_knowing_the_timestep(data):
         (["--scorer=a", "--out=accuracy.csv"], "--out=accuracy.csv must name a JSON file"),
         (["--fn=absent:score"], "--fn=absent:score: there is no module absent"),
         (["--scorer=a", "--pairs=b"], "Data 'b' must be written as FOLDER@SPLIT"),
-        (["--scorer=no/such/scorer"], "Model 'no/such/scorer' does not exist here"),
+        (["--scorer=no/such/scorer"], "'no/such/scorer' does not exist here"),
         (["--fn=builtins:print", "--timesteps=0,1000"], "--timesteps=1000 is beyond the model's last, 999"),
         (["--fn=builtins:print"], "--fn=builtins:print gives no array"),
     ],
