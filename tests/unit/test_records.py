@@ -49,7 +49,7 @@ def test_prompt_files(tmp_path, name, text):
         ("p.txt", b"caf\xe9", "byte 3 is 0xe9"),
         ("p.json", b"[", "not valid JSON"),
         ("p.json", b"{}", "JSON list"),
-        ("p.json", b'[{"text": "a"}]', "entry 0"),
+        ("p.json", b'[{"title": "a"}]', "entry 0"),
         ("p.json", b"", "is empty"),
         ("p.json", b"[" * 200_000, "not valid JSON"),
         ("p.json", b"[" + b"1" * 5000 + b"]", "not valid JSON"),

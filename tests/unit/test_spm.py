@@ -110,8 +110,12 @@ def test_a_pair_does_not_depend_on_its_batch(pipeline, predictions):
     order = np.random.default_rng(1).permutation(8)
     shuffled = jax.tree.map(lambda x: x[order], pairs)
     expected = shown(pipeline, predictions[0], pairs, timesteps)
-    np.testing.assert_allclose(shown(pipeline, predictions[0], shuffled, timesteps[order]), expected[order], atol=1e-5)
-    np.testing.assert_allclose(shown(pipeline, predictions[2], pairs, timesteps), expected, atol=1e-5)
+    # A clean prediction divides what the network has rounded by sqrt(alpha_bar): 1e-5 at t = 0, more later.
+    alphas_cumprod = np.asarray(make_schedule(pipeline.scheduler_config, num_steps=1).alphas_cumprod)
+    allowed = (1e-5 / np.sqrt(alphas_cumprod[timesteps])).reshape(-1, 1, 1, 1, 1)
+    by_shuffled = shown(pipeline, predictions[0], shuffled, timesteps[order])
+    assert (np.abs(by_shuffled - expected[order]) <= allowed[order]).all()
+    assert (np.abs(shown(pipeline, predictions[2], pairs, timesteps) - expected) <= allowed).all()
     other = shown(pipeline, predictions[0], pairs, timesteps, positions=np.arange(8))
     assert np.abs(other[5] - expected[5]).max() > 1e-2, "another place in the stream is another noise"
 
