@@ -19,6 +19,7 @@ from absl import flags
 
 from spo_jax import cli
 from spo_jax.errors import UserError
+from spo_jax.files import write_text
 
 SCORER = flags.DEFINE_string(
     "scorer", None, "The judge: a preference model or a CLIP; a folder, file or org/name@commit."
@@ -138,7 +139,7 @@ def main() -> None:
             "timesteps": [{"timestep": timestep, **accuracy_row(measured[timestep])} for timestep in timesteps],
         }
         try:
-            out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+            write_text(out, json.dumps(numbers, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another place.") from error
         print(f"Numbers: {out}")

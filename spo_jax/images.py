@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from spo_jax.files import atomic_write
+
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Images in [-1, 1] (clipped) to uint8 in [0, 255]."""
@@ -28,9 +30,8 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
 
 def write_png(path: str | Path, image: np.ndarray, zoom: int = 1) -> None:
     """Writes a uint8 image [H, W, 3], enlarged ``zoom`` times without smoothing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(image)
     if zoom > 1:
         picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-    picture.save(path)
+    with atomic_write(path) as temporary:
+        picture.save(temporary, "PNG")

@@ -25,7 +25,18 @@ import pytest
 FAST = frozenset(
     f"test_{name}.py"
     for name in (
-        *("accuracy", "artifacts", "colorfulness", "exchange", "fast", "guidance", "layers", "mesh", "metrics"),
+        *(
+            "accuracy",
+            "artifacts",
+            "colorfulness",
+            "exchange",
+            "fast",
+            "files",
+            "guidance",
+            "layers",
+            "mesh",
+            "metrics",
+        ),
         *("pairs", "processes", "prompts", "recorded_checkpoint", "records", "remote", "report", "roll_call"),
         *("seams", "spm_report", "write_pipeline"),
     )

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from spo_jax.checkpoints.remote import RemoteName, choose_files
 from spo_jax.checkpoints.transfer import NO_SPACE, alone, patiently, transfer
 from spo_jax.errors import UserError
+from spo_jax.files import write_text
 
 _GITHUB = "https://raw.githubusercontent.com"
 _SILENCE = 30.0  # seconds without an answer after which there is no network
@@ -78,7 +79,7 @@ def commit_of(remote: RemoteName) -> str:
     if not _COMMIT.fullmatch(str(info.sha)):
         raise UserError(f"{page(remote)} gives {info.sha!r} as its commit; is HF_ENDPOINT a hub?")
     with contextlib.suppress(OSError):  # what huggingface_hub looks up without network
-        _write_whole(known, info.sha)
+        write_text(known, info.sha)
     return str(info.sha)
 
 
@@ -315,13 +316,6 @@ def _headers(remote: RemoteName) -> dict[str, str]:
     return {} if remote.site == "github" else build_hf_headers()
 
 
-def _write_whole(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _listing_file(remote: RemoteName) -> Path:
     return _own_folder() / "listings" / _repository(remote).name / f"{remote.revision}.json"
 
@@ -355,7 +349,7 @@ def _ask_listing(remote: RemoteName) -> dict[str, RemoteFile]:
             files.append(file)
     if files:
         with contextlib.suppress(OSError):  # without it the hub is asked again
-            _write_whole(_listing_file(remote), json.dumps([dataclasses.astuple(file) for file in files]))
+            write_text(_listing_file(remote), json.dumps([dataclasses.astuple(file) for file in files]))
     return {file.path: file for file in files}
 
 

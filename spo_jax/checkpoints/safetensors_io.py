@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from spo_jax.checkpoints import names
 from spo_jax.checkpoints.hub import missing
 from spo_jax.checkpoints.stored import StoredArray
 from spo_jax.errors import UserError
+from spo_jax.files import atomic_write
 
 _DTYPES = {
     "BOOL": np.bool_,
@@ -84,7 +82,7 @@ def write_params(path: Path, params: Any, *, dtype: Any = np.float32, prefix: st
         header[key] = {"dtype": name, "shape": shape, "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of eight bytes
-    with _replacing(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for _, tree_path, value in entries:
             array = np.ascontiguousarray(names.to_torch(tree_path, _fetch(value)), dtype)
@@ -97,24 +95,12 @@ def _fetch(value: Any) -> np.ndarray:
     return np.asarray(jnp.copy(value) if isinstance(value, jax.Array) else value)
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` when all went well: a reader never sees half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[str, str] | None = None) -> None:
     """Writes tensors; the file appears complete or not at all.
 
     ``metadata`` goes into the file's header, beside the ``format`` that PyTorch's readers look for.
     """
-    with _replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         safetensors.numpy.save_file(tensors, str(temporary), metadata={"format": "pt"} | (metadata or {}))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from spo_jax.checkpoints.safetensors_io import write_params
 from spo_jax.errors import UserError
+from spo_jax.files import write_text
 from spo_jax.models import CLIPModel
 
 WEIGHTS = "model.safetensors"
@@ -43,10 +43,7 @@ def write_scorer(folder: str | Path, clip: CLIPModel, params: Any, *, dtype: Any
         "vision_config": flax.core.unfreeze(clip.vision_config),
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / (CONFIG + ".tmp")
-        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / CONFIG)
+        write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_params(folder / WEIGHTS, params, dtype=dtype, prefix="model." if clip.step_aware else "")
     except OSError as error:
         raise UserError(f"Folder {folder} cannot be written ({error.strerror or error}); choose another.") from error

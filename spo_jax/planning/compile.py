@@ -25,6 +25,7 @@ import jax
 from ml_collections import ConfigDict
 
 from spo_jax.distributed.mesh import make_mesh
+from spo_jax.files import write_text
 from spo_jax.planning.collectives import Traffic, collectives
 from spo_jax.planning.programs import extra_bytes, make_run
 from spo_jax.planning.targets import ENVIRONMENT, Target, devices_of, parse_target
@@ -106,10 +107,7 @@ def _main() -> None:
     kept = _cache() / f"{_key(target, lowered.as_text())}.json"
     if not kept.exists():
         answer = json.dumps(dataclasses.asdict(_compile(lowered, target.platform)))
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(answer, encoding="utf-8")
-        unfinished.replace(kept)
+        write_text(kept, answer)
     answer = json.loads(kept.read_text(encoding="utf-8"))
     print(json.dumps(answer | {"extra": extra_bytes(program, run)}))
 

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from spo_jax.checkpoints.artifacts import PINS_FILE
 from spo_jax.distributed.agreement import agree
 from spo_jax.errors import UserError
+from spo_jax.files import write_text
 
 CONFIG_FILE = "config.json"
 CHECKSUMS_FILE = "checksums.json"
@@ -268,9 +269,7 @@ def _check_workdir(workdir: Path, config: dict[str, Any], pins: dict[str, str]) 
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _first_difference(old: Any, new: Any, name: str) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from spo_jax.errors import UserError
+from spo_jax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 CLIPPED_FRACTION = 0.95
@@ -131,9 +131,7 @@ def read_metrics(path: str | Path, last_step: float = math.inf) -> list[dict[str
 
 def _truncate(path: Path, last_step: int) -> None:
     rows = "".join(json.dumps(row) + "\n" for row in read_metrics(path, last_step))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(rows, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, rows)
 
 
 def check_finite(row: Mapping[str, float], batch: int, workdir: Path) -> None:

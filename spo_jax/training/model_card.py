@@ -14,7 +14,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from spo_jax.emoji import PREFIX
-from spo_jax.training.report import duration, number, write_whole
+from spo_jax.files import write_text
+from spo_jax.training.report import duration, number
 from spo_jax.training.sources import licence_of, source_of
 
 PAPER = "[SPO](https://arxiv.org/abs/2406.04314), CVPR 2025"
@@ -78,7 +79,7 @@ def write_model_card(path: str | Path, *, summary: Mapping[str, Any], num_prompt
 def write_card(path: Path, sections: Sequence[str]) -> None:
     """Writes the sections that are not empty; a card that is there stays, because its owner may have changed it."""
     if not path.exists():
-        write_whole(path, "\n".join(section for section in sections if section))
+        write_text(path, "\n".join(section for section in sections if section))
 
 
 def front_matter(base: str, *, relation: str, **fields: str | Sequence[str]) -> str:

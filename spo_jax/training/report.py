@@ -7,13 +7,14 @@ import html
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from spo_jax.files import write_text
 
 # Title, what a good run looks like, and the series in it: (key of metrics.jsonl, name in the legend).
 _CURVES = (
@@ -75,7 +76,7 @@ code { font-size: .8rem; overflow-wrap: anywhere; }
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
     """Writes the summary as JSON, complete or not at all; a number that is not finite becomes null."""
-    write_whole(Path(path), json.dumps(_finite(summary), indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_text(Path(path), json.dumps(_finite(summary), indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_report(
@@ -113,7 +114,7 @@ def write_report(
         '<p class="lead">Each can be set on the command line, as <code>--config.KEY=VALUE</code>.</p>',
         f'<div class="settings">{settings(summary["config"])}</div>',
     ]
-    write_whole(Path(path), page("SPO report", sections))
+    write_text(Path(path), page("SPO report", sections))
 
 
 def page(title: str, sections: Sequence[str]) -> str:
@@ -258,10 +259,3 @@ def number(value: Any, form: str) -> str:
 
 def escaped(value: Any) -> str:
     return html.escape(str(value))
-
-
-def write_whole(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)

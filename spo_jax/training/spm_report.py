@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spo_jax.data.records import FAULTS
+from spo_jax.files import write_text
 from spo_jax.training.pair_accuracy import PLAIN, SCORER, TOLD_0
-from spo_jax.training.report import curve, data_uri, duration, escaped, number, page, settings, show_cards, write_whole
+from spo_jax.training.report import curve, data_uri, duration, escaped, number, page, settings, show_cards
 
 _CURVES = (
     ("Loss", "Cross-entropy with the labels; log 2 = 0.693 is a coin's.", "loss"),
@@ -80,7 +81,7 @@ def write_spm_report(
         '<p class="lead">Each can be set on the command line, as <code>--config.KEY=VALUE</code>.</p>',
         f'<div class="settings">{settings(summary["config"])}</div>',
     ]
-    write_whole(Path(path), page("Preference model report", sections))
+    write_text(Path(path), page("Preference model report", sections))
 
 
 def _accuracies(accuracy: Mapping[str, Mapping[str, Any]]) -> str:

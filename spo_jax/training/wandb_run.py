@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 
 from spo_jax.distributed.agreement import agree
 from spo_jax.errors import UserError
+from spo_jax.files import write_text
 from spo_jax.training.metrics import METRICS_FILE, read_metrics
-from spo_jax.training.report import write_whole
 
 ID_FILE = "wandb_run_id.txt"
 _FINISH_SECONDS = 60  # at the end, for the last rows; without network W&B would wait for it without an end
@@ -180,7 +180,7 @@ def _run_id(workdir: Path) -> str:
     if re.fullmatch(r"[0-9a-f]{16}", known):
         return known
     new = secrets.token_hex(8)
-    write_whole(path, new + "\n")
+    write_text(path, new + "\n")
     return new
 
 
