@@ -6,11 +6,11 @@ A path is that of the layer in our trees, ``("down_blocks_0", "attentions_0", ..
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from spo_jax.checkpoints import names
+from spo_jax.checkpoints.original_names import unet_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ def kohya_keys(path: tuple[str, ...], shapes: Any) -> LayerKeys:
       shapes: UNet parameters or their shapes.
     """
     module = module_name(path)
-    return _kohya_keys(_original_name(module, layers_per_block(shapes)) if is_sdxl(shapes) else module)
+    return _kohya_keys(unet_name(module, shapes) if is_sdxl(shapes) else module)
 
 
 def spellings(path: tuple[str, ...], shapes: Any) -> Iterator[LayerKeys]:
@@ -59,7 +59,7 @@ def spellings(path: tuple[str, ...], shapes: Any) -> Iterator[LayerKeys]:
         layer = f"{prefix}{block}.processor.{projection}_lora"
         yield LayerKeys(f"{layer}.down.weight", f"{layer}.up.weight", f"{layer}.alpha")
     yield _kohya_keys(module)
-    yield _kohya_keys(_original_name(module, layers_per_block(shapes)))
+    yield _kohya_keys(unet_name(module, shapes))
 
 
 def is_sdxl(shapes: Any) -> bool:
@@ -67,25 +67,6 @@ def is_sdxl(shapes: Any) -> bool:
     return "add_embedding" in shapes
 
 
-def layers_per_block(shapes: Any) -> int:
-    """Resnets of the UNet's first block."""
-    return sum(name.startswith("resnets_") for name in shapes.get("down_blocks_0", ()))
-
-
 def _kohya_keys(module: str) -> LayerKeys:
     layer = "lora_unet_" + module.replace(".", "_")
     return LayerKeys(f"{layer}.lora_down.weight", f"{layer}.lora_up.weight", f"{layer}.alpha")
-
-
-def _original_name(module: str, layers: int) -> str:
-    """Name of an attention layer in the original UNet, which counts through all blocks.
-
-    A block takes as many numbers as it has resnets on the way up, one more than on the way down, where a downsampler
-    has the last one; number 0 of the way down is the first convolution.
-    """
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.+)", module)
-    if match is None:
-        return module.replace("mid_block.attentions.0.", "middle_block.1.")
-    way, block, layer, rest = match.groups()
-    number = int(block) * (layers + 1) + int(layer)
-    return f"input_blocks.{number + 1}.1.{rest}" if way == "down" else f"output_blocks.{number}.1.{rest}"
