@@ -25,6 +25,9 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+_INSIDE_BLOCKS = re.compile(
+    r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|(?:down|up)samplers)\.(\d+)\.(.+)"
+)
 
 
 def unet_name(module: str, shapes: Any) -> str:
