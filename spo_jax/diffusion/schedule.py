@@ -1,6 +1,6 @@
 """Noise schedules, from the fields of diffusers' ``scheduler_config.json`` (ALGORITHM: the paper's section 3.1).
 
-A pipeline's file was saved by any of diffusers' solvers; what is made of it is what ``DDIMScheduler.from_config`` makes.
+Any of diffusers' solvers may have saved a pipeline's file; it is read as ``DDIMScheduler.from_config`` reads it.
 """
 
 from __future__ import annotations
@@ -32,18 +32,13 @@ _SOLVERS = (
 # Fields that diffusers leaves out when it makes a DDIM scheduler from the config of another solver; and those that only
 # matter together with ``thresholding``, which is refused.
 _OF_OTHER_SOLVERS = (
-    *("algorithm_type", "corrector_order", "disable_corrector", "euler_at_final", "final_sigmas_type", "flow_shift"),
-    *(
-        "interpolation_type",
-        "lambda_min_clipped",
-        "lower_order_final",
-        "noise_sampler_seed",
-        "original_inference_steps",
-    ),
-    *("predict_x0", "predictor_order", "sigma_max", "sigma_min", "skip_prk_steps", "solver_order", "solver_p"),
-    *("solver_type", "shift_terminal", "tau_func", "time_shift_type", "timestep_scaling", "timestep_type"),
-    *("use_beta_sigmas", "use_dynamic_shifting", "use_exponential_sigmas", "use_flow_sigmas", "use_karras_sigmas"),
-    *("use_lu_lambdas", "variance_type", "dynamic_thresholding_ratio", "sample_max_value"),
+    *("algorithm_type", "corrector_order", "disable_corrector", "dynamic_thresholding_ratio"),
+    *("euler_at_final", "final_sigmas_type", "flow_shift", "interpolation_type", "lambda_min_clipped"),
+    *("lower_order_final", "noise_sampler_seed", "original_inference_steps", "predict_x0", "predictor_order"),
+    *("sample_max_value", "shift_terminal", "sigma_max", "sigma_min", "skip_prk_steps", "solver_order"),
+    *("solver_p", "solver_type", "tau_func", "time_shift_type", "timestep_scaling", "timestep_type"),
+    *("use_beta_sigmas", "use_dynamic_shifting", "use_exponential_sigmas", "use_flow_sigmas"),
+    *("use_karras_sigmas", "use_lu_lambdas", "variance_type"),
 )
 
 
