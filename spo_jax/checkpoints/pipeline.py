@@ -81,16 +81,15 @@ def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -
     """The pipeline for pictures of ``height`` x ``width`` pixels; None keeps what it has.
 
     Raises:
-      UserError: the autoencoder and the UNet cannot halve the size often enough.
+      UserError: a side is no multiple of what the autoencoder makes one latent of.
     """
     height = pipeline.image_size[0] if height is None else height
     width = pipeline.image_size[1] if width is None else width
     downscale = pipeline.vae.downscale
-    multiple = downscale * 2 ** (len(pipeline.unet.block_out_channels) - 1)
-    if min(height, width) < multiple or height % multiple or width % multiple:
+    if min(height, width) < downscale or height % downscale or width % downscale:
         raise UserError(
             f"Pictures of {height}x{width} pixels do not fit pipeline {pipeline.folder}; "
-            f"height and width must be multiples of {multiple}."
+            f"height and width must be multiples of {downscale}."
         )
     return dataclasses.replace(pipeline, latent_size=(height // downscale, width // downscale))
 

@@ -220,7 +220,7 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """Halves height and width. The autoencoder pads below and to the right only, the UNet on all sides."""
+    """Halves height and width, an odd one up. The autoencoder pads below and to the right only, the UNet on all sides."""
 
     channels: int
     asymmetric: bool
@@ -239,8 +239,11 @@ class Upsample2D(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    def __call__(self, x: Float[Array, "b h w c"], size: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 c"]:
+        """``size`` is the result's where a side is odd, and so one less than the double: that of the skip it meets."""
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        if size is not None and x.shape[1:3] != size:
+            x = x[:, : size[0], : size[1]]  # nearest neighbours of an odd size are those of the even one above it
         return conv3x3(self.channels, self.dtype, "conv")(x)
 
 
