@@ -165,6 +165,16 @@ def read_vae(
     return vae, read_params(open_weights(folder, DIFFUSERS_STEM, variant), shapes, sharding=sharding)
 
 
+def read_text_encoder_shapes(
+    folder: Path, dtype: Any = jnp.float32, *, with_projection: bool = False
+) -> tuple[CLIPTextModel, Any]:
+    """The text encoder that ``config.json`` in ``folder`` describes and the shapes of its parameters, in ``dtype``."""
+    model = CLIPTextModelWithProjection if with_projection else CLIPTextModel
+    with _read_config(folder) as config:
+        text_encoder = model.from_config(config, dtype)
+        return text_encoder, text_encoder_shapes(text_encoder, dtype)
+
+
 def read_text_encoder(
     folder: Path,
     dtype: Any = jnp.float32,
@@ -174,11 +184,18 @@ def read_text_encoder(
     sharding: Placement = None,
 ) -> tuple[CLIPTextModel, Any]:
     """The text encoder in ``folder`` and its parameters, both in ``dtype``; SDXL's second one has a projection."""
-    model = CLIPTextModelWithProjection if with_projection else CLIPTextModel
-    with _read_config(folder) as config:
-        text_encoder = model.from_config(config, dtype)
-        shapes = text_encoder_shapes(text_encoder, dtype)
+    text_encoder, shapes = read_text_encoder_shapes(folder, dtype, with_projection=with_projection)
     return text_encoder, read_params(open_weights(folder, TRANSFORMERS_STEM, variant), shapes, sharding=sharding)
+
+
+def read_adaptable_shapes(folder: Path) -> dict[str, Any]:
+    """Shapes of the parameters of a pipeline's UNet, and of its text encoders as far as they are there, by part."""
+    shapes = {"unet": read_unet_shapes(folder / "unet")[1]}
+    for name in ("text_encoder", "text_encoder_2"):
+        if (folder / name).is_dir():
+            second = name == "text_encoder_2"
+            shapes[name] = read_text_encoder_shapes(folder / name, with_projection=second)[1]
+    return shapes
 
 
 def unet_shapes(unet: UNet2DConditionModel, dtype: Any = jnp.float32) -> Any:

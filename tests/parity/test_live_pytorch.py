@@ -200,7 +200,7 @@ def test_adapters_that_diffusers_saves_have_its_strength(tmp_path, with_config):
     weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(theirs))
     metadata = {"unet_lora_adapter_metadata": theirs.peft_config["default"].to_dict()} if with_config else {}
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=weights, **metadata)
-    ours = flax.traverse_util.flatten_dict(read_lora(tmp_path, params))
+    ours = flax.traverse_util.flatten_dict(read_lora(tmp_path, {"unet": params})["unet"])
     modules = {name: part for name, part in theirs.named_modules() if hasattr(part, "lora_A")}
     assert len(ours) == 2 * len(modules) > 0
     for path, value in ours.items():
