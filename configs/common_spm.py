@@ -18,9 +18,8 @@ def get_config() -> ConfigDict:
     c.guidance_scale = 5.0  # w of the base model's one-step prediction
     c.timesteps = (0, 1000)  # training draws t from the first up to the second, not included; (0, 1): hardly any noise
     c.chunk = 0  # pairs that go through the base model at a time, a multiple of the devices; 0: a whole batch
-    c.height = placeholder(
-        int
-    )  # pictures are resized and cropped to this; off: the size the base model was trained for
+    # Pictures are resized and cropped to this; off: the size that the base model was trained for.
+    c.height = placeholder(int)
     c.width = placeholder(int)
 
     c.scorer = ConfigDict()
@@ -45,6 +44,7 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 64  # pairs a minibatch, over all devices together
     c.train.learning_rate = 3e-6  # after warm-up; it falls linearly to 0 at num_steps
     c.train.warmup_steps = 500
+    c.train.warmup = "linear"  # "log": DeepSpeed's, as in the released runs, which starts much faster (optimizer.py)
     c.train.optimizer = "adamw"
     c.train.accumulation_steps = 1  # minibatches whose gradients are averaged before a step
     c.train.ema_decay = placeholder(float)  # of an average of the weights, which is then the result; off

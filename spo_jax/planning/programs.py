@@ -228,7 +228,8 @@ def _spm(config: ConfigDict, mesh: Mesh) -> Run:
     schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
     predict_clean = make_predict_clean(pipeline, schedule, config.guidance_scale, config.chunk)
     encode = make_encode_captions(pipeline)
-    learning_rate = warmup_linear_decay(config.train.learning_rate, config.train.warmup_steps, config.num_steps)
+    rate, warmup_steps = config.train.learning_rate, config.train.warmup_steps
+    learning_rate = warmup_linear_decay(rate, warmup_steps, config.num_steps, config.train.warmup)
     optimizer = make_optimizer(config.train, learning_rate)
 
     def first_state(start: Any) -> TrainState:
