@@ -233,7 +233,7 @@ def _spm(config: ConfigDict, mesh: Mesh) -> Run:
     optimizer = make_optimizer(config.train, learning_rate)
 
     def first_state(start: Any) -> TrainState:
-        average = None if config.train.ema_decay is None else start
+        average = None if not config.train.ema_decay else start
         return TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start), average)
 
     state = _sharded(jax.eval_shape(first_state, start), lambda tree: weight_shardings(mesh, tree))

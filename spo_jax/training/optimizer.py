@@ -38,7 +38,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule | None = None) -
 
 
 def _adafactor(learning_rate: float | optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
-    """``optax.adafactor`` with factored second moments, whose state is a row and a column of a matrix, and AdamW's decay.
+    """``optax.adafactor``, whose state of a matrix is a row and a column of second moments, with AdamW's decay.
 
     Optax's own decay is not multiplied by the learning rate: at 0.3 it would take 30 % of the weights away in a step.
     """
@@ -60,12 +60,12 @@ def _adafactor(learning_rate: float | optax.Schedule, weight_decay: float) -> op
 def warmup_linear_decay(
     learning_rate: float, warmup_steps: int, num_steps: int, warmup: str = "linear"
 ) -> optax.Schedule:
-    """``step -> learning rate``: up to ``learning_rate`` in W = ``warmup_steps``, then linearly to zero at ``num_steps``.
+    """``step -> learning rate``: up in W = ``warmup_steps``, then linearly down to zero at T = ``num_steps``.
 
     ``warmup`` "linear" rises by step / W from zero, as in transformers. "log" is DeepSpeed's WarmupDecayLR, which the
     released preference models were trained with: it is asked for the first time after the first update, which has the
     optimizer's own learning rate. Its factors are 1 at step 0, then log(step) / log(W) up to step W, and
-    (T - step + 1) / (T - W) from there, T = ``num_steps``; W is at least 2.
+    (T - step + 1) / (T - W) from there; W is at least 2.
     """
     if warmup == "linear":
         rise = optax.linear_schedule(0.0, learning_rate, warmup_steps)
