@@ -231,11 +231,12 @@ def _spm(config: ConfigDict, mesh: Mesh) -> Run:
     schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
     predict_clean = make_predict_clean(pipeline, schedule, config.guidance_scale, config.chunk)
     encode = make_encode_captions(pipeline)
-    learning_rate = warmup_linear_decay(config.train.learning_rate, config.train.warmup_steps, config.num_steps)
+    rate, warmup_steps = config.train.learning_rate, config.train.warmup_steps
+    learning_rate = warmup_linear_decay(rate, warmup_steps, config.num_steps, config.train.warmup)
     optimizer = make_optimizer(config.train, learning_rate)
 
     def first_state(start: Any) -> TrainState:
-        average = None if config.train.ema_decay is None else start
+        average = None if not config.train.ema_decay else start
         return TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start), average)
 
     state = _sharded(jax.eval_shape(first_state, start), lambda tree: weight_shardings(mesh, tree))

@@ -38,9 +38,7 @@ def preprocess_images(
     """
     count, height, width, channels = images.shape
     images = images.astype(jnp.float32)
-    scale = size / min(height, width)
-    # The longer side is rounded; CLIP's image processor rounds it down.
-    new_height, new_width = (max(size, int(side * scale + (0 if antialias else 0.5))) for side in (height, width))
+    new_height, new_width = resized(height, width, size, antialias=antialias)
     if (new_height, new_width) != (height, width):
         shape = (count, new_height, new_width, channels)
         method = "bicubic" if antialias else "bicubic-pytorch"
@@ -48,6 +46,19 @@ def preprocess_images(
     top, left = (new_height - size) // 2, (new_width - size) // 2
     images = images[:, top : top + size, left : left + size]
     return (jnp.clip(images / 2 + 0.5, 0.0, 1.0) - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+
+
+def resized(height: int, width: int, size: int, *, antialias: bool) -> tuple[int, int]:
+    """Height and width of a picture whose shorter side becomes ``size``, see ``preprocess_images``.
+
+    The longer side is rounded, or with ``antialias`` rounded down as CLIP's image processor has it. There the order
+    counts: size * long / short is the exact quotient rounded once, long * (size / short) may fall below a whole number.
+    """
+    short = min(height, width)
+    if antialias:
+        return int(size * height / short), int(size * width / short)
+    scale = size / short
+    return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
 def make_clip_scorer(clip: Any, *, antialias: bool = False) -> Scorer:

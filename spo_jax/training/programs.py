@@ -39,7 +39,7 @@ def starting_state(
     else:
         trained = {"lora": starting_lora(key, unet_params, config.lora.rank, config.lora.init or None)}
     # A copy, because the update gives the buffers of the old state away.
-    average = None if config.train.ema_decay is None else jax.tree.map(jnp.copy, trained)
+    average = None if not config.train.ema_decay else jax.tree.map(jnp.copy, trained)
     return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), average)
 
 

@@ -129,9 +129,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
     # --------------------------------------------------------------------------------------------------------- state
     root = jax.random.key(config.seed)
-    learning_rate = warmup_linear_decay(config.train.learning_rate, config.train.warmup_steps, config.num_steps)
+    rate, warmup_steps = config.train.learning_rate, config.train.warmup_steps
+    learning_rate = warmup_linear_decay(rate, warmup_steps, config.num_steps, config.train.warmup)
     optimizer = make_optimizer(config.train, learning_rate)
-    average = None if config.train.ema_decay is None else jax.tree.map(jnp.copy, start)
+    average = None if not config.train.ema_decay else jax.tree.map(jnp.copy, start)
     state = TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start), average)
     shardings = weight_shardings(mesh, state)
     state = jax.device_put(state, shardings)

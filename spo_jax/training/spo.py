@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from operator import itemgetter
 from pathlib import Path
@@ -40,7 +41,14 @@ from spo_jax.training import checkpoint, preemption, wandb_run
 from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import Measured, encode_prompts, make_measure, summarize
 from spo_jax.training.judges import check_function, make_scorer, tokenizer_of
-from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, clipped_warning, read_metrics
+from spo_jax.training.metrics import (
+    METRICS_FILE,
+    MetricsWriter,
+    check_finite,
+    clipped_warning,
+    nothing_learned,
+    read_metrics,
+)
 from spo_jax.training.model_card import write_model_card
 from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.programs import (
@@ -243,6 +251,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             return None
     seconds_training = seconds_before + time.time() - training_began
     write_result(workdir, state.result, pipeline)
+    warning = nothing_learned(config, int(state.step), fetch(state.result.get("lora")))
+    if warning and main:
+        print(f"spo_jax: {warning}", file=sys.stderr)
 
     # ------------------------------------------------------------------------------------------------------ evidence
     base = measure(untrained(state.result), held_out_batch)

@@ -136,6 +136,16 @@ def test_workdir_of_another_config_is_refused_by_key(tmp_path):
     assert json.loads((tmp_path / "w" / "config.json").read_text(encoding="utf-8")) == config
 
 
+def test_a_run_that_is_older_than_a_key_goes_on_with_what_it_did(tmp_path):
+    recorded = {"seed": 0, "train": {"learning_rate": 0.1}}
+    checkpoint.check_workdir(tmp_path / "w", recorded)
+    checkpoint.check_workdir(tmp_path / "w", {"seed": 0, "train": {"learning_rate": 0.1, "warmup": "linear"}})
+    with pytest.raises(UserError, match=r"config\.train\.warmup was 'linear' there and is 'log' now"):
+        checkpoint.check_workdir(tmp_path / "w", {"seed": 0, "train": {"learning_rate": 0.1, "warmup": "log"}})
+    with pytest.raises(UserError, match=r"config\.train\.other is only in the new one"):
+        checkpoint.check_workdir(tmp_path / "w", {"seed": 0, "train": {"learning_rate": 0.1, "other": 1}})
+
+
 def test_workdir_that_cannot_be_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):

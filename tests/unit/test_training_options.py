@@ -219,6 +219,40 @@ def test_the_factored_optimizer_has_a_small_state():
     assert sizes[1] < 0.01 * sizes[0]
 
 
+def steps_of(optimizer, params, gradients):
+    """The weights after each of the updates."""
+    state, all_params = optimizer.init(params), []
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        all_params.append(params)
+    return all_params
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("schedule", [None, lambda step: 0.01 / (step + 1)])
+def test_weights_decay_by_the_learning_rate_times_the_decay(optimizer, schedule):
+    params = {"w": jnp.full((3, 2), 2.0)}
+    none = jax.tree.map(jnp.zeros_like, params)
+    train = options(optimizer=optimizer, weight_decay=0.3, learning_rate=0.01)
+    after = steps_of(make_optimizer(train, schedule), params, [none, none])
+    rates = [0.01, 0.01 if schedule is None else 0.005]
+    np.testing.assert_allclose(after[0]["w"], 2.0 * (1 - 0.3 * rates[0]), rtol=1e-6)
+    np.testing.assert_allclose(after[1]["w"], 2.0 * (1 - 0.3 * rates[0]) * (1 - 0.3 * rates[1]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [None, lambda step: 0.01 / (step + 1)])
+def test_the_factored_optimizer_without_decay_is_optax_adafactor(schedule):
+    generator = np.random.default_rng(0)
+    params, *gradients = (
+        {"large": generator.standard_normal((130, 140), np.float32), "b": generator.standard_normal(5, np.float32)}
+        for _ in range(4)
+    )
+    ours = make_optimizer(options(optimizer="adafactor", weight_decay=0.0, learning_rate=0.01), schedule)
+    theirs = optax.adafactor(0.01 if schedule is None else schedule, multiply_by_parameter_scale=False)
+    chex.assert_trees_all_equal(steps_of(ours, params, gradients), steps_of(theirs, params, gradients))
+
+
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_the_average_follows_what_is_trained(decay):
     def loss(trained, params, prompts, pairs, mask):
