@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     # Without a commit, or with a branch or tag behind the @, the commit is looked up once and kept in the workdir.
     c.model = "model"
     c.variant = ""  # of the weight files, such as "fp16"
+    c.unet = ""  # UNet to use instead of the pipeline's, a folder as trainers save it; empty: the pipeline's
     c.vae = ""  # autoencoder to use instead of the pipeline's, named as the model is; empty: the pipeline's
     # Text lines, a JSON list of {"caption": ...}, or tfds:NAME@SPLIT; a local file, github:owner/repo@commit/path, or
     # org/name@commit/path of the hub, each with #sha256=... behind it if its content is to be checked.

@@ -14,8 +14,14 @@ from absl import flags
 from spo_jax import cli
 from spo_jax.errors import UserError
 
-MODEL = flags.DEFINE_string("model", "emoji:model", "Diffusers pipeline: a folder, or org/name@commit on the hub.")
+MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "Diffusers pipeline: a folder, or org/name@commit on the hub; by default the one that the --workdir of --lora was "
+    "trained with, with its variant, UNet and autoencoder, else emoji:model.",
+)
 VARIANT = flags.DEFINE_string("variant", None, "Of the weight files, such as fp16.")
+UNET = flags.DEFINE_string("unet", None, "UNet to use instead of the model's: a folder, or org/name@commit.")
 VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's: a folder, or org/name@commit.")
 LORA = flags.DEFINE_multi_string(
     "lora",
@@ -53,8 +59,9 @@ def main() -> None:
     import jax.numpy as jnp
     import numpy as np
 
+    from spo_jax.checkpoints.base import base_of, read_base
     from spo_jax.checkpoints.lora import read_adapters
-    from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size, with_vae
+    from spo_jax.checkpoints.pipeline import with_image_size
     from spo_jax.data.prompts import read_prompts
     from spo_jax.diffusion.dpm_solver import make_dpm_schedule
     from spo_jax.diffusion.schedule import make_schedule
@@ -65,9 +72,8 @@ def main() -> None:
 
     prompts = PROMPT.value or read_prompts(resolve(PROMPTS_FILE.value))
     dtype = jnp.dtype(DTYPE.value)
-    pipeline = read_pipeline(resolve(MODEL.value), dtype, variant=VARIANT.value)
-    if VAE.value is not None:
-        pipeline = with_vae(pipeline, resolve(VAE.value), dtype)
+    flags_of_base = {"model": MODEL.value, "variant": VARIANT.value, "unet": UNET.value, "vae": VAE.value}
+    pipeline = read_base(base_of(LORA.value, **flags_of_base, default="emoji:model"), dtype)
     pipeline = with_image_size(pipeline, HEIGHT.value, WIDTH.value)
     lora = read_adapters(LORA.value, pipeline.params)
     variables = {"params": pipeline.params["unet"]} | ({"lora": lora["unet"]} if "unet" in lora else {})

@@ -69,7 +69,8 @@ def artifacts_of(config: ConfigDict) -> list[Artifact]:
     scorer = config.scorer
     found = [
         Artifact("model", "base model", config.model, config.variant),
-        Artifact("vae", "its autoencoder", config.vae),
+        Artifact("unet", "its UNet", config.unet, config.variant),
+        Artifact("vae", "its autoencoder", config.vae, config.variant),
     ]
     if config.method == "spo":
         found += [
