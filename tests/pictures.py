@@ -28,10 +28,10 @@ def emoji_pipeline():
 
 
 def strong_adapters(rank=4):
-    """Random adapters of the emoji UNet that change its pictures a lot without breaking them."""
+    """Random adapters of the emoji UNet, ``{"unet": tree}``, that change its pictures a lot without breaking them."""
     fresh = init_lora(jax.random.key(0), emoji_pipeline().params["unet"], rank)
     generator = np.random.default_rng(0)
-    return jax.tree.map(lambda x: np.float32(0.2 * generator.standard_normal(x.shape)), fresh)
+    return {"unet": jax.tree.map(lambda x: np.float32(0.2 * generator.standard_normal(x.shape)), fresh)}
 
 
 def initial_latents(size=None):
@@ -50,10 +50,14 @@ def _our_sampler(folder, solver, steps):
 
 
 def ours(lora=None, solver="ddim", steps=STEPS, folder=None, size=None):
-    """Pictures of our sampler, int [2, H, W, 3] in 0 to 255: of a pipeline folder, emoji by default."""
+    """Pictures of our sampler, int [2, H, W, 3] in 0 to 255: of a pipeline folder, emoji by default.
+
+    ``lora`` holds adapters by part.
+    """
     pipeline, generate = _our_sampler(folder, solver, steps)
-    prompts = encode_prompts(make_encode(pipeline, scorer=None), pipeline.params, pipeline, None, PROMPTS)
-    variables = {"params": pipeline.params["unet"]} | ({} if lora is None else {"lora": lora})
+    params = pipeline.params | {"lora": lora or {}}
+    prompts = encode_prompts(make_encode(pipeline, scorer=None), params, pipeline, None, PROMPTS)
+    variables = {"params": pipeline.params["unet"]} | ({"lora": lora["unet"]} if lora else {})
     images = generate(pipeline.params, variables, prompts, initial_latents(size))
     return to_uint8(images).astype(int)
 
@@ -61,14 +65,18 @@ def ours(lora=None, solver="ddim", steps=STEPS, folder=None, size=None):
 def theirs(folder=None, lora_file=None, scheduler=DDIMScheduler, steps=STEPS, size=None):
     """Pictures of diffusers, int [2, H, W, 3]: of a pipeline folder (emoji by default), with or without a LoRA file.
 
-    The folder is loaded as it is, without a dtype.
+    The folder is loaded as it is, without a dtype. ``lora_file`` may also be a folder, or files with their strengths.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(folder or resolve("emoji:model"), local_files_only=True)
     pipeline.check_inputs = lambda *_args, **_kwargs: None  # which wants multiples of 8 for every autoencoder
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    if lora_file is not None:
-        pipeline.load_lora_weights(str(lora_file.parent), weight_name=lora_file.name)
+    files = lora_file if isinstance(lora_file, dict) else {} if lora_file is None else {lora_file: 1.0}
+    for i, file in enumerate(files):
+        name = {} if file.is_dir() else {"weight_name": file.name}
+        pipeline.load_lora_weights(str(file if file.is_dir() else file.parent), adapter_name=f"a{i}", **name)
+    if len(files) > 1:
+        pipeline.set_adapters([f"a{i}" for i in range(len(files))], list(files.values()))
     images = pipeline(
         PROMPTS,
         latents=torch.from_numpy(np.array(initial_latents(size)).transpose(0, 3, 1, 2)),

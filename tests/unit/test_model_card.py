@@ -151,7 +151,7 @@ def test_a_readme_without_a_licence(tmp_path, text):
 
 
 def test_the_code_for_adapters_runs(tmp_path, monkeypatch):
-    write_lora(tmp_path, {"unet": pictures.strong_adapters()})
+    write_lora(tmp_path, pictures.strong_adapters())
     (block,) = blocks(make_card(tmp_path, tiny.get_config(), **{"sampling.num_steps": 2}), "python")
     monkeypatch.chdir(tmp_path)
     names = {}
