@@ -124,6 +124,23 @@ def test_a_whole_unet(tmp_path):
     assert "load_lora_weights" not in card and "--format=kohya" not in card
 
 
+def test_parts_that_replace_those_of_the_base_model_are_in_its_commands(tmp_path):
+    trained = tmp_path / "checkpoint-500"
+    (trained / "unet").mkdir(parents=True)
+    (trained / "unet" / "config.json").write_text("{}", encoding="utf-8")
+    parts = {"unet": str(trained), "vae": "org/vae@" + 40 * "1"}
+    card = make_card(tmp_path / "a", sd15.get_config(), **parts)
+    (block,) = blocks(card, "python")
+    contains(block, 'UNet2DConditionModel.from_pretrained("checkpoint-500", subfolder="unet"', "    unet=unet,")
+    contains(block, 'AutoencoderKL.from_pretrained("org/vae"', "    vae=vae,")
+    compile(block, "block", "exec")
+    contains(card, "UNet, instead of the base model's", "--unet=checkpoint-500", "--vae=org/vae@")
+    full = make_card(tmp_path / "b", sd15.get_config(), variant="fp16", **parts, **{"lora.rank": 0})
+    (block,) = blocks(full, "python")
+    assert "unet" not in block and "vae" not in block and "variant" not in block, "the folder has them"
+    assert "--unet" not in full and "--vae" not in full and "--variant" not in full
+
+
 def test_a_local_base_model_is_named_by_its_folder(tmp_path):
     base = tmp_path / "models" / "mine"
     base.mkdir(parents=True)
