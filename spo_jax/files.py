@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and where those lie that are of use only."""
 
 from __future__ import annotations
 
@@ -32,3 +32,9 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes ``text`` as UTF-8, see ``atomic_write``."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def cache_folder() -> Path | None:
+    """Where things are kept that save time, in ``XDG_CACHE_HOME`` or the home; None for a user who has neither."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "spo_jax" if os.path.isabs(base) else None
