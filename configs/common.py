@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
 
     c.lora = ConfigDict()
     c.lora.rank = 4  # inner dimension of the adapters; 0 trains the whole UNet
-    c.lora.init = ""  # LoRA file (diffusers or kohya) or --workdir to start from; empty: fresh adapters
+    c.lora.init = ""  # LoRA file or --workdir to start from, also with a strength, FILE:0.7; empty: fresh adapters
 
     c.train = ConfigDict()
     c.train.minibatch_size = 40  # pairs an update, over all devices together

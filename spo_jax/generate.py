@@ -2,6 +2,7 @@
 
 python -m spo_jax.generate --prompt="a fox on a teal background" --out=fox.png
 python -m spo_jax.generate --model=DIR --lora=runs/tiny --prompts_file=prompts.txt --out=grid.png
+python -m spo_jax.generate --model=DIR --lora=runs/tiny:0.8 --lora=style.safetensors:0.5 --prompt=... --out=fox.png
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from spo_jax.errors import UserError
 MODEL = flags.DEFINE_string("model", "emoji:model", "Diffusers pipeline: a folder, or org/name@commit on the hub.")
 VARIANT = flags.DEFINE_string("variant", None, "Of the weight files, such as fp16.")
 VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's: a folder, or org/name@commit.")
-LORA = flags.DEFINE_string("lora", None, "LoRA file (diffusers or kohya), or a folder with one (a --workdir).")
+LORA = flags.DEFINE_multi_string(
+    "lora",
+    [],
+    "LoRA file, or a folder with one (a --workdir), also with a strength, FILE:0.7; given several times, their sum.",
+)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "Text file or JSON list of prompts; the pictures form a grid.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "What guidance moves away from.")
@@ -48,7 +53,7 @@ def main() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from spo_jax.checkpoints.lora import read_lora
+    from spo_jax.checkpoints.lora import read_adapters
     from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size, with_vae
     from spo_jax.data.prompts import read_prompts
     from spo_jax.diffusion.dpm_solver import make_dpm_schedule
@@ -64,9 +69,9 @@ def main() -> None:
     if VAE.value is not None:
         pipeline = with_vae(pipeline, resolve(VAE.value), dtype)
     pipeline = with_image_size(pipeline, HEIGHT.value, WIDTH.value)
-    variables = {"params": pipeline.params["unet"]}
-    if LORA.value is not None:
-        variables["lora"] = read_lora(resolve(LORA.value), pipeline.params["unet"])
+    lora = read_adapters(LORA.value, pipeline.params)
+    variables = {"params": pipeline.params["unet"]} | ({"lora": lora["unet"]} if "unet" in lora else {})
+    params = {**pipeline.params, "lora": lora}
     make = make_dpm_schedule if SOLVER.value == "dpmpp_2m" else make_schedule
     schedule = make(pipeline.scheduler_config, STEPS.value)
     options = {"guidance_scale": GUIDANCE_SCALE.value, "eta": ETA.value, "solver": SOLVER.value}
@@ -76,9 +81,14 @@ def main() -> None:
     pictures = []
     for start in range(0, len(prompts), BATCH_SIZE.value):
         texts = prompts[start : start + BATCH_SIZE.value]
-        batch = encode_prompts(encode, pipeline.params, pipeline, None, texts, NEGATIVE_PROMPT.value)
+        batch = encode_prompts(encode, params, pipeline, None, texts, NEGATIVE_PROMPT.value)
         initial, noise = draw_noise(SEED.value, start, len(texts), pipeline.latent_shape, STEPS.value)
         images = generate(pipeline.params, variables, batch, initial, noise if ETA.value > 0 else None)
+        if not np.isfinite(images).all():
+            raise UserError(
+                "A picture has numbers that are not finite; the model's weights are damaged, or --lora or "
+                "--guidance_scale is too strong."
+            )
         pictures.append(to_uint8(images))
     images = np.concatenate(pictures)
     write_png(OUT.value, images[0] if len(images) == 1 else grid(images), ZOOM.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from spo_jax.checkpoints import download
 from spo_jax.checkpoints.download import RemoteFile, Unreachable, in_bytes
-from spo_jax.checkpoints.hub import exists, not_here, remote_of
+from spo_jax.checkpoints.hub import exists, not_here, remote_of, with_strength
 from spo_jax.checkpoints.remote import RemoteName
 from spo_jax.data.prompts import TFDS
 from spo_jax.distributed.agreement import agree_text, everyone
@@ -74,7 +75,7 @@ def artifacts_of(config: ConfigDict) -> list[Artifact]:
         found += [
             Artifact("scorer.path", "preference model", "" if scorer.fn else scorer.path),
             Artifact("scorer.tokenizer", "its tokenizer", scorer.tokenizer, weights=False),
-            Artifact("lora.init", "adapters to start from", config.lora.init),
+            Artifact("lora.init", "adapters to start from", with_strength(config.lora.init)[0]),
             Artifact("prompts", "training prompts", config.prompts),
             Artifact("evaluation.prompts", "held-out prompts", config.evaluation.prompts),
             Artifact("evaluation.judge", "CLIP that measures alignment", config.evaluation.judge),
@@ -145,7 +146,10 @@ def with_pins(config: ConfigDict, pins: Mapping[str, str]) -> ConfigDict:
     config = config.copy_and_resolve_references()
     for artifact, remote in _remotes(config):
         if not remote.pinned and (commit := pins.get(_repository(remote))):
-            config.update_from_flattened_dict({artifact.key: str(dataclasses.replace(remote, revision=commit))})
+            name = str(dataclasses.replace(remote, revision=commit))
+            # Behind the name of adapters their strength may stand.
+            given = functools.reduce(getattr, artifact.key.split("."), config).removeprefix(artifact.name)
+            config.update_from_flattened_dict({artifact.key: name + given})
     return config
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import shlex
 import sys
@@ -68,6 +69,29 @@ def remote_of(name: str | Path) -> RemoteName | None:
     if exists(name) or ("@" not in text and "/" in text and exists(text.partition("/")[0] or "/")):
         return None
     return parse_remote(text)
+
+
+def with_strength(name: str) -> tuple[str, float]:
+    """The name and the strength of adapters: ``("runs/a", 0.7)`` of ``runs/a:0.7``; the strength is 1 by default.
+
+    What stands behind the last colon belongs to the name where there is such a path, or where it is no number, as in
+    ``emoji:model`` or ``github:owner/repo@...``.
+
+    Raises:
+      UserError: the strength of a path that is here is no number, or it is not finite.
+    """
+    head, colon, tail = name.rpartition(":")
+    if not colon or not head or exists(name):
+        return name, 1.0
+    try:
+        strength = float(tail)
+    except ValueError:
+        if not exists(head):
+            return name, 1.0
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise UserError(f"{name!r}: behind the last colon stands the strength, a number such as {head}:0.7.")
+    return head, strength
 
 
 def exists(name: str | Path) -> bool:

@@ -81,16 +81,15 @@ def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -
     """The pipeline for pictures of ``height`` x ``width`` pixels; None keeps what it has.
 
     Raises:
-      UserError: the autoencoder and the UNet cannot halve the size often enough.
+      UserError: a side is no multiple of what the autoencoder makes one latent of.
     """
     height = pipeline.image_size[0] if height is None else height
     width = pipeline.image_size[1] if width is None else width
     downscale = pipeline.vae.downscale
-    multiple = downscale * 2 ** (len(pipeline.unet.block_out_channels) - 1)
-    if min(height, width) < multiple or height % multiple or width % multiple:
+    if min(height, width) < downscale or height % downscale or width % downscale:
         raise UserError(
             f"Pictures of {height}x{width} pixels do not fit pipeline {pipeline.folder}; "
-            f"height and width must be multiples of {multiple}."
+            f"height and width must be multiples of {downscale}."
         )
     return dataclasses.replace(pipeline, latent_size=(height // downscale, width // downscale))
 
@@ -166,6 +165,16 @@ def read_vae(
     return vae, read_params(open_weights(folder, DIFFUSERS_STEM, variant), shapes, sharding=sharding)
 
 
+def read_text_encoder_shapes(
+    folder: Path, dtype: Any = jnp.float32, *, with_projection: bool = False
+) -> tuple[CLIPTextModel, Any]:
+    """The text encoder that ``config.json`` in ``folder`` describes and the shapes of its parameters, in ``dtype``."""
+    model = CLIPTextModelWithProjection if with_projection else CLIPTextModel
+    with _read_config(folder) as config:
+        text_encoder = model.from_config(config, dtype)
+        return text_encoder, text_encoder_shapes(text_encoder, dtype)
+
+
 def read_text_encoder(
     folder: Path,
     dtype: Any = jnp.float32,
@@ -175,11 +184,18 @@ def read_text_encoder(
     sharding: Placement = None,
 ) -> tuple[CLIPTextModel, Any]:
     """The text encoder in ``folder`` and its parameters, both in ``dtype``; SDXL's second one has a projection."""
-    model = CLIPTextModelWithProjection if with_projection else CLIPTextModel
-    with _read_config(folder) as config:
-        text_encoder = model.from_config(config, dtype)
-        shapes = text_encoder_shapes(text_encoder, dtype)
+    text_encoder, shapes = read_text_encoder_shapes(folder, dtype, with_projection=with_projection)
     return text_encoder, read_params(open_weights(folder, TRANSFORMERS_STEM, variant), shapes, sharding=sharding)
+
+
+def read_adaptable_shapes(folder: Path) -> dict[str, Any]:
+    """Shapes of the parameters of a pipeline's UNet, and of its text encoders as far as they are there, by part."""
+    shapes = {"unet": read_unet_shapes(folder / "unet")[1]}
+    for name in ("text_encoder", "text_encoder_2"):
+        if (folder / name).is_dir():
+            second = name == "text_encoder_2"
+            shapes[name] = read_text_encoder_shapes(folder / name, with_projection=second)[1]
+    return shapes
 
 
 def unet_shapes(unet: UNet2DConditionModel, dtype: Any = jnp.float32) -> Any:

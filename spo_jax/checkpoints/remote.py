@@ -146,7 +146,8 @@ def choose_files(remote: RemoteName, paths: Iterable[str], *, variant: str = "",
         for kind in ("bin", "safetensors"):
             # Models, whole or in shards, and adapters; no single-file checkpoints.
             names = [f"{stem}{dot}{part}.{kind}" for stem in _STEMS for part in ("", "-*-of-*")]
-            found = matching(place, *names, *(f"*/{name}" for name in names), f"pytorch_lora_weights.{kind}")
+            adapters = (f"pytorch_lora_weights.{kind}", f"adapter_model.{kind}")
+            found = matching(place, *names, *(f"*/{name}" for name in names), *adapters)
             folders = {PurePosixPath(path).parent for path in found}
             chosen = {p for p in chosen if not (p.endswith(".bin") and PurePosixPath(p).parent in folders)}
             chosen.update(found)

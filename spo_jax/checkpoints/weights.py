@@ -24,6 +24,9 @@ DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
 # transformers names its two formats differently.
 _BIN_STEMS = {TRANSFORMERS_STEM: "pytorch_model"}
+# PyTorch's files are zip archives; those of before 1.6 are told by their names, to be refused as such.
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_ZIP = b"PK\x03\x04"
 _MAX_INDEX_BYTES = 16 * 2**20
 # Buffers that old checkpoints carry and that hold no information.
 _IGNORED_SUFFIXES = (".position_ids",)
@@ -41,10 +44,12 @@ class Weights:
 
 
 def open_file(path: Path) -> Weights:
-    """The weights in one ``.safetensors``, ``.bin`` or ``.pt`` file; UserError if it is missing or damaged."""
+    """The weights in one file, of safetensors or of PyTorch; UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(missing(path, "Weight file"))
-    index = index_torch_bin if path.suffix in (".bin", ".pt") else index_safetensors
+    with path.open("rb") as file:
+        zipped = file.read(len(_ZIP)) == _ZIP
+    index = index_torch_bin if zipped or path.suffix in TORCH_SUFFIXES else index_safetensors
     return Weights(path, index(path))
 
 

@@ -1,4 +1,4 @@
-"""A diffusers pipeline folder with another UNet, complete or not at all."""
+"""A diffusers pipeline folder with another UNet, also with other text encoders, complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from spo_jax.checkpoints.pipeline import read_json
 from spo_jax.checkpoints.safetensors_io import write_params
+from spo_jax.checkpoints.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM
 from spo_jax.errors import UserError
 
 INDEX = "model_index.json"
@@ -28,17 +29,26 @@ def check_output_folder(out: str | Path) -> None:
         raise UserError(f"--out={out} exists and is not an empty folder; choose another name.")
 
 
-def write_pipeline(out: str | Path, source: str | Path, unet_params: Any, *, dtype: Any = np.float32) -> None:
-    """Writes the pipeline of ``source`` with the given UNet parameters; everything else is copied.
+def write_pipeline(
+    out: str | Path,
+    source: str | Path,
+    unet_params: Any,
+    *,
+    text_encoders: Mapping[str, Any] | None = None,
+    dtype: Any = np.float32,
+) -> None:
+    """Writes the pipeline of ``source`` with the given parameters; everything else is copied.
 
-    Copied is what ``model_index.json`` names, and no weight file of the old UNet in whatever format. A component that
-    the installed diffusers or transformers does not have is named in a warning: that version cannot load the folder.
+    Copied is what ``model_index.json`` names, and no weight file of the replaced models in whatever format. A
+    component that the installed diffusers or transformers does not have is named in a warning: that version cannot load
+    the folder.
 
     Args:
       out: the new folder; it may exist if it is empty.
       source: a diffusers pipeline folder.
       unet_params: for ``source/unet/config.json``.
-      dtype: of the written UNet.
+      text_encoders: parameters of those that are replaced as well, by name.
+      dtype: of the written models.
 
     Raises:
       UserError: ``out`` is not empty or cannot be written, or ``source`` is not complete.
@@ -46,12 +56,14 @@ def write_pipeline(out: str | Path, source: str | Path, unet_params: Any, *, dty
     out, source = Path(out).absolute(), Path(source)
     check_output_folder(out)
     index = read_json(source / INDEX)
+    models = {"unet": (unet_params, DIFFUSERS_STEM)}
+    models |= {name: (params, TRANSFORMERS_STEM) for name, params in (text_encoders or {}).items()}
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         for name, part in index.items():
             # Parts are [library, class]; the other entries are settings.
-            if not isinstance(part, list) or name == "unet":
+            if not isinstance(part, list) or name in models:
                 continue
             if (source / name).is_dir():
                 shutil.copytree(source / name, temporary / name)
@@ -62,9 +74,10 @@ def write_pipeline(out: str | Path, source: str | Path, unet_params: Any, *, dty
         if index.get("safety_checker") == [None, None]:
             index["requires_safety_checker"] = False
         (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        (temporary / "unet").mkdir()
-        shutil.copyfile(source / "unet" / "config.json", temporary / "unet" / "config.json")
-        write_params(temporary / "unet" / "diffusion_pytorch_model.safetensors", unet_params, dtype=dtype)
+        for name, (params, stem) in models.items():
+            (temporary / name).mkdir()
+            shutil.copyfile(source / name / "config.json", temporary / name / "config.json")
+            write_params(temporary / name / f"{stem}.safetensors", params, dtype=dtype)
         os.replace(temporary, out)
         for unknown in _unknown_classes(index):
             print(f"spo_jax: warning: {out / INDEX} names {unknown}, which cannot load it.", file=sys.stderr)

@@ -13,11 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from spo_jax.checkpoints.hub import exists, with_strength
 from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts, with_image_size
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated, round_up
 from spo_jax.distributed.offload import in_host_memory, weight_placement
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
+from spo_jax.emoji import resolve
 from spo_jax.planning.shapes import clip_shapes, device_bytes, pipeline_shapes
 from spo_jax.preference.scorers import Scorer, make_clip_scorer, make_function_scorer
 from spo_jax.training.evaluation import encode_prompts, make_measure_batch
@@ -97,7 +99,8 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
 
     def first_state(unet: Any) -> TrainState:
         start = config.copy_and_resolve_references()
-        start.lora.init = ""  # the same shapes as fresh adapters, and its file need not be here
+        if not exists(resolve(with_strength(start.lora.init)[0])):
+            start.lora.init = ""  # mostly the same shapes as fresh adapters, and its file need not be here
         return starting_state(start, optimizer, jax.random.key(0), unet)
 
     state = _sharded(jax.eval_shape(first_state, params["unet"]), lambda tree: weight_shardings(mesh, tree))

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from spo_jax.checkpoints.hub import with_strength
+from spo_jax.checkpoints.lora_write import KOHYA_FILE_NAME
 from spo_jax.emoji import PREFIX
 from spo_jax.files import write_text
 from spo_jax.training.report import duration, number
@@ -214,7 +216,9 @@ def _made_from(config: Mapping[str, Any], num_prompts: int, num_held_out: int) -
     if config["vae"]:
         rows.append(with_licence("autoencoder, instead of the base model's", config["vae"]))
     if config["lora"]["init"]:
-        rows.append(with_licence("adapters that training started from", config["lora"]["init"]))
+        name, strength = with_strength(config["lora"]["init"])
+        times = "" if strength == 1 else f", at strength {code(strength)}"
+        rows.append(with_licence(f"adapters that training started from{times}", name))
     if scorer["fn"]:
         rows.append(("judge", f"{code(scorer['fn'])}, a function of the user", ""))
     else:
@@ -258,7 +262,7 @@ def _results(summary: Mapping[str, Any]) -> str:
 def _settings(config: Mapping[str, Any], full: bool) -> str:
     sampling, train = config["sampling"], config["train"]
     rows = [
-        ("trained", "the whole UNet" if full else f"adapters of rank {code(config['lora']['rank'])}"),
+        ("trained", "the whole UNet" if full else _adapters(config["lora"])),
         ("learning rate, optimizer", f"{code(train['learning_rate'])}, {code(train['optimizer'])}"),
         ("batches, prompts a batch", f"{code(config['num_batches'])}, {code(config['prompts_per_batch'])}"),
         (
@@ -280,6 +284,11 @@ def _settings(config: Mapping[str, Any], full: bool) -> str:
         ("seed", code(config["seed"])),
     ]
     return "## Settings\n\n" + table(("setting", "value"), rows) + "\nAll others are in `config.json`.\n"
+
+
+def _adapters(lora: Mapping[str, Any]) -> str:
+    fresh = f"adapters of rank {code(lora['rank'])}"
+    return f"the adapters that training started from, and fresh {fresh} beside them" if lora["init"] else fresh
 
 
 def _diffusers(config: Mapping[str, Any], xl: bool, full: bool) -> str:
@@ -354,9 +363,8 @@ def _other_programs(config: Mapping[str, Any], xl: bool, full: bool, name: str) 
             )
         )
     return (
-        f"{head}They read LoRA files in the layout of kohya's tools, which this writes (WORKDIR is this folder):\n\n"
-        + command("export", lora="WORKDIR", format="kohya", out=f"{name}.safetensors")
-        + "\n"
+        f"{head}They, Forge, InvokeAI and kohya's tools read `{KOHYA_FILE_NAME}` of this folder, and of the other file "
+        f"nothing at all. Copy it as `{name}.safetensors`:\n\n"
         + table(
             ("program", "folder for the file", "how to use it"),
             [
@@ -364,6 +372,8 @@ def _other_programs(config: Mapping[str, Any], xl: bool, full: bool, name: str) 
                 ("A1111", "`stable-diffusion-webui/models/Lora`", f"`<lora:{name}:1>` in the prompt"),
             ],
         )
+        + "\nThis writes it with half the size:\n\n"
+        + command("export", lora="WORKDIR", format="kohya", dtype="float16", out=f"{name}.safetensors")
     )
 
 

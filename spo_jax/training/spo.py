@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from spo_jax import rng
 from spo_jax.checkpoints.artifacts import ready
-from spo_jax.checkpoints.lora import write_lora
+from spo_jax.checkpoints.lora_write import write_kohya, write_lora
 from spo_jax.checkpoints.pipeline import (
+    Pipeline,
     read_clip,
     read_pipeline,
     tokenize,
@@ -75,8 +76,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Args:
       config: see ``configs/common.py`` for every key.
       workdir: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``validation/``,
-        ``pytorch_lora_weights.safetensors`` (diffusers' format; after full fine-tuning a pipeline folder, ``model``),
-        ``summary.json``, ``report.html`` and a model card, ``README.md``.
+        ``pytorch_lora_weights.safetensors`` (diffusers' format) and ``kohya_lora_weights.safetensors`` (that of most
+        other programs), or after full fine-tuning a pipeline folder, ``model``; ``summary.json``, ``report.html`` and a
+        model card, ``README.md``.
 
     Returns:
       What ``summary.json`` holds; None if SIGTERM has stopped the run, whose state is then saved.
@@ -181,7 +183,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             seconds = seconds_before + time.time() - training_began
             checkpoint.save(manager, finished, state, {"batch": finished, "seconds": seconds})
             if "lora" in state.trained:
-                write_result(workdir, state.result, pipeline.folder)
+                write_result(workdir, state.result, pipeline)
             saved = finished
 
     with (
@@ -248,7 +250,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             preemption.say_stopped("batch", finished)
             return None
     seconds_training = seconds_before + time.time() - training_began
-    write_result(workdir, state.result, pipeline.folder)
+    write_result(workdir, state.result, pipeline)
     warning = nothing_learned(config, int(state.step), fetch(state.result.get("lora")))
     if warning and main:
         print(f"spo_jax: {warning}", file=sys.stderr)
@@ -285,8 +287,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
-def write_result(workdir: Path, trained: Any, source: Path) -> None:
-    """Writes ``pytorch_lora_weights.safetensors``, or after full fine-tuning the pipeline folder ``model``.
+def write_result(workdir: Path, trained: Any, pipeline: Pipeline) -> None:
+    """Writes the two LoRA files, or after full fine-tuning the pipeline folder ``model``.
 
     All processes must call this; the first one writes.
     """
@@ -294,6 +296,9 @@ def write_result(workdir: Path, trained: Any, source: Path) -> None:
     if not is_main_process():
         return
     if "lora" in trained:
-        write_lora(workdir, trained["lora"])
+        lora = {"unet": trained["lora"]}
+        write_lora(workdir, lora)
+        kind = str(pipeline.scheduler_config.get("prediction_type", "epsilon"))
+        write_kohya(workdir, lora, pipeline.params["unet"], prediction_type=kind, image_size=pipeline.image_size)
     elif not (workdir / "model").exists():
-        write_pipeline(workdir / "model", source, trained["params"])
+        write_pipeline(workdir / "model", pipeline.folder, trained["params"])

@@ -17,7 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from configs import sdxl, spm_sdxl
 from configs.tiny import get_config
-from spo_jax.checkpoints.lora import FILE_NAME, read_lora, write_lora
+from spo_jax.checkpoints.lora import FILE_NAME, read_lora
+from spo_jax.checkpoints.lora_write import write_lora
 from spo_jax.checkpoints.pipeline import read_clip, read_pipeline, read_unet, with_image_size
 from spo_jax.checkpoints.write_pipeline import write_pipeline
 from spo_jax.data.builder import write_split
@@ -154,7 +155,7 @@ def test_adapters_make_the_same_picture_in_diffusers(theirs, ours, tmp_path, for
     tuned = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, add_watermarker=False)
     tuned.set_progress_bar_config(disable=True)
     if form == "adapters":
-        tuned.load_lora_weights(str(write_lora(tmp_path, lora).parent), weight_name=FILE_NAME)
+        tuned.load_lora_weights(str(write_lora(tmp_path, {"unet": lora}).parent), weight_name=FILE_NAME)
     with_adapters = check_pictures(tuned, ours, 16, 16, lora)
     assert np.abs(with_adapters - check_pictures(theirs[0], ours, 16, 16)).max() > 0.02, "the adapters should show"
 
@@ -238,7 +239,7 @@ def test_the_recipe_runs_from_prompts_to_adapters_and_report(small, tmp_path):
     assert row["num_pairs"] == 3 * 8 and row["num_updates"] == 3, "one segment of three steps for each prompt"
     assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
     assert summary["num_prompts"] == 2 and (workdir / "report.html").is_file()
-    lora = read_lora(workdir, read_unet(small / "unet")[1])
+    lora = read_lora(workdir, {"unet": read_unet(small / "unet")[1]})["unet"]
     assert any(np.abs(x).max() > 0 for path, x in flax.traverse_util.flatten_dict(lora).items() if path[-1] == "B")
 
 

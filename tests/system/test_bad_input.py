@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from spo_jax.checkpoints.lora import write_lora
+from spo_jax.checkpoints.lora_write import write_lora
 from tests import pictures
 from tests.system.commands import ROOT, command, environment, mistake, run
 
@@ -85,7 +85,7 @@ def test_left_over_key(tmp_path, model):
 
 def test_start_from_adapters_of_another_rank(tmp_path):
     (tmp_path / "start").mkdir()
-    write_lora(tmp_path / "start", pictures.strong_adapters(rank=3))
+    write_lora(tmp_path / "start", {"unet": pictures.strong_adapters(rank=3)})
     start = tmp_path / "start"
     refused(command(tmp_path / "w", lora__init=start, lora__rank=2), start, "rank 3", "config.lora.rank is 2")
     assert not (tmp_path / "w").exists()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from diffusers import DPMSolverMultistepScheduler
 
-from spo_jax.checkpoints.lora import write_kohya, write_lora
+from spo_jax.checkpoints.lora_write import write_kohya, write_lora
 from tests import pictures
 from tests.system.commands import ROOT, environment, run
 
@@ -18,7 +18,7 @@ MODEL = ROOT / "spo_jax" / "emoji" / "model"
 def workdir(tmp_path_factory):
     """What the command needs of a training run: the adapters, and the config with the model."""
     folder = tmp_path_factory.mktemp("run")
-    write_lora(folder, pictures.strong_adapters())
+    write_lora(folder, {"unet": pictures.strong_adapters()})
     (folder / "config.json").write_text(json.dumps({"model": "emoji:model"}), encoding="utf-8")
     return folder
 
@@ -47,7 +47,7 @@ def test_diffusers_makes_our_picture(workdir, with_adapters, tmp_path, form):
 
 def test_kohya_to_diffusers_is_bit_exact(workdir, tmp_path):
     lora, params = pictures.strong_adapters(), pictures.emoji_pipeline().params["unet"]
-    write_kohya(tmp_path / "theirs.safetensors", lora, params)
+    write_kohya(tmp_path / "theirs.safetensors", {"unet": lora}, params)
     result = export(lora=tmp_path / "theirs.safetensors", model=MODEL, out=tmp_path / "o.safetensors")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "o.safetensors").read_bytes() == next(workdir.glob("*.safetensors")).read_bytes()

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 from spo_jax.checkpoints import names
-from spo_jax.checkpoints.lora import FILE_NAME, read_lora, write_lora
+from spo_jax.checkpoints.lora import FILE_NAME, read_lora
+from spo_jax.checkpoints.lora_write import write_lora
 from spo_jax.checkpoints.pipeline import read_clip, read_json, read_text_encoder, read_unet, read_vae
 from spo_jax.checkpoints.safetensors_io import param_shapes, read_tensors, write_params, write_tensors
 from spo_jax.checkpoints.weights import read_params
@@ -256,19 +257,23 @@ def test_a_network_with_fresh_adapters_is_the_network_without():
 
 
 def test_adapters_are_written_and_read_exactly(tmp_path, models, adapters):
-    file = write_lora(tmp_path, adapters)
+    file = write_lora(tmp_path, {"unet": adapters})
     assert file == tmp_path / FILE_NAME
     for path in (file, tmp_path):
-        chex.assert_trees_all_equal(read_lora(path, models["unet"][1]), jax.tree.map(jnp.asarray, adapters))
-    named = write_lora(tmp_path / "deep" / "mine.safetensors", adapters)
-    chex.assert_trees_all_equal(read_lora(named, models["unet"][1]), jax.tree.map(jnp.asarray, adapters))
+        chex.assert_trees_all_equal(
+            read_lora(path, {"unet": models["unet"][1]})["unet"], jax.tree.map(jnp.asarray, adapters)
+        )
+    named = write_lora(tmp_path / "deep" / "mine.safetensors", {"unet": adapters})
+    chex.assert_trees_all_equal(
+        read_lora(named, {"unet": models["unet"][1]})["unet"], jax.tree.map(jnp.asarray, adapters)
+    )
 
 
 @pytest.mark.parametrize("alpha", [None, 6.0])
 @pytest.mark.parametrize("where", ["key", "metadata"])
 @pytest.mark.parametrize("new, old", [("lora_A", "lora_A"), ("lora_A", "lora.down")])
 def test_strength_is_alpha_over_rank_wherever_it_is_written(tmp_path, models, adapters, alpha, where, new, old):
-    tensors = read_tensors(write_lora(tmp_path, adapters))
+    tensors = read_tensors(write_lora(tmp_path, {"unet": adapters}))
     tensors = {
         k.replace(new, old).replace("lora_B", "lora.up" if old == "lora.down" else "lora_B"): v
         for k, v in tensors.items()
@@ -283,7 +288,9 @@ def test_strength_is_alpha_over_rank_wherever_it_is_written(tmp_path, models, ad
     expected = flat(adapters)
     if alpha is not None:
         expected = {p: x * np.float32(alpha / 3) if p[-1] == "B" else x for p, x in expected.items()}
-    chex.assert_trees_all_equal(flat(read_lora(tmp_path, models["unet"][1])), jax.tree.map(jnp.asarray, expected))
+    chex.assert_trees_all_equal(
+        flat(read_lora(tmp_path, {"unet": models["unet"][1]})["unet"]), jax.tree.map(jnp.asarray, expected)
+    )
 
 
 @pytest.mark.parametrize(
@@ -297,10 +304,10 @@ def test_strength_is_alpha_over_rank_wherever_it_is_written(tmp_path, models, ad
     ],
 )
 def test_strength_that_cannot_be_kept_is_refused(tmp_path, models, adapters, metadata, word):
-    tensors = read_tensors(write_lora(tmp_path, adapters))
+    tensors = read_tensors(write_lora(tmp_path, {"unet": adapters}))
     safetensors.numpy.save_file(tensors, tmp_path / FILE_NAME, metadata={"lora_adapter_metadata": metadata})
     with pytest.raises(UserError, match=word) as caught:
-        read_lora(tmp_path, models["unet"][1])
+        read_lora(tmp_path, {"unet": models["unet"][1]})["unet"]
     assert FILE_NAME in str(caught.value)
 
 
@@ -313,12 +320,12 @@ def test_adapters_of_other_layers_are_refused_not_ignored(tmp_path_factory, mode
     path = data.draw(st.sampled_from(others))
     shape = names.torch_shape(path, flat(params)[path].shape)
     module = "unet." + names.torch_key(path).removesuffix(".weight")
-    file = write_lora(tmp_path_factory.mktemp("lora"), adapters)
+    file = write_lora(tmp_path_factory.mktemp("lora"), {"unet": adapters})
     extra = {f"{module}.lora_A.weight": np.ones((3, *shape[1:]), np.float32)}
     extra[f"{module}.lora_B.weight"] = np.ones((shape[0], 3, *(1 for _ in shape[2:])), np.float32)
     write_tensors(file, read_tensors(file) | extra)
     with pytest.raises(UserError, match=re.escape(module)) as caught:
-        read_lora(file, params)
+        read_lora(file, {"unet": params})["unet"]
     assert str(file) in str(caught.value)
 
 
@@ -328,7 +335,7 @@ def test_adapters_of_other_layers_are_refused_not_ignored(tmp_path_factory, mode
     data=st.data(),
 )
 def test_adapters_that_do_not_fit_are_refused_by_file_and_layer(tmp_path_factory, models, adapters, damage, data):
-    file = write_lora(tmp_path_factory.mktemp("lora"), adapters)
+    file = write_lora(tmp_path_factory.mktemp("lora"), {"unet": adapters})
     tensors = read_tensors(file)
     a = data.draw(st.sampled_from(sorted(k for k in tensors if "lora_A" in k)))
     module, b = a.removesuffix(".lora_A.weight"), a.replace("lora_A", "lora_B")
@@ -347,11 +354,11 @@ def test_adapters_that_do_not_fit_are_refused_by_file_and_layer(tmp_path_factory
         tensors[f"{module}.lora_A.weight"] = tensors[a]
     write_tensors(file, {k: np.ascontiguousarray(v) if v.ndim else v for k, v in tensors.items()})
     with pytest.raises(UserError, match=re.escape(module)) as caught:
-        read_lora(file, models["unet"][1])
+        read_lora(file, {"unet": models["unet"][1]})["unet"]
     assert str(file) in str(caught.value)
 
 
 def test_empty_adapter_file_is_refused(tmp_path, models):
     write_tensors(tmp_path / FILE_NAME, {})
     with pytest.raises(UserError, match="is empty"):
-        read_lora(tmp_path, models["unet"][1])
+        read_lora(tmp_path, {"unet": models["unet"][1]})["unet"]

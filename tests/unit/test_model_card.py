@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import recorded, sd15, sdxl, spm_sd15, spm_sdxl, spm_tiny, tiny
-from spo_jax.checkpoints.lora import write_lora
+from spo_jax.checkpoints.lora_write import write_lora
 from spo_jax.emoji import resolve
 from spo_jax.training.model_card import write_model_card
 from spo_jax.training.sources import licence_of, source_of
@@ -151,7 +151,7 @@ def test_a_readme_without_a_licence(tmp_path, text):
 
 
 def test_the_code_for_adapters_runs(tmp_path, monkeypatch):
-    write_lora(tmp_path, pictures.strong_adapters())
+    write_lora(tmp_path, {"unet": pictures.strong_adapters()})
     (block,) = blocks(make_card(tmp_path, tiny.get_config(), **{"sampling.num_steps": 2}), "python")
     monkeypatch.chdir(tmp_path)
     names = {}

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_jax.checkpoints.lora import FILE_NAME, read_lora, write_lora
+from spo_jax.checkpoints.lora import FILE_NAME, read_lora
+from spo_jax.checkpoints.lora_write import write_lora
 from spo_jax.checkpoints.safetensors_io import read_tensors, write_params, write_tensors
 from spo_jax.checkpoints.weights import read_params
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
@@ -201,7 +202,7 @@ def test_weights_that_do_not_fit_are_refused_by_key(tmp_path, change, message):
 def test_adapters_are_read_under_both_names_and_with_alpha(tmp_path, names, alpha):
     base = {"mid": {"to_out_0": {"kernel": np.zeros((4, 3), np.float32)}}}
     lora = {"mid": {"to_out_0": {"A": np.float32(np.arange(8).reshape(4, 2)), "B": np.ones((2, 3), np.float32)}}}
-    write_lora(tmp_path, lora)
+    write_lora(tmp_path, {"unet": lora})
     tensors = read_tensors(tmp_path / FILE_NAME)
     assert set(tensors) == {"unet.mid.to_out.0.lora_A.weight", "unet.mid.to_out.0.lora_B.weight"}
     renamed = {k.replace("lora_A", names[0]).replace("lora_B", names[1]): v for k, v in tensors.items()}
@@ -209,11 +210,11 @@ def test_adapters_are_read_under_both_names_and_with_alpha(tmp_path, names, alph
         renamed["unet.mid.to_out.0.alpha"] = np.array(alpha, np.float32)
         lora["mid"]["to_out_0"]["B"] = lora["mid"]["to_out_0"]["B"] * np.float32(alpha / 2)
     write_tensors(tmp_path / FILE_NAME, renamed)
-    chex.assert_trees_all_equal(read_lora(tmp_path, base), jax.tree.map(jnp.asarray, lora))
+    chex.assert_trees_all_equal(read_lora(tmp_path, {"unet": base})["unet"], jax.tree.map(jnp.asarray, lora))
     with pytest.raises(UserError, match="made for another model"):
-        read_lora(tmp_path, {"mid": {"to_out_0": {"kernel": np.zeros((5, 3), np.float32)}}})
+        read_lora(tmp_path, {"unet": {"mid": {"to_out_0": {"kernel": np.zeros((5, 3), np.float32)}}}})["unet"]
     with pytest.raises(UserError, match="fit no attention projection"):
-        read_lora(tmp_path, {"other": {"to_out_0": {"kernel": np.zeros((4, 3), np.float32)}}})
+        read_lora(tmp_path, {"unet": {"other": {"to_out_0": {"kernel": np.zeros((4, 3), np.float32)}}}})["unet"]
 
 
 @pytest.mark.parametrize(
