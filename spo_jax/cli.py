@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from spo_jax.errors import UserError
 from spo_jax.files import cache_folder
+from spo_jax.rng import MAX_SEED
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -71,6 +72,17 @@ def workdir_of(flag: flags.FlagHolder) -> Path:
     if not flag.value:
         raise UserError(f"--{flag.name} is missing; for example --{flag.name}=runs/a.")
     return Path(flag.value)
+
+
+def seed_flag(meaning: str) -> flags.FlagHolder:
+    """Defines --seed, in its range."""
+    return flags.DEFINE_integer("seed", 0, meaning, lower_bound=0, upper_bound=MAX_SEED)
+
+
+def side_flag(name: str) -> flags.FlagHolder:
+    """Defines --height or --width."""
+    meaning = "Of a picture, in pixels; what the model was trained for by default."
+    return flags.DEFINE_integer(name, None, meaning, lower_bound=1, upper_bound=2**14)
 
 
 @functools.cache  # one definition for all commands that are imported

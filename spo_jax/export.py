@@ -17,6 +17,7 @@ from absl import flags
 
 from spo_jax import cli
 from spo_jax.errors import UserError
+from spo_jax.files import check_place, saying_where
 
 LORA = flags.DEFINE_multi_string("lora", [], "A --workdir of training, or a LoRA file; also with a strength.")
 MODEL = flags.DEFINE_string(
@@ -47,25 +48,23 @@ def main() -> None:
     from spo_jax.checkpoints.write_pipeline import check_output_folder, write_pipeline
     from spo_jax.emoji import resolve
 
-    model = resolve_model(resolve(MODEL.value or model_of_runs(LORA.value)), weights=FORMAT.value == "pipeline")
     out, dtype = Path(OUT.value), jnp.dtype(DTYPE.value)
-    if out.is_dir() and is_file:
-        raise UserError(f"--out={out} is a folder; choose another name.")
     if FORMAT.value == "pipeline":
         check_output_folder(out)
+    else:
+        check_place(out)
+    model = resolve_model(resolve(MODEL.value or model_of_runs(LORA.value)), weights=FORMAT.value == "pipeline")
     shapes = read_adaptable_shapes(model)
     lora = read_adapters(LORA.value, shapes)
     if FORMAT.value == "pipeline":
         merged = merged_parts(model, lora)
         write_pipeline(out, model, merged.pop("unet"), text_encoders=merged, dtype=dtype)
     else:
-        try:
+        with saying_where(out):
             if FORMAT.value == "kohya":
                 write_kohya(out, lora, shapes["unet"], dtype=dtype, **known_of_model(model))
             else:
                 write_lora(out, lora, dtype=dtype)
-        except OSError as error:
-            raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another place.") from error
     print(f"Wrote {out}.")
 
 

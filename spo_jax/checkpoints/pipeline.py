@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from spo_jax.checkpoints.hub import missing, resolve_model
 from spo_jax.checkpoints.safetensors_io import param_shapes
+from spo_jax.checkpoints.tokenizers import read_tokenizer
 from spo_jax.checkpoints.weights import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
@@ -262,33 +263,6 @@ def read_clip(
     return clip, with_identity_time_layers(clip, plain, jax.random.key(0), sharding=sharding)
 
 
-def read_tokenizer(folder: str | Path) -> Any:
-    """The CLIP tokenizer in ``folder``, local or on the hub (see ``resolve_model``)."""
-    from transformers import CLIPTokenizer  # takes seconds to import; nothing else here needs it
-
-    folder = resolve_model(folder, weights=False)
-    # transformers 5 saves one tokenizer.json, published pipelines have the two files that it is made of.
-    vocabulary = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
-    for name in (*vocabulary, "tokenizer_config.json"):
-        if not (folder / name).is_file():
-            raise UserError(missing(folder / name))
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-
-
-def tokenize(tokenizer: Any, texts: list[str]) -> Any:
-    """Token ids int32 [B, model_max_length], padded and truncated as Stable Diffusion does."""
-    ids = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="np"
-    )["input_ids"]
-    return ids.astype("int32")
-
-
-def tokenize_prompts(pipeline: Pipeline, texts: list[str]) -> tuple[Any, ...]:
-    """Token ids int32 [B, L] for each text encoder of the pipeline."""
-    tokenizers = [pipeline.tokenizer] if pipeline.tokenizer_2 is None else [pipeline.tokenizer, pipeline.tokenizer_2]
-    return tuple(tokenize(tokenizer, texts) for tokenizer in tokenizers)
-
-
 def read_pipeline(
     folder: str | Path, dtype: Any = jnp.float32, *, variant: str | None = None, sharding: Placement = None
 ) -> Pipeline:
@@ -325,7 +299,7 @@ def read_pipeline(
     extra: dict[str, Any] = {}
     if kind == "StableDiffusionXLPipeline":
         extra["text_encoder_2"] = read(read_text_encoder, "text_encoder_2", with_projection=True)
-        extra["tokenizer_2"] = read_tokenizer(folder / "tokenizer_2")
+        extra["tokenizer_2"] = read_tokenizer(folder / "tokenizer_2", extra["text_encoder_2"].tower)
         extra["force_zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", True))
     check_widths(folder, unet, text_encoder, extra.get("text_encoder_2"))
     return Pipeline(
@@ -333,7 +307,7 @@ def read_pipeline(
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=read_tokenizer(folder / "tokenizer"),
+        tokenizer=read_tokenizer(folder / "tokenizer", text_encoder.tower),
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
         params=params,
         **extra,
