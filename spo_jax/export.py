@@ -18,6 +18,7 @@ from absl import flags
 
 from spo_jax import cli
 from spo_jax.errors import UserError
+from spo_jax.files import check_place, saying_where
 
 LORA = flags.DEFINE_multi_string("lora", [], "A --workdir of training, or a LoRA file; also with a strength.")
 MODEL = flags.DEFINE_string(
@@ -52,15 +53,15 @@ def main() -> None:
     from spo_jax.checkpoints.write_pipeline import check_output_folder, write_pipeline
     from spo_jax.emoji import resolve
 
+    out, dtype = Path(OUT.value), jnp.dtype(DTYPE.value)
+    if FORMAT.value == "pipeline":
+        check_output_folder(out)
+    else:
+        check_place(out)
     base = base_of(LORA.value, model=MODEL.value, variant=VARIANT.value, unet=UNET.value, vae=VAE.value)
     variant, fetched = base.variant or None, {"variant": base.variant or None, "weights": FORMAT.value == "pipeline"}
     model = resolve_model(resolve(base.model), **fetched)
     replaced = replaced_parts(*(name and resolve(name) for name in (base.unet, base.vae)), **fetched)
-    out, dtype = Path(OUT.value), jnp.dtype(DTYPE.value)
-    if out.is_dir() and is_file:
-        raise UserError(f"--out={out} is a folder; choose another name.")
-    if FORMAT.value == "pipeline":
-        check_output_folder(out)
     shapes = read_adaptable_shapes(model, replaced.get("unet"))
     lora = read_adapters(LORA.value, shapes)
     if FORMAT.value == "pipeline":
@@ -68,13 +69,11 @@ def main() -> None:
         options = {"text_encoders": merged, "replaced": replaced, "variant": variant, "dtype": dtype}
         write_pipeline(out, model, merged.pop("unet"), **options)
     else:
-        try:
+        with saying_where(out):
             if FORMAT.value == "kohya":
                 write_kohya(out, lora, shapes["unet"], dtype=dtype, **known_of_model(model, replaced))
             else:
                 write_lora(out, lora, dtype=dtype)
-        except OSError as error:
-            raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another place.") from error
     print(f"Wrote {out}.")
 
 

@@ -57,7 +57,7 @@ def base_of(
 def _recorded(loras: list[str], default: str | None) -> Base:
     bases: dict[Path, Base] = {}
     for lora in loras:
-        file = Path(with_strength(lora)[0]) / "config.json"
+        file = resolve(with_strength(lora)[0]) / "config.json"
         config = read_json(file) if file.is_file() else {}
         if isinstance(config.get("model"), str):
             bases[file] = base_of_config(config)

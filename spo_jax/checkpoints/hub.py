@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 import shlex
 import sys
@@ -35,7 +36,7 @@ def resolve_model(name: str | Path, *, variant: str | None = None, weights: bool
     if remote is None:
         if not exists(name):
             raise UserError(not_here(str(name)))
-        return Path(name)
+        return local(name)
     try:
         remote = pinned(remote)
         files = download.list_files(remote, variant=variant or "", weights=weights, network=False)
@@ -57,7 +58,7 @@ def fetched(name: str | Path) -> Path:
 
     These are mostly local, so a remote one has an ``@``: a slip in a path must not become a stranger's repository.
     """
-    return resolve_model(name) if "@" in str(name) and remote_of(name) is not None else Path(name)
+    return resolve_model(name) if "@" in str(name) and remote_of(name) is not None else local(name)
 
 
 def remote_of(name: str | Path) -> RemoteName | None:
@@ -94,10 +95,15 @@ def with_strength(name: str) -> tuple[str, float]:
     return head, strength
 
 
+def local(name: str | Path) -> Path:
+    """A local path, with the home written out where it is ``~``."""
+    return Path(os.path.expanduser(name))
+
+
 def exists(name: str | Path) -> bool:
     """Whether there is such a path; also of names that no path can have."""
     try:
-        return Path(name).exists()
+        return local(name).exists()
     except (OSError, ValueError):
         return False
 

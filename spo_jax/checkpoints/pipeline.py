@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from spo_jax.checkpoints.hub import missing, resolve_model
 from spo_jax.checkpoints.parts import check_parts, check_vae, mended_unet, scheduler_of
 from spo_jax.checkpoints.safetensors_io import param_shapes
+from spo_jax.checkpoints.tokenizers import read_tokenizer
 from spo_jax.checkpoints.weights import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
@@ -261,33 +262,6 @@ def read_clip(
     return clip, with_identity_time_layers(clip, plain, jax.random.key(0), sharding=sharding)
 
 
-def read_tokenizer(folder: str | Path) -> Any:
-    """The CLIP tokenizer in ``folder``, local or on the hub (see ``resolve_model``)."""
-    from transformers import CLIPTokenizer  # takes seconds to import; nothing else here needs it
-
-    folder = resolve_model(folder, weights=False)
-    # transformers 5 saves one tokenizer.json, published pipelines have the two files that it is made of.
-    vocabulary = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
-    for name in (*vocabulary, "tokenizer_config.json"):
-        if not (folder / name).is_file():
-            raise UserError(missing(folder / name))
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-
-
-def tokenize(tokenizer: Any, texts: list[str]) -> Any:
-    """Token ids int32 [B, model_max_length], padded and truncated as Stable Diffusion does."""
-    ids = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="np"
-    )["input_ids"]
-    return ids.astype("int32")
-
-
-def tokenize_prompts(pipeline: Pipeline, texts: list[str]) -> tuple[Any, ...]:
-    """Token ids int32 [B, L] for each text encoder of the pipeline."""
-    tokenizers = [pipeline.tokenizer] if pipeline.tokenizer_2 is None else [pipeline.tokenizer, pipeline.tokenizer_2]
-    return tuple(tokenize(tokenizer, texts) for tokenizer in tokenizers)
-
-
 def read_pipeline(
     folder: str | Path,
     dtype: Any = jnp.float32,
@@ -329,7 +303,10 @@ def read_pipeline(
         parts["unet"] = mended_unet(parts["unet"], read_json(config_file), config_file)
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
     scheduler_config = scheduler_of(read_json(scheduler_file), scheduler_file, sdxl=sdxl)
-    tokenizers = {name: read_tokenizer(folder / name) for name in ("tokenizer", *(["tokenizer_2"] if sdxl else []))}
+    tokenizers = {}
+    for name in names[2:]:
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        tokenizers[tokenizer] = read_tokenizer(folder / tokenizer, parts[name].tower)
 
     chosen = choose_variants(folders, variant)
     weights = {name: open_weights(folders[name], STEMS[name], chosen[name]) for name in names}

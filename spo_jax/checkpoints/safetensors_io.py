@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -129,9 +132,17 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[
     """Writes tensors; the file appears complete or not at all.
 
     ``metadata`` goes into the file's header, beside the ``format`` that PyTorch's readers look for.
+
+    Raises:
+      OSError: it cannot be written.
     """
     with atomic_write(path) as temporary:
-        safetensors.numpy.save_file(tensors, str(temporary), metadata={"format": "pt"} | (metadata or {}))
+        try:
+            safetensors.numpy.save_file(tensors, str(temporary), metadata={"format": "pt"} | (metadata or {}))
+        except safetensors.SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, os.strerror(number)) from error
 
 
 def param_shapes(module: Any, *inputs: Any, dtype: Any = jnp.float32, **kwargs: Any) -> Any:

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from spo_jax.checkpoints.base import base_of_config
 from spo_jax.checkpoints.hub import exists, with_strength
-from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts, with_image_size
+from spo_jax.checkpoints.pipeline import Pipeline, with_image_size
+from spo_jax.checkpoints.tokenizers import tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated, round_up
 from spo_jax.distributed.offload import in_host_memory, weight_placement

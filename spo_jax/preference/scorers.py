@@ -21,10 +21,12 @@ class Scorer(NamedTuple):
       encode_text: ``(params, tokens int [n, L]) -> text``, an array with a row for each prompt that only ``score``
         reads: unit-length embeddings float32 [n, E] of a CLIP, the tokens themselves of a user's function.
       score: ``(params, images [n, H, W, 3] in [-1, 1], text, timesteps int [n]) -> float32 [n]``.
+      tower: of a CLIP, the sizes of its text tower, to which a tokenizer has to be fitted.
     """
 
     encode_text: Callable[[Any, jax.Array], jax.Array]
     score: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+    tower: Any = None
 
 
 def preprocess_images(
@@ -77,7 +79,7 @@ def make_clip_scorer(clip: Any, *, antialias: bool = False) -> Scorer:
         chex.assert_equal_shape([image, text])  # one text for all pictures would be broadcast
         return jnp.exp(params["logit_scale"].astype(jnp.float32)) * (image * text).sum(axis=-1)
 
-    return Scorer(encode_text, score)
+    return Scorer(encode_text, score, clip.tower)
 
 
 def make_function_scorer(function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> Scorer:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_SEED = 2**32 - 1  # jax.random.key cuts off what is above: seeds would have the pictures of others
+from spo_jax.rng import MAX_SEED
+
 _COUNT = 2**31 - 1  # counters are int32
 _BATCH = 2**16  # at a time
 _PIXELS = 2**14

@@ -37,7 +37,7 @@ from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training import checkpoint, preemption, wandb_run
 from spo_jax.training.config_check import check_spm_config
 from spo_jax.training.judged_pairs import Tokenizers, make_encode_captions, make_to_devices, total_state
-from spo_jax.training.judges import make_scorer, tokenizer_of
+from spo_jax.training.judges import fitted_to, make_scorer, tokenizer_of
 from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, read_metrics
 from spo_jax.training.noisy_pairs import make_look, make_predict_clean
 from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
@@ -103,21 +103,22 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     clip, start = read_clip(resolve(config.scorer.init), step_aware=config.scorer.step_aware, sharding=placement)
     clip = clip.clone(dtype=dtype, remat=config.remat)  # it computes in ``dtype``; its parameters stay float32
     scorer = make_clip_scorer(clip)
-    tokenizers = Tokenizers(pipeline, tokenizer_of(config.scorer.tokenizer, pipeline))
+    tokenizers = Tokenizers(pipeline, fitted_to(scorer, tokenizer_of(config.scorer.tokenizer, pipeline)))
     frozen, relabel = dict(pipeline.params), None
     if config.labels.judge:
         judge, frozen["judge"] = read_clip(
             resolve(config.labels.judge), step_aware=None, dtype=dtype, sharding=placement
         )
         # It sees the pictures themselves, as CLIP's own image processor would show them.
-        relabel = make_relabel(make_clip_scorer(judge, antialias=True), config.labels.threshold)
-        tokenizers = tokenizers._replace(judge=tokenizer_of(config.labels.tokenizer, pipeline))
+        labeller = make_clip_scorer(judge, antialias=True)
+        relabel = make_relabel(labeller, config.labels.threshold)
+        tokenizers = tokenizers._replace(judge=fitted_to(labeller, tokenizer_of(config.labels.tokenizer, pipeline)))
     judges, fixed = {SCORER: Judge(scorer, tokenizers.scorer)}, {}
     if config.scorer.step_aware:
         judges[TOLD_0] = Judge(scorer, tokenizers.scorer, step_aware=False)
     if config.validation.plain:
         plain, fixed[PLAIN] = make_scorer(config.validation.plain, dtype=dtype, sharding=placement)
-        judges[PLAIN] = Judge(plain, tokenizers.scorer, step_aware=False)
+        judges[PLAIN] = Judge(plain, fitted_to(plain, tokenizers.scorer), step_aware=False)
     # Only the timesteps of training matter; the number of sampling steps plays no part.
     schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
     check_timesteps(config, len(schedule.alphas_cumprod))

@@ -22,9 +22,9 @@ from spo_jax.checkpoints.lora_write import write_kohya, write_lora
 from spo_jax.checkpoints.pipeline import (
     Pipeline,
     read_clip,
-    tokenize,
     with_image_size,
 )
+from spo_jax.checkpoints.tokenizers import cut_warning, tokenize, tokenizers_of
 from spo_jax.checkpoints.write_pipeline import write_pipeline
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
 from spo_jax.diffusion.schedule import check_trainable, make_schedule
@@ -39,7 +39,7 @@ from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training import checkpoint, preemption, wandb_run
 from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import Measured, encode_prompts, make_measure, summarize
-from spo_jax.training.judges import check_function, make_scorer, tokenizer_of
+from spo_jax.training.judges import check_function, fitted_to, make_scorer, tokenizer_of
 from spo_jax.training.metrics import (
     METRICS_FILE,
     MetricsWriter,
@@ -116,9 +116,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         tokenizer=scorer_tokenizer,
     )
     scorer, scorer_params = make_scorer(config.scorer.path, config.scorer.fn, **options)
+    scorer_tokenizer = fitted_to(scorer, scorer_tokenizer)
     options["sharding"] = lambda path, shape: placement(("judge", *path), shape)
     judge_clip, judge_params = read_clip(resolve(config.evaluation.judge), step_aware=False, **options)
     judge = make_clip_scorer(judge_clip)
+    judge_tokenizer = fitted_to(judge, pipeline.tokenizer)
+    readers = [*tokenizers_of(pipeline), scorer_tokenizer]
+    say(cut_warning(readers, prompts, "training prompts"), cut_warning(readers, held_out, "held-out prompts"))
     params = {**pipeline.params, "scorer": scorer_params, "judge": judge_params}
     pool_params = {name: params[name] for name in POOL_PARTS}
     schedule = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
@@ -161,7 +165,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         return encode_prompts(encode, some, pipeline, scorer_tokenizer, texts)
 
     held_out_batch = encode_texts(held_out)
-    judge_text = jit_on(mesh, judge.encode_text)(to_device(params["judge"]), tokenize(pipeline.tokenizer, held_out))
+    judge_text = jit_on(mesh, judge.encode_text)(to_device(params["judge"]), tokenize(judge_tokenizer, held_out))
     evaluation_key = rng.stream(root, "evaluation")
 
     def measure(trained: Any, prompts: PromptBatch) -> Measured:
@@ -248,9 +252,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             return None
     seconds_training = seconds_before + time.time() - training_began
     write_result(workdir, state.result, pipeline)
-    warning = nothing_learned(config, int(state.step), fetch(state.result.get("lora")))
-    if warning and main:
-        print(f"spo_jax: {warning}", file=sys.stderr)
+    say(nothing_learned(config, int(state.step), fetch(state.result.get("lora"))))
 
     # ------------------------------------------------------------------------------------------------------ evidence
     base = measure(untrained(state.result), held_out_batch)
@@ -284,6 +286,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
+def say(*warnings: str | None) -> None:
+    """Prints those that there are on stderr, in the first process."""
+    for warning in warnings:
+        if warning and is_main_process():
+            print(f"spo_jax: {warning}", file=sys.stderr)
+
+
 def write_result(workdir: Path, trained: Any, pipeline: Pipeline) -> None:
     """Writes the two LoRA files, or after full fine-tuning the pipeline folder ``model``.
 

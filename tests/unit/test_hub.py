@@ -11,7 +11,8 @@ import huggingface_hub.constants
 import pytest
 
 from spo_jax.checkpoints.hub import missing, resolve_model
-from spo_jax.checkpoints.pipeline import read_clip, read_pipeline, read_tokenizer
+from spo_jax.checkpoints.pipeline import read_clip, read_pipeline
+from spo_jax.checkpoints.tokenizers import read_tokenizer
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 

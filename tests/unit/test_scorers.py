@@ -51,7 +51,7 @@ def test_picture_of_the_right_size_is_not_touched_and_low_precision_is_left():
 class FakeClip:
     """Towers of one line each, so that the scorer's own arithmetic shows."""
 
-    image_size = 8
+    image_size, tower = 8, None
 
     def __init__(self, step_aware):
         self.step_aware = step_aware

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from configs import common_spm
 from spo_jax import rng
-from spo_jax.checkpoints.pipeline import clip_shapes, read_clip, read_pipeline, tokenize, tokenize_prompts
+from spo_jax.checkpoints.pipeline import clip_shapes, read_clip, read_pipeline
+from spo_jax.checkpoints.tokenizers import tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import batch_sharding, make_mesh
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
