@@ -382,7 +382,7 @@ def _other_programs(config: Mapping[str, Any], xl: bool, full: bool, name: str) 
             ],
         )
         + "\nThis writes it with half the size:\n\n"
-        + command("export", lora="WORKDIR", format="kohya", dtype="float16", out=f"{name}.safetensors")
+        + command("export", lora="WORKDIR", format="kohya", out=f"{name}.safetensors", dtype="float16")
     )
 
 

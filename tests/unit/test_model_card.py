@@ -97,6 +97,7 @@ def test_adapters(tmp_path):
     contains(card, "(no measure of quality) | 80.0 | not finite |", "oversaturated")
     contains(card, "training prompts, 4000 | `4k.json`", "the first 200", "adapters of rank `4`", "`6e-05`", "seed `7`")
     contains(card, "--format=kohya \\\n    --out=my-run.safetensors", "`<lora:my-run:1>`", "ComfyUI/models/loras")
+    contains(card, "kohya's tools read `kohya_lora_weights.safetensors` of this folder")
     contains(card, "--config=configs/recorded.py:WORKDIR", "2406.04314")
     assert "/home" not in card and str(tmp_path) not in card
 
