@@ -56,8 +56,9 @@ def check_place(path: str | Path, option: str = "--out") -> None:
     if "\0" in str(path):
         raise UserError(f"{option}={str(path)!r} is no name that a file can have; choose another one.")
     with saying_where(path, option):
-        if Path(path).is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        number = errno.EISDIR if Path(path).is_dir() else errno.ENOTDIR if Path(path).parent.is_file() else 0
+        if number:
+            raise OSError(number, os.strerror(number))
         with contextlib.suppress(_OnlyATry), atomic_write(path):
             raise _OnlyATry
 
