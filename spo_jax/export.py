@@ -3,8 +3,10 @@
     python -m spo_jax.export --lora=runs/tiny --format=diffusers --out=spo.safetensors   # diffusers, peft
     python -m spo_jax.export --lora=runs/tiny --format=kohya --out=spo.safetensors       # ComfyUI, A1111, kohya's tools
     python -m spo_jax.export --lora=runs/tiny --format=pipeline --dtype=float16 --out=my_model
+    python -m spo_jax.export --lora=runs/tiny --format=checkpoint --out=my_model.safetensors   # one file, merged
 
---lora may also be a LoRA file of any of these programs: then it is converted.
+--lora may also be a LoRA file of any of these programs: then it is converted. Whole models can be written
+without: --model=runs/full/model --format=checkpoint.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ from spo_jax.errors import UserError
 
 LORA = flags.DEFINE_string("lora", None, "A --workdir of training, or a LoRA file.")
 MODEL = flags.DEFINE_string(
-    "model", None, "Diffusers pipeline folder it was made for; by default the one of --workdir."
+    "model", None, "Diffusers pipeline folder or single file it was made for; by default the one of --workdir."
 )
-FORMAT = flags.DEFINE_enum("format", "diffusers", ["diffusers", "kohya", "pipeline"], "What to write.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16", "bfloat16"], "Of the LoRA file or the UNet.")
+FORMAT = flags.DEFINE_enum("format", "diffusers", ["diffusers", "kohya", "pipeline", "checkpoint"], "What to write.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "float16", "bfloat16"], "Of what is written; float32, for --format=checkpoint float16."
+)
 OUT = flags.DEFINE_string("out", None, "A .safetensors file; a new folder for --format=pipeline.")
 
 
 def main() -> None:
     """Checks the flags, reads the adapters and writes them."""
-    if not LORA.value:
+    whole = FORMAT.value in ("pipeline", "checkpoint")
+    if not LORA.value and not (whole and MODEL.value):
         raise UserError("--lora is missing; for example --lora=runs/tiny.")
     if not OUT.value:
         raise UserError("--out is missing; for example --out=spo.safetensors.")
@@ -41,24 +46,35 @@ def main() -> None:
     from spo_jax.checkpoints.hub import resolve_model
     from spo_jax.checkpoints.lora import read_lora, write_kohya, write_lora
     from spo_jax.checkpoints.pipeline import read_unet, read_unet_shapes
+    from spo_jax.checkpoints.single_file import open_single_file
+    from spo_jax.checkpoints.write_checkpoint import write_checkpoint
     from spo_jax.checkpoints.write_pipeline import check_output_folder, write_pipeline
     from spo_jax.emoji import resolve
     from spo_jax.models.lora import merge_lora
 
-    lora_path = resolve(LORA.value)
-    model = resolve_model(resolve(MODEL.value or model_of_run(lora_path)), weights=FORMAT.value == "pipeline")
-    out, dtype = Path(OUT.value), jnp.dtype(DTYPE.value)
+    lora_path = resolve(LORA.value or "")
+    model = resolve_model(resolve(MODEL.value or model_of_run(lora_path)), weights=whole)
+    out = Path(OUT.value)
+    dtype = jnp.dtype(DTYPE.value or ("float16" if FORMAT.value == "checkpoint" else "float32"))
     if out.is_dir() and is_file:
         raise UserError(f"--out={out} is a folder; choose another name.")
     if FORMAT.value == "pipeline":
         check_output_folder(out)
-        _, params = read_unet(model / "unet")
-        write_pipeline(out, model, merge_lora(params, read_lora(lora_path, params)), dtype=dtype)
+    if whole:
+        params = open_single_file(model).read("unet", jnp.float32) if model.is_file() else read_unet(model / "unet")[1]
+        params = merge_lora(params, read_lora(lora_path, params)) if LORA.value else params
     else:
-        _, shapes = read_unet_shapes(model / "unet")
+        file = open_single_file(model) if model.is_file() else None
+        _, shapes = file.model("unet", jnp.float32) if file else read_unet_shapes(model / "unet")
         lora = read_lora(lora_path, shapes)
+    if FORMAT.value == "pipeline":
+        write_pipeline(out, model, params, dtype=dtype)
+    else:
         try:
-            if FORMAT.value == "kohya":
+            if FORMAT.value == "checkpoint":
+                if (configs := write_checkpoint(out, model, {"unet": params}, dtype=dtype)) is not None:
+                    print(f"Wrote {configs}: configs and tokenizers that {out} does not tell.")
+            elif FORMAT.value == "kohya":
                 write_kohya(out, lora, shapes, dtype=dtype)
             else:
                 write_lora(out, lora, dtype=dtype)

@@ -288,6 +288,10 @@ def read_pipeline(
       UserError: a missing or damaged file, an unsupported config field, or weights that do not fit the config.
     """
     folder = resolve_model(folder, variant=variant)
+    if folder.is_file():
+        from spo_jax.checkpoints.single_file import read_single_file  # which builds on this module
+
+        return read_single_file(folder, dtype, variant=variant, sharding=sharding)
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name")
     if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):

@@ -27,7 +27,7 @@ _HUB = re.compile(
 _GITHUB = re.compile(
     r"github:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@#]*))?(?:/(?P<inside>[^#]+))?(?:#sha256=(?P<sha256>[^#]*))?"
 )
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
 _FILE_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet")
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
 _CONFIGS = ("*.json", "*.txt")

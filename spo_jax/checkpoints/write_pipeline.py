@@ -14,6 +14,7 @@ import numpy as np
 
 from spo_jax.checkpoints.pipeline import read_json
 from spo_jax.checkpoints.safetensors_io import write_params
+from spo_jax.checkpoints.single_file import unpacked
 from spo_jax.errors import UserError
 
 INDEX = "model_index.json"
@@ -36,7 +37,7 @@ def write_pipeline(out: str | Path, source: str | Path, unet_params: Any, *, dty
 
     Args:
       out: the new folder; it may exist if it is empty.
-      source: a diffusers pipeline folder.
+      source: a diffusers pipeline folder, or a single file, whose other parts are written in the dtype that they have.
       unet_params: for ``source/unet/config.json``.
       dtype: of the written UNet.
 
@@ -45,6 +46,9 @@ def write_pipeline(out: str | Path, source: str | Path, unet_params: Any, *, dty
     """
     out, source = Path(out).absolute(), Path(source)
     check_output_folder(out)
+    if source.is_file():
+        with unpacked(source, out) as folder:
+            return write_pipeline(out, folder, unet_params, dtype=dtype)
     index = read_json(source / INDEX)
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:

@@ -16,6 +16,7 @@ from jax.sharding import Sharding
 from spo_jax.checkpoints import pipeline as reading
 from spo_jax.checkpoints.hub import find_file, repository_of
 from spo_jax.checkpoints.pipeline import Pipeline, read_json
+from spo_jax.checkpoints.single_file import open_single_file
 from spo_jax.distributed.offload import in_host_memory
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
@@ -56,6 +57,9 @@ def pipeline_shapes(name: str, dtype: Any, place: Place, *, vae: str = "") -> Pi
       UserError: there is no config to be found, or it is not supported.
     """
     known = published.PIPELINES.get(repository_of(name) or "", {})
+    if (path := resolve(name)).is_file():
+        files = open_single_file(path)
+        known = {"model_index": files.index, "scheduler": files.scheduler, **files.configs}
     index = _find_config(resolve(name), "model_index.json", known.get("model_index"))
     sdxl = index["_class_name"] == "StableDiffusionXLPipeline"
 
