@@ -48,20 +48,26 @@ def _our_sampler(folder, solver, steps):
     return pipeline, jax.jit(make_generate(pipeline, schedule, guidance_scale=5.0, eta=0.0, solver=solver))
 
 
-def ours(lora=None, solver="ddim", steps=STEPS, folder=None):
-    """Pictures of our sampler, int [2, H, W, 3] in 0 to 255: of a pipeline folder, emoji by default."""
+def ours(lora=None, solver="ddim", steps=STEPS, folder=None, params=None):
+    """Pictures of our sampler, int [2, H, W, 3] in 0 to 255: of a pipeline folder, emoji by default, or its params."""
     pipeline, generate = _our_sampler(folder, solver, steps)
-    prompts = encode_prompts(make_encode(pipeline, scorer=None), pipeline.params, pipeline, None, PROMPTS)
-    variables = {"params": pipeline.params["unet"]} | ({} if lora is None else {"lora": lora})
-    images = generate(pipeline.params, variables, prompts, initial_latents())
+    params = pipeline.params if params is None else params
+    prompts = encode_prompts(make_encode(pipeline, scorer=None), params, pipeline, None, PROMPTS)
+    variables = {"params": params["unet"]} | ({} if lora is None else {"lora": lora})
+    images = generate(params, variables, prompts, initial_latents())
     return to_uint8(images).astype(int)
 
 
-def theirs(folder=None, lora_file=None, scheduler=DDIMScheduler, steps=STEPS):
-    """Pictures of diffusers, int [2, H, W, 3]: of a pipeline folder (emoji by default), with or without a LoRA file."""
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder or resolve("emoji:model"), local_files_only=True, torch_dtype=torch.float32
-    )
+def theirs(folder=None, lora_file=None, scheduler=DDIMScheduler, steps=STEPS, single_file=None):
+    """Pictures of diffusers, int [2, H, W, 3]: of a pipeline folder (emoji by default), with or without a LoRA file.
+
+    A single file takes the place of the folder's weights.
+    """
+    folder, options = folder or resolve("emoji:model"), {"local_files_only": True, "torch_dtype": torch.float32}
+    if single_file is None:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
+    else:
+        pipeline = StableDiffusionPipeline.from_single_file(str(single_file), config=str(folder), **options)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     if lora_file is not None:
