@@ -12,6 +12,7 @@ without: --model=runs/full/model --format=checkpoint.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -60,19 +61,20 @@ def main() -> None:
         raise UserError(f"--out={out} is a folder; choose another name.")
     if FORMAT.value == "pipeline":
         check_output_folder(out)
-    if whole:
-        params = open_single_file(model).read("unet", jnp.float32) if model.is_file() else read_unet(model / "unet")[1]
-        params = merge_lora(params, read_lora(lora_path, params)) if LORA.value else params
-    else:
-        file = open_single_file(model) if model.is_file() else None
-        _, shapes = file.model("unet", jnp.float32) if file else read_unet_shapes(model / "unet")
-        lora = read_lora(lora_path, shapes)
+    file = open_single_file(model) if model.is_file() else None
+    shapes = file.shapes("unet", jnp.float32) if file else read_unet_shapes(model / "unet")[1]
+    lora = read_lora(lora_path, shapes) if LORA.value else {}
+
+    def merged() -> Any:
+        params = file.read("unet", jnp.float32) if file else read_unet(model / "unet")[1]
+        return merge_lora(params, lora)
+
     if FORMAT.value == "pipeline":
-        write_pipeline(out, model, params, dtype=dtype)
+        write_pipeline(out, model, merged(), dtype=dtype)
     else:
         try:
             if FORMAT.value == "checkpoint":
-                if (configs := write_checkpoint(out, model, {"unet": params}, dtype=dtype)) is not None:
+                if (configs := write_checkpoint(out, model, {"unet": merged}, dtype=dtype)) is not None:
                     print(f"Wrote {configs}: configs and tokenizers that {out} does not tell.")
             elif FORMAT.value == "kohya":
                 write_kohya(out, lora, shapes, dtype=dtype)

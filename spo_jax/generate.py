@@ -13,7 +13,9 @@ from absl import flags
 from spo_jax import cli
 from spo_jax.errors import UserError
 
-MODEL = flags.DEFINE_string("model", "emoji:model", "Diffusers pipeline: a folder, or org/name@commit on the hub.")
+MODEL = flags.DEFINE_string(
+    "model", "emoji:model", "Diffusers pipeline: a folder, org/name@commit on the hub, or one file."
+)
 VARIANT = flags.DEFINE_string("variant", None, "Of the weight files, such as fp16.")
 VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's: a folder, or org/name@commit.")
 LORA = flags.DEFINE_string("lora", None, "LoRA file (diffusers or kohya), or a folder with one (a --workdir).")

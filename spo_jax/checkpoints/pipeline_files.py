@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from spo_jax.checkpoints.hub import resolve_model
 from spo_jax.checkpoints.pipeline import read_json, text_encoder_shapes, unet_shapes, vae_shapes
-from spo_jax.checkpoints.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM, Weights, open_weights, read_params
+from spo_jax.checkpoints.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM, Placement, Weights, open_weights, read_params
 from spo_jax.errors import UserError
 from spo_jax.files import write_text
 from spo_jax.models import AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
@@ -41,22 +42,31 @@ class PipelineFiles:
     tokenizers: dict[str, str | Path]
     find: Callable[[str, Any], Weights]
 
-    def model(self, part: str, dtype: Any) -> tuple[Any, Any]:
-        """The module of a part and the shapes of its parameters, both in ``dtype``; UserError if its config is bad."""
-        kind, shapes_of, _, _ = _MODELS[part]
+    def module(self, part: str, dtype: Any) -> Any:
+        """The module of a part; UserError if its config is bad."""
+        with self._checked(part):
+            return _MODELS[part][0].from_config(self.configs[part], dtype)
+
+    def shapes(self, part: str, dtype: Any) -> Any:
+        """Shapes of a part's parameters; UserError if its config is bad."""
+        module = self.module(part, dtype)
+        with self._checked(part):
+            return _MODELS[part][1](module, dtype)
+
+    def read(self, part: str, dtype: Any, *, sharding: Placement = None) -> Any:
+        """The parameters of a part; errors as of ``shapes`` and ``read_params``."""
+        shapes = self.shapes(part, dtype)
+        return read_params(self.find(part, shapes), shapes, sharding=sharding)
+
+    @contextlib.contextmanager
+    def _checked(self, part: str) -> Iterator[None]:
         try:
-            module = kind.from_config(self.configs[part], dtype)
-            return module, shapes_of(module, dtype)
+            yield
         except UserError as error:
             raise UserError(f"Model {self.path}, {part}: {error}") from error
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"Model {self.path}, {part}: its sizes make no model ({reason}).") from error
-
-    def read(self, part: str, dtype: Any) -> Any:
-        """The parameters of a part; errors as of ``model`` and ``read_params``."""
-        _, shapes = self.model(part, dtype)
-        return read_params(self.find(part, shapes), shapes)
 
 
 def open_folder(folder: Path, variant: str | None = None) -> PipelineFiles:

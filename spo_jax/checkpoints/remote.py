@@ -74,6 +74,11 @@ class RemoteName:
         return f"{hub}/datasets/{self.repo}" if self.kind == "dataset" else f"{hub}/{self.repo}"
 
 
+def is_weight_file(name: str) -> bool:
+    """Whether a path, here or elsewhere, names one file of weights, by its suffix."""
+    return PurePosixPath(name.partition("#")[0]).suffix in _WEIGHT_SUFFIXES
+
+
 def parse_remote(name: str) -> RemoteName | None:
     """The remote name that ``name`` is; None if it can only be a local path.
 

@@ -104,11 +104,10 @@ def read_single_file(path: Path, dtype: Any, *, variant: str | None = None, shar
         raise UserError(f"File {path} has no variants; leave out --variant or config.variant ({variant!r}).")
     files = open_single_file(path, quiet=False)
     tokenizers = {name: read_tokenizer(source) for name, source in files.tokenizers.items()}
-    models, shapes = {}, {}
-    for part in files.configs:
-        models[part], shapes[part] = files.model(part, dtype)
+    models = {part: files.module(part, dtype) for part in files.configs}
     check_widths(path, models["unet"], models["text_encoder"], models.get("text_encoder_2"))
-    weights = {part: files.find(part, shapes[part]) for part in models}
+    shapes = {part: files.shapes(part, dtype) for part in models}
+    weights = {part: files.find(part, shapes[part]) for part in models}  # all keys are checked before one is read
     params = {}
     for part in models:
         below = _below(sharding, part) if callable(sharding) else sharding
@@ -138,7 +137,7 @@ def unpacked(path: Path, near: Path) -> Iterator[Path]:
         write_configs(files, folder)
         for part in files.configs:
             if part != "unet":
-                dtype = next(iter(files.find(part, files.model(part, jnp.float32)[1]).arrays.values())).dtype
+                dtype = next(iter(files.find(part, files.shapes(part, jnp.float32)).arrays.values())).dtype
                 out = folder / part / f"{stem_of(part)}.safetensors"
                 write_params(out, files.read(part, dtype), dtype=dtype)
         yield folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,16 +35,17 @@ class _Entry(NamedTuple):
 
 
 def write_checkpoint(
-    out: Path, model: Path, params: Mapping[str, Any], *, dtype: Any, variant: str | None = None
+    out: Path, model: Path, parts: Mapping[str, Callable[[], Any]], *, dtype: Any, variant: str | None = None
 ) -> Path | None:
-    """Writes a pipeline with the given parameters of some parts; the file appears complete or not at all.
+    """Writes a pipeline with other parameters of some parts; the file appears complete or not at all.
 
-    Beside ``params`` one part of the pipeline is in memory at a time, and a converted copy of one array.
+    One part of the pipeline is in memory at a time, and a converted copy of one array.
 
     Args:
       out: the ``.safetensors`` file.
       model: a diffusers pipeline folder, or a single file.
-      params: of its parts that are to be others than in the model, such as "unet".
+      parts: by name, such as "unet", what gives the parameters of a part that is not to be as in the model. It is
+        called when their turn to be written has come, which is after all checks.
       dtype: of everything in the file.
       variant: of the folder's weight files.
 
@@ -56,7 +57,7 @@ def write_checkpoint(
     """
     files = open_single_file(model) if model.is_file() else open_folder(model, variant)
     kind = _kind(files)
-    shapes = {part: files.model(part, np.float32)[1] for part in files.configs}
+    shapes = {part: files.shapes(part, np.float32) for part in files.configs}
     entries = dict(itertools.chain.from_iterable(_entries(kind, part, shapes[part]) for part in LAYOUTS[kind]))
     flat = {part: flax.traverse_util.flatten_dict(tree) for part, tree in shapes.items()}
     sizes = {}
@@ -72,7 +73,7 @@ def write_checkpoint(
 
     def arrays() -> Iterator[np.ndarray]:
         for part, group in itertools.groupby(entries.items(), key=lambda item: item[1].part):
-            values = flax.traverse_util.flatten_dict(params[part] if part in params else files.read(part, np.float32))
+            values = flax.traverse_util.flatten_dict(parts[part]() if part in parts else files.read(part, np.float32))
             for key, entry in group:
                 yield _converted(key, entry, values, dtype)
         yield from (np.zeros(0, dtype) for _ in markers)
@@ -176,9 +177,9 @@ def _needs_configs(
 def _computes(files: PipelineFiles, part: str) -> Any:
     """What a part's config says about what it computes; equal if two compute the same."""
     if part == "unet":
-        return files.model(part, np.float32)[0]
+        return files.module(part, np.float32)
     if part == "vae":
-        return files.model(part, np.float32)[0].clone(sample_size=0)
+        return files.module(part, np.float32).clone(sample_size=0)
     tower = CLIPTextTransformer.from_config(files.configs[part], parent=None)
     largest = tower.vocab_size - 1  # as the end of the text, it is what 2 stands for
     end = 2 if tower.eos_token_id == largest else tower.eos_token_id
