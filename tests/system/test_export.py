@@ -11,6 +11,7 @@ from diffusers import DPMSolverMultistepScheduler
 from spo_jax.checkpoints.lora import write_kohya, write_lora
 from spo_jax.checkpoints.pipeline import read_pipeline
 from spo_jax.checkpoints.write_checkpoint import write_checkpoint
+from spo_jax.models.lora import merge_lora
 from tests import pictures
 from tests.system.commands import ROOT, environment, run
 
@@ -70,6 +71,18 @@ def test_kohya_to_diffusers_is_bit_exact(workdir, tmp_path):
     result = export(lora=tmp_path / "theirs.safetensors", model=MODEL, out=tmp_path / "o.safetensors")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "o.safetensors").read_bytes() == next(workdir.glob("*.safetensors")).read_bytes()
+
+
+def test_a_single_file_takes_the_place_of_a_folder(workdir, tmp_path):
+    model, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    write_checkpoint(model, MODEL, {}, dtype=np.dtype(np.float32))
+    result = export(lora=workdir, model=model, format="checkpoint", dtype="float32", out=out)
+    assert result.returncode == 0 and f"Wrote {out}." in result.stdout, result.stderr
+    theirs = safetensors.numpy.load_file(out)
+    merged = merge_lora(pictures.emoji_pipeline().params["unet"], pictures.strong_adapters())
+    write_checkpoint(tmp_path / "ours.safetensors", MODEL, {"unet": lambda: merged}, dtype=np.dtype(np.float32))
+    for key, value in safetensors.numpy.load_file(tmp_path / "ours.safetensors").items():
+        np.testing.assert_array_equal(theirs[key], value)
 
 
 @pytest.mark.parametrize("steps", [8, 15])
