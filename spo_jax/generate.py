@@ -20,8 +20,8 @@ from spo_jax.files import check_place, saying_where
 MODEL = flags.DEFINE_string(
     "model",
     None,
-    "Diffusers pipeline: a folder, or org/name@commit on the hub; by default the one that the --workdir of --lora was "
-    "trained with, with its variant, UNet and autoencoder, else emoji:model.",
+    "Diffusers pipeline: a folder, org/name@commit on the hub, or one file; by default the one that the --workdir of "
+    "--lora was trained with, with its variant, UNet and autoencoder, else emoji:model.",
 )
 VARIANT = flags.DEFINE_string("variant", None, "Of the weight files, such as fp16.")
 UNET = flags.DEFINE_string("unet", None, "UNet to use instead of the model's: a folder, or org/name@commit.")

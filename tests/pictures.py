@@ -49,25 +49,31 @@ def _our_sampler(folder, solver, steps):
     return pipeline, jax.jit(make_generate(pipeline, schedule, guidance_scale=5.0, eta=0.0, solver=solver))
 
 
-def ours(lora=None, solver="ddim", steps=STEPS, folder=None, size=None):
-    """Pictures of our sampler, int [2, H, W, 3] in 0 to 255: of a pipeline folder, emoji by default.
+def ours(lora=None, solver="ddim", steps=STEPS, folder=None, params=None, size=None):
+    """Pictures of our sampler, int [2, H, W, 3] in 0 to 255: of a pipeline folder, emoji by default, or its params.
 
     ``lora`` holds adapters by part.
     """
     pipeline, generate = _our_sampler(folder, solver, steps)
-    params = pipeline.params | {"lora": lora or {}}
+    params = (pipeline.params if params is None else params) | {"lora": lora or {}}
     prompts = encode_prompts(make_encode(pipeline, scorer=None), params, pipeline, None, PROMPTS)
-    variables = {"params": pipeline.params["unet"]} | ({"lora": lora["unet"]} if lora else {})
-    images = generate(pipeline.params, variables, prompts, initial_latents(size))
+    variables = {"params": params["unet"]} | ({"lora": lora["unet"]} if lora else {})
+    images = generate(params, variables, prompts, initial_latents(size))
     return to_uint8(images).astype(int)
 
 
-def theirs(folder=None, lora_file=None, scheduler=DDIMScheduler, steps=STEPS, size=None):
+def theirs(folder=None, lora_file=None, scheduler=DDIMScheduler, steps=STEPS, single_file=None, size=None):
     """Pictures of diffusers, int [2, H, W, 3]: of a pipeline folder (emoji by default), with or without a LoRA file.
 
     The folder is loaded as it is, without a dtype. ``lora_file`` may also be a folder, or files with their strengths.
+    A single file takes the place of the folder's weights.
     """
-    pipeline = StableDiffusionPipeline.from_pretrained(folder or resolve("emoji:model"), local_files_only=True)
+    folder = folder or resolve("emoji:model")
+    if single_file is None:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    else:
+        options = {"local_files_only": True, "torch_dtype": torch.float32}
+        pipeline = StableDiffusionPipeline.from_single_file(str(single_file), config=str(folder), **options)
     pipeline.check_inputs = lambda *_args, **_kwargs: None  # which wants multiples of 8 for every autoencoder
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)

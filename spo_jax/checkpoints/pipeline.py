@@ -185,19 +185,6 @@ def read_text_encoder(
     return text_encoder, read_params(open_weights(folder, TRANSFORMERS_STEM, variant), shapes, sharding=sharding)
 
 
-def read_adaptable_shapes(folder: Path, unet: Path | None = None) -> dict[str, Any]:
-    """Shapes of the parameters of a pipeline's UNet, and of its text encoders as far as they are there, by part.
-
-    ``unet`` is the folder of the UNet, if it is another one.
-    """
-    shapes = {"unet": read_unet_shapes(unet or folder / "unet")[1]}
-    for name in ("text_encoder", "text_encoder_2"):
-        if (folder / name).is_dir():
-            second = name == "text_encoder_2"
-            shapes[name] = read_text_encoder_shapes(folder / name, with_projection=second)[1]
-    return shapes
-
-
 def unet_shapes(unet: UNet2DConditionModel, dtype: Any = jnp.float32) -> Any:
     """Shapes of a UNet's parameters."""
     size = 2 ** (len(unet.block_out_channels) - 1)
@@ -288,6 +275,10 @@ def read_pipeline(
         that do not fit each other.
     """
     folder = resolve_model(folder, variant=variant)
+    if folder.is_file():
+        from spo_jax.checkpoints.single_file import read_single_file  # which builds on this module
+
+        return read_single_file(folder, dtype, variant=variant, unet=unet, vae=vae, sharding=sharding)
     index, sdxl = read_index(folder)
     replaced = replaced_parts(unet, vae, variant=variant)
     names = ["unet", "vae", "text_encoder", *(["text_encoder_2"] if sdxl else [])]

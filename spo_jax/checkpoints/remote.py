@@ -27,7 +27,7 @@ _HUB = re.compile(
 _GITHUB = re.compile(
     r"github:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@#]*))?(?:/(?P<inside>[^#]+))?(?:#sha256=(?P<sha256>[^#]*))?"
 )
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
 _FILE_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet")
 _WEIGHT_FILE = re.compile(
     r"(?:model|pytorch_model|diffusion_pytorch_model)(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
@@ -74,6 +74,11 @@ class RemoteName:
         if self.site == "github":
             return f"https://github.com/{self.repo}"
         return f"{hub}/datasets/{self.repo}" if self.kind == "dataset" else f"{hub}/{self.repo}"
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a path, here or elsewhere, names one file of weights, by its suffix."""
+    return PurePosixPath(name.partition("#")[0]).suffix in _WEIGHT_SUFFIXES
 
 
 def parse_remote(name: str) -> RemoteName | None:

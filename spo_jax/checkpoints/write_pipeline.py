@@ -14,6 +14,7 @@ import numpy as np
 
 from spo_jax.checkpoints.pipeline import read_json
 from spo_jax.checkpoints.safetensors_io import write_params
+from spo_jax.checkpoints.single_file import unpacked
 from spo_jax.checkpoints.weights import (
     DIFFUSERS_STEM,
     TORCH_SUFFIXES,
@@ -54,7 +55,7 @@ def write_pipeline(
 
     Args:
       out: the new folder; it may exist if it is empty.
-      source: a diffusers pipeline folder.
+      source: a diffusers pipeline folder, or a single file, whose other parts are written in the dtype that they have.
       unet_params: for the UNet's ``config.json``.
       text_encoders: parameters of those that are replaced as well, by name.
       replaced: folders of parts that are not those of ``source`` (see ``Pipeline``).
@@ -66,6 +67,9 @@ def write_pipeline(
     """
     out, source = Path(out).absolute(), Path(source)
     check_output_folder(out)
+    if source.is_file():
+        with unpacked(source, out) as folder:
+            return write_pipeline(out, folder, unet_params, text_encoders=text_encoders, replaced=replaced, dtype=dtype)
     index = read_json(source / INDEX)
     parts = {name: part for name, part in index.items() if isinstance(part, list)}  # the others are settings
     folders = {name: (replaced or {}).get(name, source / name) for name in parts}

@@ -18,6 +18,7 @@ from spo_jax.checkpoints.base import Base
 from spo_jax.checkpoints.hub import find_file, repository_of
 from spo_jax.checkpoints.parts import check_parts, mended_unet, scheduler_of
 from spo_jax.checkpoints.pipeline import Pipeline, read_json
+from spo_jax.checkpoints.single_file import open_single_file
 from spo_jax.distributed.offload import in_host_memory
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
@@ -57,6 +58,9 @@ def pipeline_shapes(base: Base, dtype: Any, place: Place) -> Pipeline:
     """
     name = base.model
     known = published.PIPELINES.get(repository_of(name) or "", {})
+    if (path := resolve(name)).is_file():
+        files = open_single_file(path)
+        known = {"model_index": files.index, "scheduler": files.scheduler, **files.configs}
     index = _find_config(resolve(name), "model_index.json", known.get("model_index"))
     sdxl = index["_class_name"] == "StableDiffusionXLPipeline"
 

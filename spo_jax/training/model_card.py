@@ -15,6 +15,7 @@ from typing import Any
 
 from spo_jax.checkpoints.hub import find_file, with_strength
 from spo_jax.checkpoints.lora_write import KOHYA_FILE_NAME
+from spo_jax.checkpoints.remote import is_weight_file
 from spo_jax.emoji import PREFIX, resolve
 from spo_jax.files import write_text
 from spo_jax.training.report import duration, number
@@ -313,7 +314,8 @@ def _diffusers(config: Mapping[str, Any], xl: bool, full: bool) -> str:
     if config["variant"] and not full:
         options = [f"variant={_string(config['variant'])}", *options]
     base, more = ('"model"', []) if full else _pretrained(config["model"], imports)
-    lines += [f"pipeline = {name}.from_pretrained(", *(f"    {x}," for x in (base, *more, *options)), ")"]
+    method = "from_pretrained" if full or not is_weight_file(config["model"]) else "from_single_file"
+    lines += [f"pipeline = {name}.{method}(", *(f"    {x}," for x in (base, *more, *options)), ")"]
     if not full:
         lines += ['pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")']
     size = {key: config["sampling"][key] for key in ("height", "width") if config["sampling"][key]}
@@ -358,11 +360,10 @@ def _other_programs(config: Mapping[str, Any], xl: bool, full: bool, name: str) 
     if is_emoji(config["model"]):
         return head + "They know Stable Diffusion, not the emoji model.\n"
     if full:
-        script = f"convert_diffusers_to_original_{'sdxl' if xl else 'stable_diffusion'}.py"
         return (
-            f"{head}They read one file, which a script in diffusers' repository makes:\n\n"
-            f"```\npython scripts/{script} --model_path=model --checkpoint_path={name}.safetensors --use_safetensors "
-            "--half\n```\n\n"
+            f"{head}They read one file, which this writes (WORKDIR is this folder):\n\n"
+            + command("export", model="WORKDIR/model", format="checkpoint", out=f"{name}.safetensors")
+            + "\n"
             + table(
                 ("program", "folder for the file", "how to use it"),
                 [

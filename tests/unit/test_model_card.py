@@ -118,9 +118,7 @@ def test_a_whole_unet(tmp_path):
     card = make_card(tmp_path, sd15.get_config(), **{"lora.rank": 0, "scorer.fn": "my_judge:score"})
     top = front_matter(card)
     assert top["base_model_relation"] == "finetune" and "lora" not in top["tags"]
-    contains(
-        card, 'from_pretrained(\n    "model",', "convert_diffusers_to_original_stable_diffusion.py", "`my_judge:score`"
-    )
+    contains(card, 'from_pretrained(\n    "model",', "--model=WORKDIR/model", "--format=checkpoint", "`my_judge:score`")
     contains(card, "--model=WORKDIR/model")
     assert "load_lora_weights" not in card and "--format=kohya" not in card
 
