@@ -1,12 +1,15 @@
 """What the export command writes, loaded by diffusers and peft: the same picture as ours, at most 2/255 apart."""
 
 import json
+import shutil
 import sys
 
+import chex
 import numpy as np
 import pytest
 import safetensors.numpy
-from diffusers import DPMSolverMultistepScheduler
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from spo_jax.checkpoints.lora_write import write_kohya, write_lora
 from spo_jax.checkpoints.pipeline import read_pipeline
@@ -81,10 +84,36 @@ def test_a_single_file_takes_the_place_of_a_folder(workdir, tmp_path):
     result = export(lora=workdir, model=model, format="checkpoint", dtype="float32", out=out)
     assert result.returncode == 0 and f"Wrote {out}." in result.stdout, result.stderr
     theirs = safetensors.numpy.load_file(out)
-    merged = merge_lora(pictures.emoji_pipeline().params["unet"], pictures.strong_adapters())
+    merged = merge_lora(pictures.emoji_pipeline().params["unet"], pictures.strong_adapters()["unet"])
     write_checkpoint(tmp_path / "ours.safetensors", MODEL, {"unet": lambda: merged}, dtype=np.dtype(np.float32))
     for key, value in safetensors.numpy.load_file(tmp_path / "ours.safetensors").items():
         np.testing.assert_array_equal(theirs[key], value)
+
+
+def test_what_a_run_recorded_of_its_base_model_is_in_the_export(workdir, tmp_path):
+    """Half-precision names, another UNet as a trainer saves it, and another autoencoder."""
+    model, run_folder, out = tmp_path / "model", tmp_path / "run", tmp_path / "out"
+    shutil.copytree(MODEL, model)
+    shutil.copytree(workdir, run_folder)
+    vae = shutil.copytree(MODEL / "vae", tmp_path / "mine" / "vae")
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    tensors["decoder.conv_out.bias"][:] = 0.125
+    safetensors.numpy.save_file(tensors, weights)
+    (model / "unet").rename(tmp_path / "mine" / "unet")
+    for file in model.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    base = {"model": str(model), "variant": "fp16", "unet": str(tmp_path / "mine"), "vae": str(vae)}
+    (run_folder / "config.json").write_text(json.dumps(base), encoding="utf-8")
+    result = export(lora=run_folder, format="pipeline", out=out)
+    assert result.returncode == 0, result.stderr
+    ours = read_pipeline(out)
+    np.testing.assert_array_equal(ours.params["vae"]["decoder"]["conv_out"]["bias"], np.full(3, 0.125, np.float32))
+    merged = merge_lora(pictures.emoji_pipeline().params["unet"], pictures.strong_adapters()["unet"])
+    chex.assert_trees_all_equal(ours.params["unet"], merged)
+    assert not list(out.rglob("*fp16*"))
+    pipeline = StableDiffusionPipeline.from_pretrained(out, local_files_only=True)
+    assert {p.dtype for p in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
 
 
 @pytest.mark.parametrize("steps", [8, 15])
