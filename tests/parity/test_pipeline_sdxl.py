@@ -306,7 +306,7 @@ def test_text_encoders_in_the_wrong_order_are_refused(theirs, tmp_path):
     (folder / "text_encoder_2").rename(folder / "other")
     (folder / "text_encoder").rename(folder / "text_encoder_2")
     (folder / "other").rename(folder / "text_encoder")
-    with pytest.raises(UserError, match="pooled width of 512.*asks for 20"):
+    with pytest.raises(UserError, match=r"pooled width of 512.*asks for 20"):
         read_pipeline(folder)
 
 
