@@ -31,7 +31,9 @@ PAIRS = flags.DEFINE_string("pairs", None, "FOLDER@SPLIT, as spo_jax.prepare has
 NUM_PAIRS = flags.DEFINE_integer(
     "num_pairs", None, "The first so many that can be used; all by default.", lower_bound=1
 )
-MODEL = flags.DEFINE_string("model", None, "Base model: a diffusers pipeline folder, or org/name@commit on the hub.")
+MODEL = flags.DEFINE_string(
+    "model", None, "Base model: a diffusers pipeline folder, org/name@commit on the hub, or one file."
+)
 VARIANT = flags.DEFINE_string("variant", None, "Of the base model's weight files, such as fp16.")
 UNET = flags.DEFINE_string("unet", None, "UNet to use instead of the model's: a folder, or org/name@commit.")
 VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's: a folder, or org/name@commit.")

@@ -143,4 +143,4 @@ def write_configs(files: PipelineFiles, folder: Path) -> None:
         write_text(folder / part / "config.json", json.dumps(config, indent=2) + "\n")
     write_text(folder / "scheduler" / "scheduler_config.json", json.dumps(files.scheduler, indent=2) + "\n")
     for name, source in files.tokenizers.items():
-        shutil.copytree(resolve_model(source, weights=False), folder / name)
+        shutil.copytree(resolve_model(source, weights=False), folder / name, copy_function=shutil.copyfile)

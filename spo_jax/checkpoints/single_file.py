@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,16 @@ import jax.numpy as jnp
 
 from spo_jax.checkpoints import names, original_configs
 from spo_jax.checkpoints.original_layout import LAYOUTS, is_left_out, kind_of, originals
-from spo_jax.checkpoints.parts import check_parts, check_vae, scheduler_of
+from spo_jax.checkpoints.parts import check_parts, check_vae, mended_unet, scheduler_of
 from spo_jax.checkpoints.pipeline import Pipeline, read_json, replaced_parts
 from spo_jax.checkpoints.pipeline_files import PipelineFiles, is_xl, stem_of, tokenizer_names, with_parts, write_configs
 from spo_jax.checkpoints.safetensors_io import index_safetensors, read_metadata, write_params
 from spo_jax.checkpoints.stored import StoredArray
 from spo_jax.checkpoints.tokenizers import read_tokenizer
 from spo_jax.checkpoints.torch_bin import index_training_checkpoint
-from spo_jax.checkpoints.weights import Placement, Weights, read_params
-from spo_jax.errors import UserError
+from spo_jax.checkpoints.weights import TORCH_SUFFIXES, Placement, Weights, read_params
+from spo_jax.errors import UserError, notice
 
-_TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 CLIP_VOCABULARY = 49_408
 _SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5@451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
 _SDXL = "stabilityai/stable-diffusion-xl-base-1.0@462165984030d82259a11f4367a4eed129e94a7b"
@@ -110,15 +108,17 @@ def read_single_file(
     Raises:
       UserError: as in ``open_single_file``; a key is missing, left over or of another shape; there is no tokenizer.
     """
-    if variant:
+    replaced = replaced_parts(unet, vae, variant=variant)
+    if variant and not replaced:
         raise UserError(f"File {path} has no variants; leave out --variant or config.variant ({variant!r}).")
-    replaced = replaced_parts(unet, vae)
     own = open_single_file(path, quiet=False)
-    files, xl = with_parts(own, replaced), is_xl(own.index)
+    files, xl = with_parts(own, replaced, variant), is_xl(own.index)
     models = {part: files.module(part, dtype) for part in files.configs}
     if "vae" in replaced:
         check_vae(path, own.module("vae", dtype), replaced["vae"], models["vae"])
-    check_parts(path, models, replaced)
+    check_parts(path, models, {part: replaced.get(part, path) for part in models})
+    if not xl:
+        models["unet"] = mended_unet(models["unet"], files.configs["unet"], replaced.get("unet", path))
     scheduler_config = scheduler_of(files.scheduler, path, sdxl=xl)
     tokenizers = {}
     for part in models:
@@ -137,25 +137,27 @@ def read_single_file(
         params=params,
         force_zeros_for_empty_prompt=xl and bool(files.index.get("force_zeros_for_empty_prompt", True)),
         replaced=replaced,
+        variant=variant,
         **models,
         **tokenizers,
     )
 
 
 @contextlib.contextmanager
-def unpacked(path: Path, near: Path) -> Iterator[Path]:
-    """A diffusers folder of the pipeline in a single file, without the UNet's weights, while the ``with`` runs.
+def unpacked(path: Path, near: Path, *, without: Collection[str]) -> Iterator[Path]:
+    """A diffusers folder of the pipeline in a single file, while the ``with`` runs.
 
     Args:
       path: the single file.
       near: the folder is made beside this path, and goes afterwards.
+      without: parts whose weights are not needed.
     """
     files = open_single_file(path)
     folder = near.with_name(f"{near.name}.{os.getpid()}.parts.tmp")
     try:
         write_configs(files, folder)
         for part in files.configs:
-            if part != "unet":
+            if part not in without:
                 dtype = next(iter(files.find(part, files.shapes(part, jnp.float32)).arrays.values())).dtype
                 out = folder / part / f"{stem_of(part)}.safetensors"
                 write_params(out, files.read(part, dtype), dtype=dtype)
@@ -172,7 +174,7 @@ def _index(path: Path) -> tuple[dict[str, StoredArray], dict[str, str], dict[str
             is_zip = file.read(4) == b"PK\x03\x04"
     except OSError as error:
         raise UserError(f"File {path} cannot be read ({error.strerror}).") from error
-    if is_zip or path.suffix in _TORCH_SUFFIXES:
+    if is_zip or path.suffix in TORCH_SUFFIXES:
         arrays, beside = index_training_checkpoint(path)
         return arrays, {}, beside
     if path.suffix != ".safetensors":
@@ -235,14 +237,13 @@ def _below(sharding: Any, part: str) -> Any:
 
 
 def _say_what_was_assumed(path: Path, arrays: dict[str, StoredArray], recorded: str | None, given: bool) -> None:
-    if config_folder(path).is_dir():
-        print(f"spo_jax: configs of {path} are those in {config_folder(path)}, as far as it has them.", file=sys.stderr)
+    folder = config_folder(path)
+    if folder.is_dir():
+        notice(f"Configs of {path} are those in {folder}, as far as it has them.")
     if recorded is None and not given:
-        print(
-            f"spo_jax: {path} does not say what its UNet predicts; taken for v-prediction and 768 pixels, as diffusers "
-            f"does. If it is a base model of 512 pixels, put its scheduler_config.json into "
-            f"{config_folder(path) / 'scheduler'}.",
-            file=sys.stderr,
+        notice(
+            f"File {path} does not say what its UNet predicts; taken for v-prediction and 768 pixels, as diffusers "
+            f"does. If it is a base model of 512 pixels, put its scheduler_config.json into {folder / 'scheduler'}."
         )
     if any(key.startswith("model_ema.") for key in arrays):
-        print(f"spo_jax: {path} has averaged weights as well (model_ema.*); they are not read.", file=sys.stderr)
+        notice(f"File {path} has averaged weights as well (model_ema.*); they are not read.")

@@ -13,11 +13,12 @@ import numpy as np
 
 from spo_jax.checkpoints import names, original_configs
 from spo_jax.checkpoints.original_layout import LAYOUTS, V_PREDICTION, ZERO_SNR, Original, originals
+from spo_jax.checkpoints.parts import scheduler_of
 from spo_jax.checkpoints.pipeline_files import PipelineFiles, is_xl, open_pipeline, write_configs
 from spo_jax.checkpoints.safetensors_io import fetch_array, write_arrays
 from spo_jax.checkpoints.single_file import CLIP_VOCABULARY, config_folder
 from spo_jax.checkpoints.stored import StoredArray
-from spo_jax.diffusion.schedule import make_schedule
+from spo_jax.diffusion.schedule import FILE, make_schedule
 from spo_jax.errors import UserError
 from spo_jax.models.clip import CLIPTextTransformer
 
@@ -166,10 +167,11 @@ def _needs_configs(
     try:
         configs = {part: original_configs.part_config(out, kind, part, arrays) for part in files.configs}
         configs["unet"] = original_configs.with_latent_size(kind, configs["unet"], predicted)
-        scheduler = original_configs.scheduler_config(kind, predicted, arrays)
-        same = jax.tree.map(
-            lambda a, b: bool(np.array_equal(a, b)), make_schedule(scheduler, 20), make_schedule(files.scheduler, 20)
-        )
+        schedules = [
+            make_schedule({**scheduler_of(config, out, sdxl=kind == "SDXL"), FILE: ""}, 20)
+            for config in (original_configs.scheduler_config(kind, predicted, arrays), files.scheduler)
+        ]
+        same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), *schedules)
     except (UserError, ValueError):
         return True
     vocabularies = {files.configs[part].get("vocab_size", CLIP_VOCABULARY) for part in configs if "text" in part}

@@ -68,8 +68,9 @@ def write_pipeline(
     out, source = Path(out).absolute(), Path(source)
     check_output_folder(out)
     if source.is_file():
-        with unpacked(source, out) as folder:
-            return write_pipeline(out, folder, unet_params, text_encoders=text_encoders, replaced=replaced, dtype=dtype)
+        others: dict[str, Any] = {"replaced": replaced, "variant": variant, "dtype": dtype}
+        with unpacked(source, out, without={"unet", *(text_encoders or ()), *(replaced or ())}) as folder:
+            return write_pipeline(out, folder, unet_params, text_encoders=text_encoders, **others)
     index = read_json(source / INDEX)
     parts = {name: part for name, part in index.items() if isinstance(part, list)}  # the others are settings
     folders = {name: (replaced or {}).get(name, source / name) for name in parts}

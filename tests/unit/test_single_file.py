@@ -17,6 +17,7 @@ import torch
 from configs import tiny
 from spo_jax.checkpoints import pipeline as reading
 from spo_jax.checkpoints.artifacts import artifacts_of, take_stock
+from spo_jax.checkpoints.base import Base
 from spo_jax.checkpoints.names import torch_shape
 from spo_jax.checkpoints.original_layout import LAYOUTS, originals
 from spo_jax.checkpoints.pipeline import read_pipeline
@@ -344,6 +345,16 @@ def test_a_text_encoder_of_another_vocabulary_needs_its_tokenizer(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
+@pytest.mark.parametrize("kind", ["SD1", "SD2", "SDXL"])
+def test_of_a_published_kind_the_file_alone_is_written(tmp_path, kind):
+    source, out = write(tmp_path / "a.safetensors", zeros(kind)), tmp_path / "b.safetensors"
+    assert write_checkpoint(out, source, {}, dtype=np.float16) is None
+    assert set(safetensors.numpy.load_file(out)) == {*zeros(kind), *(["v_pred"] if kind == "SD2" else [])}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    again = open_single_file(out)
+    assert again.scheduler == open_single_file(source).scheduler and again.configs == open_single_file(source).configs
+
+
 def test_values_beyond_float16_and_not_finite_are_refused_by_name(tmp_path):
     params = read_pipeline(small_pipeline()).params["unet"]
     out = tmp_path / "out.safetensors"
@@ -391,15 +402,15 @@ def test_a_folder_can_be_made_of_a_file_and_the_other_way_round(tmp_path, small_
 
 def test_training_the_whole_unet_of_a_file_leaves_a_folder(tmp_path, small_file):
     _, pipeline = small_file
-    write_result(tmp_path, {"params": pipeline.params["unet"]}, pipeline.folder)
+    write_result(tmp_path, {"params": pipeline.params["unet"]}, pipeline)
     found = read_pipeline(tmp_path / "model")
     chex.assert_trees_all_equal(found.params, pipeline.params)
-    assert found.unet == pipeline.unet and found.scheduler_config == pipeline.scheduler_config
+    assert found.unet == pipeline.unet and found.image_size == pipeline.image_size
 
 
 def test_a_plan_takes_a_file(small_file):
     path, pipeline = small_file
     place = lambda names, shape: None  # noqa: E731
-    planned = pipeline_shapes(str(path), jnp.float32, place)
+    planned = pipeline_shapes(Base(str(path)), jnp.float32, place)
     assert planned.unet == pipeline.unet
     chex.assert_trees_all_equal_shapes(planned.params, pipeline.params)
