@@ -20,11 +20,13 @@ def get_config() -> ConfigDict:
     """The config; every key can be set on the command line, as in ``--config.sampling.num_steps=10``."""
     c = ConfigDict()
     c.method = "spo"  # trains a UNet; "spm", in configs/spm_*.py, the preference model that is used here
-    c.seed = 0  # root of every random number of the run
-    # A diffusers pipeline: a local folder, org/name@commit of the Hugging Face hub, or "emoji:..." out of the package.
+    c.seed = 0  # root of every random number of the run, from 0 to 4294967295
+    # A diffusers pipeline: a local folder, org/name@commit of the Hugging Face hub, or "emoji:..." out of the package;
+    # or all of SD1.x, SD2.x or SDXL base in one .safetensors or .ckpt file, here or as org/name@commit/FILE.
     # Without a commit, or with a branch or tag behind the @, the commit is looked up once and kept in the workdir.
     c.model = "model"
     c.variant = ""  # of the weight files, such as "fp16"
+    c.unet = ""  # UNet to use instead of the pipeline's, a folder as trainers save it; empty: the pipeline's
     c.vae = ""  # autoencoder to use instead of the pipeline's, named as the model is; empty: the pipeline's
     # Text lines, a JSON list of {"caption": ...}, or tfds:NAME@SPLIT; a local file, github:owner/repo@commit/path, or
     # org/name@commit/path of the hub, each with #sha256=... behind it if its content is to be checked.
@@ -64,19 +66,19 @@ def get_config() -> ConfigDict:
 
     c.lora = ConfigDict()
     c.lora.rank = 4  # inner dimension of the adapters; 0 trains the whole UNet
-    c.lora.init = ""  # LoRA file (diffusers or kohya) or --workdir to start from; empty: fresh adapters
+    c.lora.init = ""  # LoRA file or --workdir to start from, also with a strength, FILE:0.7; empty: fresh adapters
 
     c.train = ConfigDict()
     c.train.minibatch_size = 40  # pairs an update, over all devices together
     c.train.learning_rate = 6e-5  # constant
     c.train.optimizer = "adamw"  # or "adafactor": a smaller state, for full fine-tuning
     c.train.accumulation_steps = 1  # minibatches whose gradients are averaged before a step
-    c.train.ema_decay = placeholder(float)  # of an average of what is trained, which is then the result; off
+    c.train.ema_decay = placeholder(float)  # of an average of what is trained, which is then the result; 0: off
     c.train.adam_b1 = 0.9
     c.train.adam_b2 = 0.999
     c.train.adam_eps = 1e-8
     c.train.weight_decay = 1e-4  # decoupled, as in AdamW
-    c.train.max_grad_norm = placeholder(float)  # off: the released runs never clipped
+    c.train.max_grad_norm = placeholder(float)  # 0: off, as the released runs never clipped
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices that split the batch; -1: all that are left

@@ -8,9 +8,10 @@ def get_config() -> ConfigDict:
     """The config; every key can be set on the command line, as in ``--config.train.batch_size=32``."""
     c = ConfigDict()
     c.method = "spm"  # trains a step-aware preference model; "spo", in the other configs, uses one
-    c.seed = 0  # root of every random number of the run
+    c.seed = 0  # root of every random number of the run, from 0 to 4294967295
     c.model = "model"  # frozen base model, a diffusers pipeline: a local folder, org/name@commit, or "emoji:..."
     c.variant = ""  # of its weight files, such as "fp16"
+    c.unet = ""  # UNet to use instead of the pipeline's, a folder as trainers save it; empty: the pipeline's
     c.vae = ""  # autoencoder to use instead of the pipeline's; empty: the pipeline's
     c.num_steps = 8000  # optimizer steps
     c.dtype = "bfloat16"  # networks compute in it; the trained weights and their optimizer stay float32
@@ -18,9 +19,8 @@ def get_config() -> ConfigDict:
     c.guidance_scale = 5.0  # w of the base model's one-step prediction
     c.timesteps = (0, 1000)  # training draws t from the first up to the second, not included; (0, 1): hardly any noise
     c.chunk = 0  # pairs that go through the base model at a time, a multiple of the devices; 0: a whole batch
-    c.height = placeholder(
-        int
-    )  # pictures are resized and cropped to this; off: the size the base model was trained for
+    # Pictures are resized and cropped to this; off: the size that the base model was trained for.
+    c.height = placeholder(int)
     c.width = placeholder(int)
 
     c.scorer = ConfigDict()
@@ -45,14 +45,15 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 64  # pairs a minibatch, over all devices together
     c.train.learning_rate = 3e-6  # after warm-up; it falls linearly to 0 at num_steps
     c.train.warmup_steps = 500
+    c.train.warmup = "linear"  # "log": DeepSpeed's, as in the released runs, which starts much faster (optimizer.py)
     c.train.optimizer = "adamw"
     c.train.accumulation_steps = 1  # minibatches whose gradients are averaged before a step
-    c.train.ema_decay = placeholder(float)  # of an average of the weights, which is then the result; off
+    c.train.ema_decay = placeholder(float)  # of an average of the weights, which is then the result; 0: off
     c.train.adam_b1 = 0.9
     c.train.adam_b2 = 0.999
     c.train.adam_eps = 1e-8
     c.train.weight_decay = 0.3  # decoupled, as in AdamW
-    c.train.max_grad_norm = 1.0
+    c.train.max_grad_norm = 1.0  # 0: off
 
     c.mesh = ConfigDict()
     c.mesh.data = 1  # devices that only split the batch

@@ -15,7 +15,7 @@ def get_config(workdir: str = "") -> ConfigDict:
     """The recorded values; a key that is newer than the run has its usual one."""
     if not workdir:
         raise ValueError("Which run? Write its --workdir behind the name: configs/recorded.py:runs/a")
-    recorded = json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))
+    recorded = json.loads((Path(workdir).expanduser() / "config.json").read_text(encoding="utf-8"))
     c = common_spm.get_config() if recorded["method"] == "spm" else common.get_config()
     c.update(recorded)
     return c

@@ -23,6 +23,7 @@ def get_config(device: str = "") -> ConfigDict:
     c = common_spm.get_config()
     c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5@451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
     c.scorer.init = c.validation.plain = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"
+    c.train.warmup = "log"
     if device == "16gb":
         c.train.batch_size, c.train.accumulation_steps = 16, 4
         c.validation.batch_size = 16

@@ -28,6 +28,7 @@ def get_config(device: str = "") -> ConfigDict:
     c.num_steps = 7000
     c.scorer.init = c.labels.judge = c.validation.plain = PICKSCORE
     c.train.learning_rate = 1e-6
+    c.train.warmup = "log"
     c.validation.batch_size = 16
     if device == "16gb":
         c.train.batch_size, c.train.accumulation_steps = 8, 8

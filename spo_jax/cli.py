@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import itertools
+import math
 import os
 import sys
 import traceback
@@ -16,6 +19,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from spo_jax.errors import UserError
+from spo_jax.files import cache_folder
+from spo_jax.rng import MAX_SEED
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -23,9 +28,11 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     def guarded(_argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-            jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "spo_jax"))
+        cache = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else cache_folder()
+        if cache is not None:
+            with contextlib.suppress(OSError):  # a home that is not there, or belongs to others
+                cache.mkdir(parents=True, exist_ok=True)
+                jax.config.update("jax_compilation_cache_dir", str(cache))
         try:
             main()
         except UserError as error:
@@ -67,6 +74,17 @@ def workdir_of(flag: flags.FlagHolder) -> Path:
     return Path(flag.value)
 
 
+def seed_flag(meaning: str) -> flags.FlagHolder:
+    """Defines --seed, in its range."""
+    return flags.DEFINE_integer("seed", 0, meaning, lower_bound=0, upper_bound=MAX_SEED)
+
+
+def side_flag(name: str) -> flags.FlagHolder:
+    """Defines --height or --width."""
+    meaning = "Of a picture, in pixels; what the model was trained for by default."
+    return flags.DEFINE_integer(name, None, meaning, lower_bound=1, upper_bound=2**14)
+
+
 @functools.cache  # one definition for all commands that are imported
 def process_flags() -> tuple[flags.FlagHolder, ...]:
     """Defines the flags of a command that several processes can run together."""
@@ -98,7 +116,8 @@ def start_processes() -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv, known_only=False)
+        given = [_with_home(argument) for argument in flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)]
+        rest = flags.FLAGS(given, known_only=False)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # ml_collections reports an unknown key or a value of the wrong type with Python's own exceptions.
         _fail(f"{_one_line(error)} (see --help for the flags, and the config file for its keys)")
@@ -108,11 +127,43 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _fail(f"The config file does not run: {_one_line(error)}{where}; mend it and try again.")
     if len(rest) > 1:
         _fail(f"Unexpected argument {rest[1]!r}; every option is written --name=value.")
+    _check_given_once(given)
+    for name, value in flags.FLAGS.flag_values_dict().items():
+        # The bounds of a flag let a number pass that is none.
+        if any(isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
+            _fail(f"--{name}={value} must be a finite number.")
     return rest
 
 
+def _with_home(argument: str) -> str:
+    """The argument with ``--name=~/path`` written out, which a shell leaves to the program; texts stay as they are."""
+    name, equals, value = argument.partition("=")
+    is_text = name.lstrip("-") in ("prompt", "negative_prompt")
+    return argument if is_text or not name.startswith("-") else name + equals + os.path.expanduser(value)
+
+
+def _check_given_once(argv: Sequence[str]) -> None:
+    """A flag that takes one value has one: of two, absl would take the last without a word."""
+    values: dict[str, list[str]] = {}
+    arguments = iter(argv[1:])
+    for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
+        name, equals, value = argument.lstrip("-").partition("=")
+        negated = name not in flags.FLAGS  # --noestimate
+        flag = flags.FLAGS[name.removeprefix("no") if negated else name]
+        if not equals:
+            value = ("false" if negated else "true") if flag.boolean else next(arguments)
+        if isinstance(flag, flags.MultiFlag):
+            continue
+        values.setdefault(flag.name, []).append(value)
+    for name, several in values.items():
+        if len(several) > 1:
+            _fail(f"--{name} is given {len(several)} times ({', '.join(several)}), but takes one value; leave one.")
+
+
 def _one_line(error: BaseException) -> str:
-    # str() of a KeyError is the repr of its message.
+    # str() of a KeyError is the repr of its message; ml_collections puts one into another error.
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()) or type(error).__name__
 

@@ -19,7 +19,7 @@ from absl import flags
 
 from spo_jax import cli
 from spo_jax.errors import UserError
-from spo_jax.files import write_text
+from spo_jax.files import check_place, saying_where, write_text
 
 SCORER = flags.DEFINE_string(
     "scorer", None, "The judge: a preference model or a CLIP; a folder, file or org/name@commit."
@@ -31,17 +31,26 @@ PAIRS = flags.DEFINE_string("pairs", None, "FOLDER@SPLIT, as spo_jax.prepare has
 NUM_PAIRS = flags.DEFINE_integer(
     "num_pairs", None, "The first so many that can be used; all by default.", lower_bound=1
 )
-MODEL = flags.DEFINE_string("model", None, "Base model: a diffusers pipeline folder, or org/name@commit on the hub.")
+MODEL = flags.DEFINE_string(
+    "model", None, "Base model: a diffusers pipeline folder, org/name@commit on the hub, or one file."
+)
 VARIANT = flags.DEFINE_string("variant", None, "Of the base model's weight files, such as fp16.")
+UNET = flags.DEFINE_string("unet", None, "UNet to use instead of the model's: a folder, or org/name@commit.")
 VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's: a folder, or org/name@commit.")
-HEIGHT = flags.DEFINE_integer("height", None, "Of the pictures, in pixels; what the model was trained for by default.")
-WIDTH = flags.DEFINE_integer("width", None, "Of the pictures, in pixels; what the model was trained for by default.")
+HEIGHT = cli.side_flag("height")
+WIDTH = cli.side_flag("width")
 TIMESTEPS = flags.DEFINE_list("timesteps", ["0", "251", "501", "701", "951"], "Where to measure.")
-GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 5.0, "Of the base model's one-step prediction (emoji: 2).")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pairs at a time, over all devices together.", lower_bound=1)
+GUIDANCE_SCALE = flags.DEFINE_float(
+    "guidance_scale", 5.0, "Of the base model's one-step prediction (emoji: 2).", lower_bound=0.0, upper_bound=1000.0
+)
+SEED = cli.seed_flag("Seed of the noise.")
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "Pairs at a time, over all devices together.", lower_bound=1, upper_bound=2**16
+)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the networks.")
-NUM_WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes that decode pictures; 0: none.", lower_bound=0)
+NUM_WORKERS = flags.DEFINE_integer(
+    "num_workers", 2, "Processes that decode pictures; 0: none.", lower_bound=0, upper_bound=1024
+)
 OUT = flags.DEFINE_string("out", None, "JSON file to write the numbers to.")
 cli.process_flags()
 
@@ -62,8 +71,9 @@ def main() -> None:
     from tqdm import tqdm
 
     from spo_jax import rng
+    from spo_jax.checkpoints.base import Base, read_base
     from spo_jax.checkpoints.hub import resolve_model
-    from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size, with_vae
+    from spo_jax.checkpoints.pipeline import with_image_size
     from spo_jax.data.preferences import PairLoader, open_pairs
     from spo_jax.diffusion.schedule import make_schedule
     from spo_jax.distributed.mesh import check_divisible, make_mesh, replicated
@@ -71,7 +81,7 @@ def main() -> None:
     from spo_jax.emoji import resolve
     from spo_jax.training import pair_accuracy
     from spo_jax.training.judged_pairs import total_state
-    from spo_jax.training.judges import check_function, load_function, make_scorer, tokenizer_of
+    from spo_jax.training.judges import check_function, fitted_to, load_function, make_scorer, tokenizer_of
     from spo_jax.training.noisy_pairs import make_predict_clean
     from spo_jax.training.pair_accuracy import Judge, accuracy_row, accuracy_table, first_pairs, make_measure_accuracy
 
@@ -84,9 +94,8 @@ def main() -> None:
         if path:
             resolve_model(resolve(path), weights=False)  # a wrong name should not wait for the base model
     dtype, sharding = jnp.dtype(DTYPE.value), replicated(mesh)
-    pipeline = read_pipeline(resolve(MODEL.value), dtype, variant=VARIANT.value, sharding=sharding)
-    if VAE.value is not None:
-        pipeline = with_vae(pipeline, resolve(VAE.value), dtype, sharding=sharding)
+    base = Base(MODEL.value, VARIANT.value or "", UNET.value or "", VAE.value or "")
+    pipeline = read_base(base, dtype, sharding=sharding)
     pipeline = with_image_size(pipeline, HEIGHT.value, WIDTH.value)
     schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
     if max(timesteps) >= len(schedule.alphas_cumprod):
@@ -96,6 +105,7 @@ def main() -> None:
     shape = {"num_images": 2 * BATCH_SIZE.value, "image_size": pipeline.image_size, "tokenizer": tokenizer}
     check_function(fn, key="--fn", **shape)
     scorer, scorer_params = make_scorer(SCORER.value or "", fn, key="--fn", **options)
+    tokenizer = fitted_to(scorer, tokenizer)
     judges, params = {pair_accuracy.SCORER: Judge(scorer, tokenizer)}, {pair_accuracy.SCORER: scorer_params}
     if fn or "t_embedder" in scorer_params:  # to a plain CLIP the timestep makes no difference
         judges[pair_accuracy.TOLD_0], params[pair_accuracy.TOLD_0] = (
@@ -104,7 +114,7 @@ def main() -> None:
         )
     if PLAIN.value is not None:
         plain, params[pair_accuracy.PLAIN] = make_scorer(PLAIN.value, **options)
-        judges[pair_accuracy.PLAIN] = Judge(plain, tokenizer, step_aware=False)
+        judges[pair_accuracy.PLAIN] = Judge(plain, fitted_to(plain, tokenizer), step_aware=False)
 
     predict_clean = make_predict_clean(pipeline, schedule, GUIDANCE_SCALE.value)
     measure = make_measure_accuracy(pipeline, predict_clean, judges, mesh)
@@ -138,10 +148,8 @@ def main() -> None:
             "skipped": skipped,
             "timesteps": [{"timestep": timestep, **accuracy_row(measured[timestep])} for timestep in timesteps],
         }
-        try:
+        with saying_where(out):
             write_text(out, json.dumps(numbers, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another place.") from error
         print(f"Numbers: {out}")
 
 
@@ -154,12 +162,9 @@ def parse_timesteps(texts: list[str]) -> list[int]:
 
 def check_out(out: Path) -> Path:
     """The file to write; its folder is made. UserError if it is no .json file or cannot be there."""
-    if out.suffix != ".json" or out.is_dir():
+    if out.suffix != ".json":
         raise UserError(f"--out={out} must name a JSON file, for example --out=accuracy.json.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another place.") from error
+    check_place(out)
     return out
 
 

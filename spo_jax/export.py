@@ -1,33 +1,48 @@
-"""Adapters for other programs: a LoRA file, or a pipeline folder that has them merged into the UNet.
+"""Adapters for other programs: a LoRA file, or a pipeline folder that has them merged into its models.
 
     python -m spo_jax.export --lora=runs/tiny --format=diffusers --out=spo.safetensors   # diffusers, peft
     python -m spo_jax.export --lora=runs/tiny --format=kohya --out=spo.safetensors       # ComfyUI, A1111, kohya's tools
     python -m spo_jax.export --lora=runs/tiny --format=pipeline --dtype=float16 --out=my_model
+    python -m spo_jax.export --lora=runs/tiny --format=checkpoint --out=my_model.safetensors   # one file, merged
 
---lora may also be a LoRA file of any of these programs: then it is converted.
+--lora may also be a LoRA file of any of these programs: then it is converted. It may have a strength, FILE:0.7, and
+given several times it is their sum. Whole models can be written without: --model=runs/full/model --format=checkpoint.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from spo_jax import cli
 from spo_jax.errors import UserError
+from spo_jax.files import check_place, saying_where
 
-LORA = flags.DEFINE_string("lora", None, "A --workdir of training, or a LoRA file.")
+if TYPE_CHECKING:
+    from spo_jax.checkpoints.pipeline_files import PipelineFiles
+
+LORA = flags.DEFINE_multi_string("lora", [], "A --workdir of training, or a LoRA file; also with a strength.")
 MODEL = flags.DEFINE_string(
-    "model", None, "Diffusers pipeline folder it was made for; by default the one of --workdir."
+    "model", None, "Diffusers pipeline folder or single file it was made for; by default the one of --workdir."
 )
-FORMAT = flags.DEFINE_enum("format", "diffusers", ["diffusers", "kohya", "pipeline"], "What to write.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16", "bfloat16"], "Of the LoRA file or the UNet.")
+FORMAT = flags.DEFINE_enum("format", "diffusers", ["diffusers", "kohya", "pipeline", "checkpoint"], "What to write.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "float16", "bfloat16"], "Of what is written; float32, for --format=checkpoint float16."
+)
+VARIANT = flags.DEFINE_string("variant", None, "Of the model's weight files, such as fp16; by default the run's.")
+UNET = flags.DEFINE_string("unet", None, "UNet to use instead of the model's; by default the run's.")
+VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's; by default the run's.")
 OUT = flags.DEFINE_string("out", None, "A .safetensors file; a new folder for --format=pipeline.")
 
 
 def main() -> None:
     """Checks the flags, reads the adapters and writes them."""
-    if not LORA.value:
+    whole = FORMAT.value in ("pipeline", "checkpoint")
+    if not LORA.value and not (whole and MODEL.value):
         raise UserError("--lora is missing; for example --lora=runs/tiny.")
     if not OUT.value:
         raise UserError("--out is missing; for example --out=spo.safetensors.")
@@ -38,45 +53,64 @@ def main() -> None:
 
     import jax.numpy as jnp
 
+    from spo_jax.checkpoints.base import base_of
     from spo_jax.checkpoints.hub import resolve_model
-    from spo_jax.checkpoints.lora import read_lora, write_kohya, write_lora
-    from spo_jax.checkpoints.pipeline import read_unet, read_unet_shapes
+    from spo_jax.checkpoints.lora import read_adapters
+    from spo_jax.checkpoints.lora_write import write_kohya, write_lora
+    from spo_jax.checkpoints.pipeline import replaced_parts
+    from spo_jax.checkpoints.pipeline_files import open_pipeline
+    from spo_jax.checkpoints.write_checkpoint import write_checkpoint
     from spo_jax.checkpoints.write_pipeline import check_output_folder, write_pipeline
     from spo_jax.emoji import resolve
-    from spo_jax.models.lora import merge_lora
 
-    lora_path = resolve(LORA.value)
-    model = resolve_model(resolve(MODEL.value or model_of_run(lora_path)), weights=FORMAT.value == "pipeline")
-    out, dtype = Path(OUT.value), jnp.dtype(DTYPE.value)
-    if out.is_dir() and is_file:
-        raise UserError(f"--out={out} is a folder; choose another name.")
+    out = Path(OUT.value)
+    dtype = jnp.dtype(DTYPE.value or ("float16" if FORMAT.value == "checkpoint" else "float32"))
     if FORMAT.value == "pipeline":
         check_output_folder(out)
-        _, params = read_unet(model / "unet")
-        write_pipeline(out, model, merge_lora(params, read_lora(lora_path, params)), dtype=dtype)
     else:
-        _, shapes = read_unet_shapes(model / "unet")
-        lora = read_lora(lora_path, shapes)
-        try:
-            if FORMAT.value == "kohya":
-                write_kohya(out, lora, shapes, dtype=dtype)
+        check_place(out)
+    base = base_of(LORA.value, model=MODEL.value, variant=VARIANT.value, unet=UNET.value, vae=VAE.value)
+    variant = base.variant or None
+    model = resolve_model(resolve(base.model), variant=variant, weights=whole)
+    unet, vae = (resolve(name) if name else None for name in (base.unet, base.vae))
+    replaced = replaced_parts(unet, vae, variant=variant, weights=whole)
+    options: dict[str, Any] = {"replaced": replaced, "variant": variant, "dtype": dtype}
+    files = open_pipeline(model, variant, replaced)
+    shapes = {part: files.shapes(part, jnp.float32) for part in files.configs if part != "vae"}
+    lora = read_adapters(LORA.value, shapes)
+    merged = {part: functools.partial(merged_part, files, part, lora) for part in {"unet", *lora}}
+    if FORMAT.value == "pipeline":
+        params = {part: read() for part, read in merged.items()}
+        write_pipeline(out, model, params.pop("unet"), text_encoders=params, **options)
+    else:
+        with saying_where(out):
+            if FORMAT.value == "checkpoint":
+                if (configs := write_checkpoint(out, model, merged, **options)) is not None:
+                    print(f"Wrote {configs}: configs and tokenizers that {out} does not tell.")
+            elif FORMAT.value == "kohya":
+                write_kohya(out, lora, shapes["unet"], dtype=dtype, **known_of(files))
             else:
                 write_lora(out, lora, dtype=dtype)
-        except OSError as error:
-            raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another place.") from error
     print(f"Wrote {out}.")
 
 
-def model_of_run(workdir: Path) -> str:
-    """The model that the adapters in a --workdir were trained for, from the config recorded there."""
-    from spo_jax.checkpoints.pipeline import read_json
+def merged_part(files: PipelineFiles, part: str, lora: Mapping[str, Any]) -> Any:
+    """The parameters of a part, float32, with its adapters merged into them."""
+    import jax.numpy as jnp
 
-    if not (workdir / "config.json").is_file():
-        raise UserError(f"--model is missing, and {workdir} is no --workdir of training that would name it.")
-    model = read_json(workdir / "config.json").get("model")
-    if not isinstance(model, str):
-        raise UserError(f"File {workdir / 'config.json'} names no model; give it as --model.")
-    return model
+    from spo_jax.models.lora import merge_lora
+
+    return merge_lora(files.read(part, jnp.float32), lora.get(part, {}))
+
+
+def known_of(files: PipelineFiles) -> dict[str, Any]:
+    """What the header of a kohya file tells of the model, beside its kind, as far as its configs say it."""
+    known: dict[str, Any] = {"prediction_type": str(files.scheduler.get("prediction_type", "epsilon"))}
+    downscale = 2 ** (len(files.configs["vae"].get("block_out_channels", ())) - 1)
+    size = files.configs["unet"].get("sample_size")
+    if isinstance(size, int):
+        known["image_size"] = (size * downscale, size * downscale)
+    return known
 
 
 if __name__ == "__main__":

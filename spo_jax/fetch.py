@@ -13,7 +13,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -21,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from spo_jax import cli
 from spo_jax.checkpoints.download import bytes_to_fetch, cache_folder, in_bytes, size_of
+from spo_jax.checkpoints.hub import local
 
 if TYPE_CHECKING:
     from spo_jax.checkpoints.artifacts import Stock
@@ -77,10 +77,10 @@ def inventory(config: ConfigDict, stocks: Sequence[Stock]) -> str:
     from spo_jax.checkpoints import artifacts
     from spo_jax.checkpoints.download import partial_bytes
 
-    remote = {stock.artifact.key: stock for stock in stocks}
+    remote = {stock.artifact: stock for stock in stocks}
     lines = []
     for artifact in artifacts.artifacts_of(config):
-        stock, title = remote.get(artifact.key), f"{artifact.what} (config.{artifact.key})"
+        stock, title = remote.get(artifact), f"{artifact.what} (config.{artifact.key})"
         if stock is None:
             lines += [f"{title}: local", f"    {artifact.name}"]
             continue
@@ -122,7 +122,7 @@ def _pairs(config: ConfigDict) -> list[tuple[str, str, str]]:
         return []
     told = "missing; make it with spo_jax.prepare, as the top of the config file says"
     splits = (("data.train", config.data.train), ("data.validation", config.data.validation))
-    return [(key, name, "here" if Path(name.partition("@")[0]).is_dir() else told) for key, name in splits]
+    return [(key, name, "here" if local(name.partition("@")[0]).is_dir() else told) for key, name in splits]
 
 
 if __name__ == "__main__":

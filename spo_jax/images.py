@@ -16,12 +16,17 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return (np.clip(np.asarray(images, np.float32) / 2 + 0.5, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
+def grid_size(count: int, height: int, width: int, columns: int | None = None, gap: int = 2) -> tuple[int, int]:
+    """Height and width of a ``grid``."""
+    columns = columns or math.ceil(math.sqrt(count))
+    return math.ceil(count / columns) * (height + gap) + gap, columns * (width + gap) + gap
+
+
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
     """Arranges uint8 images [n, H, W, 3] in rows on white; about square unless ``columns`` is given."""
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    sheet = np.full((*grid_size(count, height, width, columns, gap), 3), 255, np.uint8)
     for i, image in enumerate(images):
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image

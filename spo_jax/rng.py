@@ -6,6 +6,8 @@ import zlib
 
 import jax
 
+MAX_SEED = 2**32 - 1  # jax.random.key cuts off what is above: the streams would be those of another seed
+
 
 def stream(root: jax.Array, name: str, step: int | jax.Array | None = None) -> jax.Array:
     """The key of the stream ``name``, or of its element ``step``: ``fold_in(fold_in(root, crc32(name)), step)``."""

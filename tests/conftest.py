@@ -37,7 +37,17 @@ FAST = frozenset(
             "mesh",
             "metrics",
         ),
-        *("pairs", "processes", "prompts", "recorded_checkpoint", "records", "remote", "report", "roll_call"),
+        *(
+            "pairs",
+            "processes",
+            "prompts",
+            "recorded_checkpoint",
+            "records",
+            "remote",
+            "report",
+            "roll_call",
+            "prompt_files",
+        ),
         *("seams", "spm_report", "write_pipeline"),
     )
 )

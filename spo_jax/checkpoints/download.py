@@ -268,16 +268,22 @@ def in_bytes(size: int) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
+def _at_home(folder: str) -> Path:
+    if folder.startswith("~"):  # as huggingface_hub leaves it for a user without a home
+        raise UserError("There is no home folder to keep what is fetched; set HF_HOME to a folder of yours.")
+    return Path(folder)
+
+
 def _own_folder() -> Path:
     from huggingface_hub import constants
 
-    return Path(constants.HF_HOME) / "spo_jax"
+    return _at_home(constants.HF_HOME) / "spo_jax"
 
 
 def _repository(remote: RemoteName) -> Path:
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"{remote.kind}s--{remote.repo.replace('/', '--')}"
+    return _at_home(constants.HF_HUB_CACHE) / f"{remote.kind}s--{remote.repo.replace('/', '--')}"
 
 
 def _blob(remote: RemoteName, file: RemoteFile) -> Path | None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import os
 import re
 import shlex
 import sys
@@ -34,7 +36,7 @@ def resolve_model(name: str | Path, *, variant: str | None = None, weights: bool
     if remote is None:
         if not exists(name):
             raise UserError(not_here(str(name)))
-        return Path(name)
+        return local(name)
     try:
         remote = pinned(remote)
         files = download.list_files(remote, variant=variant or "", weights=weights, network=False)
@@ -46,7 +48,7 @@ def resolve_model(name: str | Path, *, variant: str | None = None, weights: bool
     except download.Unreachable as error:
         raise UserError(
             f"{name} is neither here nor complete in the hub's cache, and it could not be fetched ({error.reason}); "
-            f"with network, fetch it with `{fetch_command(remote, variant or '')}`."
+            f"with network, fetch it with `{fetch_command(remote, variant or '', weights=weights)}`."
         ) from error
     return download.local_path(remote, remote.inside)
 
@@ -56,7 +58,7 @@ def fetched(name: str | Path) -> Path:
 
     These are mostly local, so a remote one has an ``@``: a slip in a path must not become a stranger's repository.
     """
-    return resolve_model(name) if "@" in str(name) and remote_of(name) is not None else Path(name)
+    return resolve_model(name) if "@" in str(name) and remote_of(name) is not None else local(name)
 
 
 def remote_of(name: str | Path) -> RemoteName | None:
@@ -70,10 +72,38 @@ def remote_of(name: str | Path) -> RemoteName | None:
     return parse_remote(text)
 
 
+def with_strength(name: str) -> tuple[str, float]:
+    """The name and the strength of adapters: ``("runs/a", 0.7)`` of ``runs/a:0.7``; the strength is 1 by default.
+
+    What stands behind the last colon belongs to the name where there is such a path, or where it is no number, as in
+    ``emoji:model`` or ``github:owner/repo@...``.
+
+    Raises:
+      UserError: the strength of a path that is here is no number, or it is not finite.
+    """
+    head, colon, tail = name.rpartition(":")
+    if not colon or not head or exists(name):
+        return name, 1.0
+    try:
+        strength = float(tail)
+    except ValueError:
+        if not exists(head):
+            return name, 1.0
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise UserError(f"{name!r}: behind the last colon stands the strength, a number such as {head}:0.7.")
+    return head, strength
+
+
+def local(name: str | Path) -> Path:
+    """A local path, with the home written out where it is ``~``."""
+    return Path(os.path.expanduser(name))
+
+
 def exists(name: str | Path) -> bool:
     """Whether there is such a path; also of names that no path can have."""
     try:
-        return Path(name).exists()
+        return local(name).exists()
     except (OSError, ValueError):
         return False
 
@@ -96,7 +126,7 @@ def not_here(name: str) -> str:
     )
 
 
-def fetch_command(remote: RemoteName, variant: str = "") -> str:
+def fetch_command(remote: RemoteName, variant: str = "", *, weights: bool = True) -> str:
     """The hub's own command that fetches what a name stands for, and about what is read of it."""
     if remote.site == "github":
         place, address = download.local_path(remote, remote.inside), download.address(remote, remote.inside)
@@ -105,8 +135,10 @@ def fetch_command(remote: RemoteName, variant: str = "") -> str:
     inside = f" {shlex.quote(remote.inside)}" if remote.is_file else ""
     revision = f" --revision {remote.revision}" if remote.revision else ""
     dot = f".{variant}" if variant else ""
-    patterns = () if inside else ("*.json", "*.txt", f"*model{dot}.safetensors", f"*model{dot}-*-of-*.safetensors")
-    include = "".join(f" --include {shlex.quote(pattern)}" for pattern in patterns)
+    patterns = ["*.json", "*.txt"]
+    patterns += [f"*model{dot}.safetensors", f"*model{dot}-*-of-*.safetensors"] if weights else []
+    folder = f"{remote.inside}/" if remote.inside else ""
+    include = "" if inside else "".join(f" --include {shlex.quote(folder + pattern)}" for pattern in patterns)
     return f"hf download {remote.repo}{inside}{kind}{revision}{include}"
 
 

@@ -1,9 +1,15 @@
-"""LoRA files of others: ``pytorch_lora_weights.safetensors`` of diffusers, and the layout of the kohya trainer."""
+"""Reading LoRA files of others: diffusers, peft, the kohya trainer, OneTrainer; in safetensors or PyTorch's files.
+
+Whatever the layout, what is read is a dict of parts, ``{"unet": tree, "text_encoder": tree, "text_encoder_2": tree}``,
+of which those are missing that the file does not adapt. A tree holds float32 adapters, see ``models/lora.py``.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import dataclasses
+import math
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,169 +17,245 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from spo_jax.checkpoints import lora_keys
-from spo_jax.checkpoints.hub import fetched
-from spo_jax.checkpoints.safetensors_io import read_tensors, write_tensors
+from spo_jax.checkpoints.hub import fetched, with_strength
+from spo_jax.checkpoints.lora_config import PeftConfigs, read_configs
+from spo_jax.checkpoints.lora_keys import Layer
+from spo_jax.checkpoints.stored import StoredArray
+from spo_jax.checkpoints.weights import TORCH_SUFFIXES, open_file
+from spo_jax.distributed.processes import is_main_process
+from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.models.lora import TARGETS, init_lora
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
-_TEXT_ENCODERS = ("text_encoder", "lora_te")
-# Width of the text embeddings of SD2.x; SD1.x has 768.
-_SD2_WIDTH = 1024
+# In the order in which a folder is searched.
+_FILE_NAMES = (FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
+_FAMILIES = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}  # by the width of their text embeddings
 
 
-def write_lora(path: str | Path, lora: Any, *, dtype: Any = np.float32) -> Path:
-    """Writes adapters as ``unet.<module>.lora_A/lora_B.weight``, which diffusers reads; returns the file's path.
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A LoRA file whose values are still in it; ``configs`` are peft's."""
 
-    The layout has one alpha for all layers, and here it is the rank: layers of smaller rank are filled up with zeros.
-
-    Args:
-      path: a folder, or a file name that ends in ``.safetensors``.
-      lora: tree of ``{"A": [in, r], "B": [r, out]}``.
-      dtype: of the written tensors.
-    """
-    path = Path(path)
-    file = path if path.suffix == ".safetensors" else path / FILE_NAME
-    layers = list(_layers(lora))
-    rank = max(down.shape[0] for _, down, _ in layers)
-    tensors = {}
-    for layer, down, up in layers:
-        keys, missing = lora_keys.diffusers_keys(layer), rank - down.shape[0]
-        tensors[keys.down] = np.pad(down, ((0, missing), (0, 0))).astype(dtype)
-        tensors[keys.up] = np.pad(up, ((0, 0), (0, missing))).astype(dtype)
-    write_tensors(file, tensors)
-    return file
+    path: Path
+    arrays: dict[str, StoredArray]
+    configs: PeftConfigs
 
 
-def write_kohya(file: str | Path, lora: Any, shapes: Any, *, dtype: Any = np.float32) -> None:
-    """Writes adapters as ``lora_unet_<module>.lora_down/lora_up.weight`` and ``.alpha``, alpha = rank.
-
-    Args:
-      file: the file's name.
-      lora: tree of ``{"A": [in, r], "B": [r, out]}``.
-      shapes: UNet parameters or their shapes; they tell SDXL from the others.
-      dtype: of the written tensors.
-    """
-    tensors: dict[str, np.ndarray] = {}
-    version = "sd_v1"
-    for layer, down, up in _layers(lora):
-        keys = lora_keys.kohya_keys(layer, shapes)
-        tensors[keys.down], tensors[keys.up] = down.astype(dtype), up.astype(dtype)
-        tensors[keys.alpha] = np.array(down.shape[0], dtype)
-        if layer[-2:] == ("attn2", "to_k") and down.shape[1] == _SD2_WIDTH:
-            version = "sd_v2"
-    if lora_keys.is_sdxl(shapes):
-        version = "sdxl_base_v1-0"
-    # A1111 shows a file only with models of the version that the metadata name.
-    write_tensors(Path(file), tensors, metadata={"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")})
-
-
-def read_lora(path: str | Path, shapes: Any) -> Any:
-    """Reads adapters for a UNet from any layout of ``lora_keys.spellings``; alpha / rank is folded into ``B``.
+def read_lora(path: str | Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads adapters in any layout of ``lora_keys``; the scale, alpha / rank, is folded into ``B``.
 
     Args:
       path: the file, or the folder that holds it; local, or on the hub (see ``resolve_model``).
-      shapes: UNet parameters or their shapes (names and shapes are read).
+      shapes: trees of parameters or their shapes by part, at least ``"unet"``; other entries are not looked at.
+
+    Returns:
+      A tree of adapters for each part that the file adapts.
 
     Raises:
-      UserError: the file is missing or damaged, a key or shape does not fit the UNet, or it adapts other layers than
-        the attention projections, which alone have adapters here.
+      UserError: the file is missing or damaged; a key or shape does not fit the pipeline; it holds another kind of
+        adapters, or numbers that are not finite.
     """
-    path = fetched(path)
-    file = path / FILE_NAME if path.is_dir() else path
-    tensors = read_tensors(file)
-    common_alpha = _alpha_of_metadata(file)
-    lora = {}
-    for tree_path, leaf in flax.traverse_util.flatten_dict(shapes).items():
-        if tree_path[-1] != "kernel" or tree_path[-2] not in TARGETS:
-            continue
-        layer = tree_path[:-1]
-        keys = next((k for k in lora_keys.spellings(layer, shapes) if k.down in tensors or k.up in tensors), None)
-        if keys is None:
-            continue
-        for key, other in ((keys.down, keys.up), (keys.up, keys.down)):
-            if key not in tensors:
-                raise UserError(f"LoRA file {file} has {other!r}, but not {key!r}; the file is incomplete.")
-        a, b = (tensors.pop(key).T.astype(np.float32) for key in (keys.down, keys.up))
-        rank = a.shape[-1] if a.ndim == 2 else 0
-        if rank == 0 or a.shape[0] != leaf.shape[0] or b.shape != (rank, leaf.shape[1]):
-            raise UserError(
-                f"LoRA file {file}: {keys.down!r} and {keys.up!r} have shapes {a.T.shape} and {b.T.shape}, which do "
-                f"not fit the UNet's {tuple(leaf.shape[::-1])}; it was made for another model."
-            )
-        alpha = tensors.pop(keys.alpha, common_alpha)
-        if alpha is not None:
-            if np.size(alpha) != 1:
-                raise UserError(f"LoRA file {file}: {keys.alpha!r} has shape {np.shape(alpha)}, not a single number.")
-            b = b * np.float32(float(np.ravel(alpha)[0]) / rank)
-        lora[(*layer, "A")], lora[(*layer, "B")] = jnp.asarray(a), jnp.asarray(b)
-    for key in sorted(tensors):
-        if key.startswith(_TEXT_ENCODERS):
-            raise UserError(
-                f"LoRA file {file} adapts the text encoder too ({key!r}), and here only the UNet has adapters; "
-                "use a file with the UNet's alone."
-            )
-    if tensors:
-        raise UserError(
-            f"LoRA file {file} has keys that fit no attention projection of this UNet "
-            f"({', '.join(sorted(tensors)[:3])}); it was made for another model or holds other kinds of adapters."
-        )
-    if not lora:
-        raise UserError(f"LoRA file {file} is empty; it was not saved properly.")
-    return flax.traverse_util.unflatten_dict(lora)
+    return _parts(_open(path), shapes)
 
 
-def starting_lora(key: jax.Array, params: Any, rank: int, path: str | Path | None) -> Any:
-    """Adapters to start training from: those of a file, and fresh ones on the layers that it leaves out.
+def read_adapters(lora_names: Iterable[str], shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """The sum of several adapters, each by its name and strength (see ``hub.with_strength``), as ``read_lora``.
+
+    The sum of two low-rank matrices is one of both ranks together: ``[A1, A2] [s1 B1; s2 B2]``.
+    """
+    layers: dict[tuple[str, ...], list[jax.Array]] = {}
+    for lora_name in lora_names:
+        name, strength = with_strength(lora_name)
+        for path, value in flax.traverse_util.flatten_dict(read_lora(resolve(name), shapes)).items():
+            layers.setdefault(path, []).append(value * np.float32(strength) if path[-1] == "B" else value)
+    return flax.traverse_util.unflatten_dict(
+        {path: jnp.concatenate(values, axis=-1 if path[-1] == "A" else 0) for path, values in layers.items()}
+    )
+
+
+def starting_lora(key: jax.Array, params: Any, rank: int, lora_name: str | None) -> Any:
+    """Adapters of the UNet to start training from: those of a file, and fresh ones where it has none.
+
+    The file's layers keep their ranks, and all of them are trained, also those that would get no fresh adapters; what
+    differs from the config is said.
 
     Args:
       key: PRNG key of the fresh ones.
       params: UNet parameters (only names and shapes are read).
-      rank: inner dimension of every layer.
-      path: see ``read_lora``; None for fresh adapters everywhere.
+      rank: of the fresh ones.
+      lora_name: a file or a folder with one, also with a strength; None for fresh adapters everywhere.
 
     Raises:
-      UserError: as ``read_lora``, or the file's rank is another one.
+      UserError: as ``read_lora``, or the file adapts a text encoder, which is not trained.
     """
     lora = flax.traverse_util.flatten_dict(init_lora(key, params, rank))
-    if path is not None:
-        read = flax.traverse_util.flatten_dict(read_lora(path, params))
-        ranks = {value.shape[1] for tree_path, value in read.items() if tree_path[-1] == "A"}
-        if ranks != {rank}:
-            found = " and ".join(str(r) for r in sorted(ranks))
+    if lora_name is None:
+        return flax.traverse_util.unflatten_dict(lora)
+    name, strength = with_strength(lora_name)
+    file = _open(resolve(name))
+    text_key = next((k for k in sorted(file.arrays) if lora_keys.text_encoder_of(k)), None)
+    if text_key is not None:
+        raise UserError(
+            f"LoRA file {file.path} adapts the text encoder too ({text_key!r}), and training adapts the UNet only; "
+            "merge the file into the model with spo_jax.export --format=pipeline, and train on that model."
+        )
+    read = flax.traverse_util.flatten_dict(_parts(file, {lora_keys.UNET: params})[lora_keys.UNET])
+    if strength != 1:
+        read = {path: x * np.float32(strength) if path[-1] == "B" else x for path, x in read.items()}
+    _say_what_differs(file.path, read, rank)
+    return flax.traverse_util.unflatten_dict(lora | read)
+
+
+def _say_what_differs(path: Path, read: Mapping[tuple[str, ...], jax.Array], rank: int) -> None:
+    """One line about adapters to start from that are others than the config would make."""
+    ranks = sorted({x.shape[-1] for p, x in read.items() if p[-1] == "A"})
+    more = sum(p[-1] == "A" and p[-2] not in TARGETS for p in read)
+    said = []
+    if ranks != [rank]:
+        said.append(f"its layers keep rank {' and '.join(map(str, ranks))}, where config.lora.rank is {rank}")
+    if more:
+        said.append(f"{more} layers beyond the attention projections are trained as well")
+    if said and is_main_process():
+        print(f"spo_jax: training starts from LoRA file {path}: {'; '.join(said)}.", file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------- the file
+def _open(path: str | Path) -> _File:
+    """The file that a name of adapters stands for, without its values; refuses other kinds of adapters."""
+    path = fetched(path)
+    path = _file_in(path) if path.is_dir() else path
+    arrays = open_file(path).arrays
+    if not arrays:
+        raise UserError(f"LoRA file {path} is empty; it was not saved properly.")
+    if (other := lora_keys.other_kind(arrays)) is not None:
+        raise UserError(
+            f"LoRA file {path} holds {other[1]} ({other[0]!r}), which is not supported; only plain LoRA of linear and "
+            "convolution layers is: train or convert it to that."
+        )
+    return _File(path, arrays, read_configs(path))
+
+
+def _file_in(folder: Path) -> Path:
+    """The LoRA file of a folder: of the usual name, or the only weight file there is."""
+    for name in _FILE_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", *TORCH_SUFFIXES) and p.is_file())
+    if len(found) == 1:
+        return found[0]
+    listed = f"; it has {', '.join(p.name for p in found[:3])}: name one of them" if found else ""
+    raise UserError(f"Folder {folder} has no {' or '.join(_FILE_NAMES)}{listed or '; is it the right folder?'}")
+
+
+# ---------------------------------------------------------------------------------------------------------- its layers
+def _parts(file: _File, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapters in a file, each at its layer of a pipeline with such parameters."""
+    _check_family(file, shapes)
+    spellings = lora_keys.spellings(shapes)
+    found: dict[Layer, dict[str, str]] = {}
+    left = []
+    for key in file.arrays:
+        parsed = lora_keys.parse_key(key)
+        layer = None if parsed is None else spellings.get(parsed.module)
+        if parsed is None or layer is None:
+            left.append(key)
+            continue
+        other = found.setdefault(layer, {}).setdefault(parsed.role, key)
+        if other != key:
             raise UserError(
-                f"LoRA file {path} has rank {found}, but config.lora.rank is {rank}; to start from it, both must agree."
+                f"LoRA file {file.path} has both {other!r} and {key!r} for one layer; save each of its adapters in a "
+                "file of its own."
             )
-        lora |= read
+    if left:
+        _refuse_left_over(file, left, shapes)
+    kernels = {part: flax.traverse_util.flatten_dict(shapes[part]) for part in lora_keys.PARTS if part in shapes}
+    lora = {}
+    for layer, keys in found.items():
+        kernel = tuple(kernels[layer.part][(*layer.path, "kernel")].shape)
+        lora[(layer.part, *layer.path, "A")], lora[(layer.part, *layer.path, "B")] = _matrices(
+            file, layer, keys, kernel
+        )
     return flax.traverse_util.unflatten_dict(lora)
 
 
-def _layers(lora: Any) -> Iterator[tuple[tuple[str, ...], np.ndarray, np.ndarray]]:
-    """Path, down matrix [r, in] and up matrix [out, r], both float32, of each adapted layer."""
-    flat = flax.traverse_util.flatten_dict(jax.device_get(lora))
-    for path, a in flat.items():
-        if path[-1] == "A":
-            b = flat[(*path[:-1], "B")]
-            down, up = (np.ascontiguousarray(np.asarray(x, np.float32).T) for x in (a, b))
-            yield path[:-1], down, up
+def _matrices(
+    file: _File, layer: Layer, keys: Mapping[str, str], kernel: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """``A`` and ``B`` of a layer whose kernel has the shape ``kernel``, [in, out] or [h, w, in, out]."""
+    for role, missing in (("down", "up"), ("up", "down")):
+        if missing not in keys:
+            key = keys.get(role)
+            other = (
+                f"{keys['alpha']!r} without its matrices"
+                if key is None
+                else (f"{key!r}, but not {lora_keys.counterpart(key)!r}")
+            )
+            raise UserError(f"LoRA file {file.path} has {other}; the file is incomplete.")
+    down, up = file.arrays[keys["down"]], file.arrays[keys["up"]]
+    *window, fan_in, fan_out = kernel
+    rank = down.shape[0] if len(down.shape) in (2, 4) else 0
+    # Kernels of 1x1 are kept as those of linear layers by some, and the other way round.
+    downs = [(rank, fan_in, *window)] if math.prod(window) > 1 else [(rank, fan_in), (rank, fan_in, 1, 1)]
+    if not rank or down.shape not in downs or up.shape not in ((fan_out, rank), (fan_out, rank, 1, 1)):
+        expected = f"[rank, {', '.join(map(str, downs[0][1:]))}] and [{fan_out}, rank]"
+        raise UserError(
+            f"LoRA file {file.path}: {keys['down']!r} and {keys['up']!r} have shapes {list(down.shape)} and "
+            f"{list(up.shape)}, which do not fit the model's {expected}; it was made for another model."
+        )
+    a = _read(file, keys["down"]).reshape(rank, fan_in, *window).T
+    a = a.swapaxes(0, 1) if window else a  # [w, h, in, rank] before
+    b = _read(file, keys["up"]).reshape(fan_out, rank).T
+    if "alpha" in keys:
+        alpha = file.arrays[keys["alpha"]]
+        if math.prod(alpha.shape) != 1:
+            raise UserError(f"LoRA file {file.path}: {keys['alpha']!r} has shape {alpha.shape}, not a single number.")
+        b = b * np.float32(float(_read(file, keys["alpha"]).reshape(())) / rank)
+    elif (config := file.configs.of(layer.part)) is not None:
+        b = b * np.float32(config.scale(lora_keys.module_name(layer.path), rank))
+    return jnp.asarray(a), jnp.asarray(b)
 
 
-def _alpha_of_metadata(file: Path) -> float | None:
-    """Alpha of all layers, where diffusers saved peft's ``LoraConfig`` in the file's header."""
-    with safetensors.safe_open(str(file), "numpy") as opened:
-        text = (opened.metadata() or {}).get("lora_adapter_metadata")
-    if text is None:
-        return None
-    try:
-        config = {k.removeprefix("unet."): v for k, v in json.loads(text).items()}
-        alpha = config.get("lora_alpha")
-        alpha = None if alpha is None else float(alpha)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"LoRA file {file} has damaged metadata ({error}); download or copy it again.") from error
-    for field in ("alpha_pattern", "use_rslora", "use_dora"):
-        if config.get(field):
-            raise UserError(f"LoRA file {file}: its metadata has {field} = {config[field]!r}, which is not supported.")
-    return alpha
+def _read(file: _File, key: str) -> np.ndarray:
+    """The values behind a key in float32; UserError if one of them is not finite."""
+    with np.errstate(over="ignore"):
+        values = file.arrays[key].read().astype(np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"LoRA file {file.path}: {key!r} has numbers that are not finite (NaN or infinite); its training had "
+            "failed, or the file is damaged: use another one."
+        )
+    return values
+
+
+def _check_family(file: _File, shapes: Mapping[str, Any]) -> None:
+    """Refuses a file for UNets that take other text embeddings, which tells SD1.x, SD2.x and SDXL apart."""
+    ours = {
+        value.shape[0]
+        for path, value in flax.traverse_util.flatten_dict(shapes[lora_keys.UNET]).items()
+        if path[-3:] in (("attn2", "to_k", "kernel"), ("attn2", "to_v", "kernel"))
+    }
+    for key, array in file.arrays.items():
+        width = lora_keys.text_width(key, array.shape)
+        if width is not None and ours and width not in ours:
+            theirs, here = (_FAMILIES.get(w, "another kind of model") for w in (width, min(ours)))
+            raise UserError(
+                f"LoRA file {file.path} was made for another model: {key!r} takes text embeddings {width} wide "
+                f"({theirs}), but here they are {min(ours)} wide ({here})."
+            )
+
+
+def _refuse_left_over(file: _File, left: list[str], shapes: Mapping[str, Any]) -> None:
+    for key in sorted(left):
+        part = lora_keys.text_encoder_of(key)
+        if part is not None and part not in shapes:
+            raise UserError(
+                f"LoRA file {file.path} adapts {part} ({key!r}), which this model does not have; it was made for "
+                "another model."
+            )
+    raise UserError(
+        f"LoRA file {file.path} has keys that fit no layer of this model ({', '.join(sorted(left)[:3])}); it was made "
+        "for another model or holds other kinds of adapters."
+    )

@@ -1,6 +1,8 @@
-"""Names of the UNet's layers in the original checkpoints of Stable Diffusion, which single files and trainers keep.
+"""Names of layers in the original checkpoints of Stable Diffusion, which single files and trainers keep.
 
-The original UNet counts through all blocks (``input_blocks.4.1...``); diffusers counts blocks, and layers in each.
+The original UNet counts through all blocks (``input_blocks.4.1...``); diffusers counts blocks, and layers in each. The
+original autoencoder counts its levels from the picture on, also on the way up. SD1.x and SDXL's first text encoder have
+transformers' names, SD2.x and SDXL's second one those of open_clip.
 """
 
 from __future__ import annotations
@@ -28,6 +30,35 @@ _RESNET = {
 _INSIDE_BLOCKS = re.compile(
     r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|(?:down|up)samplers)\.(\d+)\.(.+)"
 )
+_VAE = {
+    "conv_norm_out": "norm_out",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+_VAE_LEVEL = re.compile(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(resnets|(?:down|up)samplers)\.(\d+)\.(.+)")
+_OPEN_CLIP = {
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "text_projection": "text_projection",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.q_proj": "attn.in_proj",
+    "self_attn.k_proj": "attn.in_proj",
+    "self_attn.v_proj": "attn.in_proj",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
 
 
 def unet_name(module: str, shapes: Any) -> str:
@@ -42,9 +73,7 @@ def unet_name(module: str, shapes: Any) -> str:
     """
     if module in _OUTSIDE_BLOCKS:
         return _OUTSIDE_BLOCKS[module]
-    match = re.fullmatch(
-        r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|(?:down|up)samplers)\.(\d+)\.(.+)", module
-    )
+    match = _INSIDE_BLOCKS.fullmatch(module)
     if match is None:
         raise ValueError(f"{module!r} is no layer of a UNet")
     way, block, kind, layer, rest = match.groups()
@@ -68,3 +97,42 @@ def unet_name(module: str, shapes: Any) -> str:
 def layers_per_block(shapes: Any) -> int:
     """Resnets of the UNet's first block."""
     return sum(name.startswith("resnets_") for name in shapes.get("down_blocks_0", ()))
+
+
+def vae_name(module: str, num_levels: int) -> str:
+    """Original name of a layer of the autoencoder.
+
+    Args:
+      module: the layer's name in diffusers, such as ``decoder.up_blocks.0.resnets.1.conv1``.
+      num_levels: resolutions that the autoencoder works at.
+    """
+    match = _VAE_LEVEL.fullmatch(module)
+    if match is None:
+        for theirs, original in _VAE.items():
+            module = re.sub(rf"(?<=\.){re.escape(theirs)}(?=\.|$)", original, module)
+        return module
+    half, block, kind, layer, rest = match.groups()
+    way, level = ("down", int(block)) if half == "encoder" else ("up", num_levels - 1 - int(block))
+    if kind == "resnets":
+        return f"{half}.{way}.{level}.block.{layer}.{_VAE.get(rest, rest)}"
+    return f"{half}.{way}.{level}.{way}sample.{rest}"
+
+
+def open_clip_key(key: str) -> str:
+    """Original key of a parameter of a text encoder of open_clip.
+
+    Queries, keys and values of a layer are one parameter there, one below the other.
+
+    Args:
+      key: the parameter's key in transformers, such as ``text_model.encoder.layers.0.self_attn.q_proj.weight``.
+    """
+    module, _, leaf = key.rpartition(".")
+    if module in _OPEN_CLIP:
+        bare = module.endswith(("position_embedding", "text_projection"))  # parameters there, not layers
+        return _OPEN_CLIP[module] if bare else f"{_OPEN_CLIP[module]}.{leaf}"
+    match = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)", module)
+    if match is None or match[2] not in _OPEN_CLIP_LAYER:
+        raise ValueError(f"{key!r} is no parameter of a text encoder")
+    original = _OPEN_CLIP_LAYER[match[2]]
+    joint = "_" if original.endswith("in_proj") else "."
+    return f"transformer.resblocks.{match[1]}.{original}{joint}{leaf}"

@@ -28,6 +28,23 @@ class StoredArray:
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
 
+    def rows(self, begin: int, end: int) -> StoredArray:
+        """Rows ``begin`` to ``end - 1`` of it."""
+        row = math.prod(self.shape[1:]) if self.strides is None else self.strides[0]
+        offset = self.offset + begin * row * self.dtype.itemsize
+        return dataclasses.replace(self, offset=offset, shape=(end - begin, *self.shape[1:]))
+
+    def transposed(self) -> StoredArray:
+        """The array with its axes in the opposite order."""
+        strides = self.strides or tuple(math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
+        return dataclasses.replace(self, shape=self.shape[::-1], strides=strides[::-1])
+
+    def without_last_ones(self, ndim: int) -> StoredArray:
+        """The array as one of ``ndim`` axes, if those behind them have the length 1; otherwise itself."""
+        if any(n != 1 for n in self.shape[ndim:]):
+            return self
+        return dataclasses.replace(self, shape=self.shape[:ndim], strides=self.strides and self.strides[:ndim])
+
     def read(self) -> np.ndarray:
         """Its values, in memory of their own. The file is read, not mapped: a mapped file would stay resident.
 

@@ -12,6 +12,7 @@ import io
 import math
 import pickletools
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -75,6 +76,31 @@ def index_torch_bin(path: Path) -> dict[str, StoredArray]:
       UserError: the file is missing or damaged, in the format before PyTorch 1.6, compressed, or holds anything but a
         dict of tensors (a trained optimizer, a whole model, an attack).
     """
+    return _index(path, lambda content: (_checked(content), {}))[0]
+
+
+def index_training_checkpoint(path: Path) -> tuple[dict[str, StoredArray], dict[str, Any]]:
+    """The tensors below ``"state_dict"``, as training programs write them, and the plain values beside it.
+
+    Numbers, strings, lists and dicts may be there; objects of other kinds are refused as in ``index_torch_bin``. A file
+    without that level is read as by ``index_torch_bin``.
+
+    Raises:
+      UserError: as in ``index_torch_bin``.
+    """
+
+    def split(content: Any) -> tuple[dict[str, _Tensor], dict[str, Any]]:
+        if type(content) is not dict or type(content.get("state_dict")) is not dict:
+            return _checked(content), {}
+        return _checked(content["state_dict"]), {k: v for k, v in content.items() if type(v) in (str, bool, int, float)}
+
+    return _index(path, split)
+
+
+def _index(
+    path: Path, split: Callable[[Any], tuple[dict[str, _Tensor], dict[str, Any]]]
+) -> tuple[dict[str, StoredArray], dict[str, Any]]:
+    """Both results of ``split``, which takes what the pickle makes; the tensors of the first one by where they lie."""
     if not path.is_file():
         raise UserError(missing(path, "Weight file"))
     try:
@@ -91,7 +117,7 @@ def index_torch_bin(path: Path) -> dict[str, StoredArray]:
                 raise UserError(f"Weight file {path} has a table of more than {_MAX_PICKLE_BYTES} bytes; {_SAFER}.")
             if f"{root}byteorder" in members and _content(path, file, members[f"{root}byteorder"]) != b"little":
                 raise UserError(f"Weight file {path} is not little-endian; save it again on another machine.")
-            tensors = _interpret(_content(path, file, pickle))
+            tensors, beside = split(_interpret(_content(path, file, pickle)))
             arrays = {}
             for key, tensor in tensors.items():
                 member = members.get(f"{root}data/{tensor.storage.record}")
@@ -99,7 +125,7 @@ def index_torch_bin(path: Path) -> dict[str, StoredArray]:
                     raise _NotTensorsError(f"lacks the values of {key!r}; download or copy it again")
                 offset = _start(path, file, member) + tensor.offset * tensor.storage.dtype.itemsize
                 arrays[key] = StoredArray(path, offset, tensor.storage.dtype, tensor.shape, tensor.strides)
-            return arrays
+            return arrays, beside
     except _NotTensorsError as error:
         raise UserError(f"Weight file {path} {error}.") from error
     # Whatever is malformed ends in one of these: the stack, a record or a string is too short, or of another type. With
@@ -135,8 +161,8 @@ def _content(path: Path, file: io.BufferedIOBase, member: zipfile.ZipInfo) -> by
     return file.read(min(member.file_size, _MAX_PICKLE_BYTES))
 
 
-def _interpret(pickle: bytes) -> dict[str, _Tensor]:
-    """Runs the pickle on a machine that can build a dict of tensors and nothing else."""
+def _interpret(pickle: bytes) -> Any:
+    """Runs the pickle on a machine that can build dicts, lists and tensors and nothing else."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -179,11 +205,11 @@ def _interpret(pickle: bytes) -> dict[str, _Tensor]:
                 _expect(list, stack[-1]).extend(items)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                _expect(dict, stack[-1])[_expect(str, key)] = value
+                _expect(dict, stack[-1])[_key(key)] = value
             case "SETITEMS":
                 items = pop_to_mark()
                 for key, value in zip(items[::2], items[1::2], strict=True):
-                    _expect(dict, stack[-1])[_expect(str, key)] = value
+                    _expect(dict, stack[-1])[_key(key)] = value
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "MEMOIZE":
@@ -204,7 +230,7 @@ def _interpret(pickle: bytes) -> dict[str, _Tensor]:
                 stack.pop()  # the attributes of a state dict: versions of its modules
                 _expect(dict, stack[-1])
             case "STOP":
-                return _checked(stack.pop())
+                return stack.pop()
             case _:
                 raise _NotTensorsError(
                     f"uses the pickle instruction {opcode.name}, which no dict of tensors needs, and was not read; "
@@ -220,6 +246,11 @@ def _expect(kind: type, value: Any) -> Any:
             "only plain state dicts can be read"
         )
     return value
+
+
+def _key(value: Any) -> Any:
+    """A key of a dict; numbers are those of an optimizer's state."""
+    return value if type(value) is int else _expect(str, value)
 
 
 def _refuse(text: str) -> NoReturn:
@@ -268,6 +299,7 @@ def _build(name: str, arguments: tuple[Any, ...]) -> Any:
 
 def _checked(result: Any) -> dict[str, _Tensor]:
     for key, value in _expect(dict, result).items():
+        _expect(str, key)
         if type(value) is not _Tensor:
             raise _NotTensorsError(
                 f"holds a {type(value).__name__} under {key!r} where a tensor should be; only plain state dicts can be "

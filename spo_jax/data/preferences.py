@@ -48,7 +48,7 @@ def open_pairs(name: str) -> Any:
     """
     from spo_jax.data.builder import INFO, open_builder  # tfds: the loader does not need it
 
-    folder, at, split = name.rpartition("@")
+    folder, at, split = os.path.expanduser(name).rpartition("@")
     if not (at and folder and split):
         raise UserError(f"Data {name!r} must be written as FOLDER@SPLIT, for example data/pickapic@train.")
     if not (Path(folder) / INFO).is_file():

@@ -2,76 +2,39 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from spo_jax.checkpoints.hub import fetched
+from spo_jax.data.prompt_files import FEATURES, read_file
 from spo_jax.errors import UserError
 
-MAX_BYTES = 64 * 2**20
 TFDS = "tfds:"
-_FEATURES = ("caption", "prompt", "text")
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts from a JSON list (of strings or of ``{"caption": ...}``) or from the non-empty lines of a text file.
+    """Prompts that are not empty, from a file or a data set.
 
-    The file is local, or one of the hub or of GitHub, see ``checkpoints/remote.py``. In a JSON list ``"prompt"`` and
-    ``"text"`` may stand for ``"caption"``.
+    A file has one a line, or is a JSON list of strings or of objects with a ``"caption"``, or JSON lines of the same
+    (``.jsonl``), or a table with such a column (``.csv``, ``.tsv``). ``"prompt"`` and ``"text"`` may stand for
+    ``"caption"``. It is local, or one of the hub or of GitHub, see ``checkpoints/remote.py``.
 
     Or, as ``tfds:NAME@SPLIT``, from a data set that TensorFlow Datasets has prepared, by its name or its folder; its
     feature ``caption``, ``prompt`` or ``text`` is taken, its split ``train`` if none is named.
 
     Raises:
-      UserError: the file is missing, unreadable, larger than 64 MiB, not UTF-8, not valid JSON, or has no prompt in it;
-        the data set is not there, or has no such split or feature.
+      UserError: the file is missing, unreadable, larger than 64 MiB, of another format, not UTF-8 (or UTF-16 with a
+        mark), not valid, or has no prompt in it; the data set is not there, or has no such split or feature.
     """
-    if str(path).startswith(TFDS):
-        return _from_tfds(str(path))
-    path = fetched(path)
-    if not path.is_file():
-        raise UserError(f"Prompt file {path} does not exist; give a text file with one prompt a line, or a JSON list.")
-    if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"Prompt file {path} is larger than {MAX_BYTES} bytes; split it.")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"Prompt file {path} cannot be read ({error.strerror}); check its permissions.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"Prompt file {path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); "
-            "save it with UTF-8 encoding."
-        ) from error
-    # Not splitlines(): it also ends a line at characters such as U+2028, which may stand inside a caption.
-    is_json = path.suffix.lower() == ".json"
-    prompts = _from_json(path, text) if is_json else [line.strip() for line in text.replace("\r", "\n").split("\n")]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise UserError(f"Prompt file {path} is empty; write one prompt a line, or a JSON list of them.")
-    return prompts
-
-
-def _from_json(path: Path, text: str) -> list[str]:
-    if not text.strip():
-        return []
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:  # beyond JSONDecodeError: a number of 5,000 digits, endless brackets
-        raise UserError(
-            f"Prompt file {path} is not valid JSON ({error}); mend it, or give a text file with one prompt a line."
-        ) from error
-    if not isinstance(entries, list):
-        raise UserError(f"Prompt file {path} must hold a JSON list, not a {type(entries).__name__}.")
-    return [_caption(path, i, entry) for i, entry in enumerate(entries)]
+    return _from_tfds(str(path)) if str(path).startswith(TFDS) else read_file(fetched(path))
 
 
 def _from_tfds(source: str) -> list[str]:
     import tensorflow_datasets as tfds  # takes seconds to import
 
-    name, _, split = source.removeprefix(TFDS).partition("@")
+    name, _, split = os.path.expanduser(source.removeprefix(TFDS)).partition("@")
     try:
         builder = tfds.builder_from_directory(name) if Path(name).is_dir() else tfds.builder(name, try_gcs=False)
         # Random access needs no TensorFlow, but a data set that was written as ArrayRecord.
@@ -82,24 +45,15 @@ def _from_tfds(source: str) -> list[str]:
             f"Data set {source!r} cannot be read ({reason}); give tfds:NAME@SPLIT or tfds:FOLDER@SPLIT of one that "
             'is prepared with file_format="array_record".'
         ) from error
-    feature = next((f for f in _FEATURES if f in builder.info.features), None)
+    feature = next((f for f in FEATURES if f in builder.info.features), None)
     if feature is None:
-        raise UserError(f"Data set {source!r} has none of the features {', '.join(_FEATURES)}.")
+        raise UserError(f"Data set {source!r} has none of the features {', '.join(FEATURES)}.")
     texts = (example[feature] for example in data)
     prompts = [text.decode("utf-8").strip() if isinstance(text, bytes) else str(text).strip() for text in texts]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise UserError(f"Data set {source!r} is empty.")
     return prompts
-
-
-def _caption(path: Path, index: int, entry: Any) -> str:
-    caption = next((entry[key] for key in _FEATURES if key in entry), None) if isinstance(entry, dict) else entry
-    if not isinstance(caption, str):
-        raise UserError(f'Prompt file {path}: entry {index} is neither a string nor an object with a "caption" string.')
-    if any("\ud800" <= character <= "\udfff" for character in caption):
-        raise UserError(f"Prompt file {path}: entry {index} is not valid Unicode (half a surrogate pair); mend it.")
-    return caption.strip()
 
 
 def num_batches(num_prompts: int, batch_size: int) -> int:

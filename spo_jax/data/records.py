@@ -82,7 +82,7 @@ def decode_picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
     """An encoded picture as uint8 [H, W, 3]: RGB, resized to cover ``size`` = (H, W), cut to it around its centre.
 
     As the released code has it (transformers' CLIP processor on PIL): bicubic with antialias, the longer side rounded
-    down, transparency dropped, orientation tags ignored.
+    down, transparency dropped, orientation tags ignored. 16 bits are scaled to 8.
 
     Raises:
       Fault: no picture of an allowed format, damaged, or too large; the size is read before anything is decoded.
@@ -103,14 +103,21 @@ def decode_picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
             raise Fault("picture_too_large")
         try:
             picture.load()  # all that follows would copy, also where nothing is to be done
-            if picture.mode != "RGB":
-                picture = picture.convert("RGB")
+            picture = _as_rgb(picture)
             if resized != (height, width):
                 picture = picture.resize((resized[1], resized[0]), Image.Resampling.BICUBIC)
         except Exception as error:
             raise Fault("picture_broken") from error
     top, left = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
     return np.asarray(picture)[top : top + size[0], left : left + size[1]]
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    """Pillow cuts grey of 16 bits off at 255, which is white; its 16-bit colours come scaled already."""
+    if picture.mode.startswith("I"):
+        grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
+        picture = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:

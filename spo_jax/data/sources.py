@@ -44,6 +44,7 @@ def open_source(source: str) -> Source:
     Raises:
       UserError: there is nothing, or a file cannot be read, lacks a column, or names pictures outside of its folder.
     """
+    source = os.path.expanduser(source)
     if Path(source).is_dir():
         paths = sorted(p for p in Path(source).iterdir() if p.suffix.lower() in (".csv", ".jsonl"))
         if len(paths) != 1:

@@ -22,10 +22,14 @@ def predict_x0_and_noise(
     signal, spread = jnp.sqrt(alpha), jnp.sqrt(1.0 - alpha)
     output, latents = model_output.astype(jnp.float32), latents.astype(jnp.float32)
     if schedule.prediction_type == "epsilon":
-        return (latents - spread * output) / signal, output
-    if schedule.prediction_type == "v_prediction":
-        return signal * latents - spread * output, signal * output + spread * latents
-    return output, (latents - signal * output) / spread
+        x0, noise = (latents - spread * output) / signal, output
+    elif schedule.prediction_type == "v_prediction":
+        x0, noise = signal * latents - spread * output, signal * output + spread * latents
+    else:
+        x0, noise = output, (latents - signal * output) / spread
+    if schedule.clip_sample_range is not None:  # diffusers clips x0 alone; the noise stays
+        x0 = jnp.clip(x0, -schedule.clip_sample_range, schedule.clip_sample_range)
+    return x0, noise
 
 
 def ddim_distribution(
@@ -40,7 +44,9 @@ def ddim_distribution(
     alpha, alpha_previous = schedule.alphas_cumprod[timestep], schedule.alphas_cumprod[previous_timestep]
     variance = (1.0 - alpha_previous) / (1.0 - alpha) * (1.0 - alpha / alpha_previous)
     sigma = eta * jnp.sqrt(variance)
-    mean = jnp.sqrt(alpha_previous) * x0 + jnp.sqrt(1.0 - alpha_previous - sigma**2) * noise_prediction
+    # With alpha = 0 and eta = 1 nothing is left of the noise, and rounding may leave less than that.
+    direction = jnp.sqrt(jnp.maximum(1.0 - alpha_previous - sigma**2, 0.0))
+    mean = jnp.sqrt(alpha_previous) * x0 + direction * noise_prediction
     return mean, sigma
 
 

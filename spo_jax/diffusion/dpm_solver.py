@@ -8,6 +8,7 @@ infinity, where only x0 itself is left: both are of first order. Everything is f
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,11 +18,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from spo_jax.diffusion.ddim import predict_x0_and_noise
-from spo_jax.diffusion.schedule import Schedule, make_schedule
+from spo_jax.diffusion.schedule import Schedule, make_schedule, scheduler_file
 from spo_jax.errors import UserError
 
-# Fields of a scheduler config that DDIM may ignore and that would make this solver another one.
-_FIXED = {"use_karras_sigmas": False, "final_sigmas_type": "zero"}
+# Fields of a scheduler config that DDIM leaves out and that would make this solver another one, with the values that
+# do not. Order, algorithm and type of the solver are those that its name says, whatever the config has.
+_OFF = (False, None)
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "use_karras_sigmas": _OFF,
+    "use_exponential_sigmas": _OFF,
+    "use_beta_sigmas": _OFF,
+    "use_lu_lambdas": _OFF,
+    "use_flow_sigmas": _OFF,
+    "final_sigmas_type": ("zero", None),
+}
+# diffusers' place of the last timestep of a schedule with zero terminal SNR, where lambda would be minus infinity.
+_ALMOST_ZERO = 2.0**-24
 
 
 def make_dpm_schedule(config: Mapping[str, Any], num_steps: int) -> Schedule:
@@ -34,17 +46,41 @@ def make_dpm_schedule(config: Mapping[str, Any], num_steps: int) -> Schedule:
     Raises:
       UserError: as ``make_schedule``, or a config for another solver.
     """
-    config = {"timestep_spacing": "linspace"} | dict(config)
+    file = scheduler_file(config)
+    config = {"timestep_spacing": "linspace"} | {k: v for k, v in config.items() if v is not None}
     for name, allowed in _FIXED.items():
-        if config.get(name, allowed) not in (allowed, None):
-            raise UserError(f"Scheduler config: {name} = {config[name]!r} is not supported by --solver=dpmpp_2m.")
+        if config.get(name, allowed[0]) not in allowed:
+            raise UserError(f"{file}: {name} = {config[name]!r} is not supported by --solver=dpmpp_2m.")
+    if str(config.get("variance_type")).startswith("learned"):
+        raise UserError(f"{file}: variance_type = {config['variance_type']!r} is not supported by --solver=dpmpp_2m.")
     num_train = config.get("num_train_timesteps", 1000)
-    if not 1 <= num_steps < num_train:
+    if isinstance(num_train, int) and not 1 <= num_steps < num_train:
         raise UserError(f"The number of DPM-Solver++ steps must be between 1 and {num_train - 1}, not {num_steps}.")
     more = 0 if config["timestep_spacing"] == "trailing" else 1
     schedule = make_schedule(config, num_steps + more)
+    alphas_cumprod = schedule.alphas_cumprod
+    if alphas_cumprod[-1] == 0:
+        alphas_cumprod = alphas_cumprod.at[-1].set(_ALMOST_ZERO)
+    _check_lambda_min(file, config.get("lambda_min_clipped", -math.inf), alphas_cumprod)
     timesteps = schedule.timesteps[:num_steps]
-    return dataclasses.replace(schedule, timesteps=timesteps, previous_timesteps=jnp.append(timesteps[1:], 0))
+    return dataclasses.replace(
+        schedule,
+        alphas_cumprod=alphas_cumprod,
+        timesteps=timesteps,
+        previous_timesteps=jnp.append(timesteps[1:], 0),
+        ends_clean=False,  # it always goes all the way
+        clip_sample_range=None,
+    )
+
+
+def _check_lambda_min(file: str, limit: float, alphas_cumprod: jax.Array) -> None:
+    """Refuses a ``lambda_min_clipped`` that would leave out the noisiest timesteps."""
+    least = 0.5 * float(jnp.log(alphas_cumprod[-1]) - jnp.log1p(-alphas_cumprod[-1]))
+    if limit > least:
+        raise UserError(
+            f"{file}: lambda_min_clipped = {limit!r} leaves out timesteps (the least lambda is {least:.2f}), which is "
+            "not supported by --solver=dpmpp_2m."
+        )
 
 
 @flax.struct.dataclass

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from spo_jax.diffusion.ddim import ddim_distribution, predict_x0_and_noise
-from spo_jax.diffusion.schedule import Schedule
+from spo_jax.diffusion.schedule import Schedule, to_the_end
 
 
 def sample(
@@ -24,7 +24,7 @@ def sample(
 
     Args:
       predict: ``(latents [B, h, w, c], timestep scalar) -> model output [B, h, w, c]``.
-      schedule: its N timesteps are walked through.
+      schedule: its N timesteps are walked through, to no noise at all where ``ends_clean`` says so.
       initial: x_T.
       noise: the noise of each step; may be left out when ``eta`` is 0.
       eta: 0 for deterministic DDIM.
@@ -34,6 +34,8 @@ def sample(
     """
     if eta > 0 and noise is None:
         raise ValueError("eta > 0 needs the noise of every step.")
+
+    schedule = to_the_end(schedule)
 
     def step(latents, inputs):
         timestep, previous, step_noise = inputs

@@ -34,8 +34,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)(text_projection|visual_projection)/kernel$", P("fsdp", None)),
     (r"/(mlp_0|mlp_2|adaLN_modulation_1)/kernel$", P("fsdp", None)),
     # Adapters, along the side of the layer, which is long; not along the rank.
-    (r"/(to_q|to_k|to_v|to_out_0)/A$", P("fsdp", None)),
-    (r"/(to_q|to_k|to_v|to_out_0)/B$", P("fsdp")),
+    (r"(^|/)(conv_in|conv_out)/[AB]$", P()),
+    (r"/A$", P("fsdp", None)),
+    (r"/B$", P("fsdp")),
     # Counters.
     (r"(^|/)(step|count|mini_step|gradient_step)$", P()),
 )

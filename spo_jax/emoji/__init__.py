@@ -5,6 +5,7 @@ Configs name its files as ``emoji:model``, ``emoji:model/scorer`` or ``emoji:pro
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PREFIX = "emoji:"
@@ -12,5 +13,5 @@ FOLDER = Path(__file__).parent
 
 
 def resolve(path: str) -> Path:
-    """A path from a config: ``emoji:...`` is a file that ships with the package, everything else is left as it is."""
-    return FOLDER / path.removeprefix(PREFIX) if path.startswith(PREFIX) else Path(path)
+    """A path from a config: ``emoji:...`` is a file that ships with the package, ``~`` the home; others stay."""
+    return FOLDER / path.removeprefix(PREFIX) if path.startswith(PREFIX) else Path(os.path.expanduser(path))

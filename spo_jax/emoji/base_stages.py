@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from spo_jax import rng
 from spo_jax.checkpoints import pipeline as pipelines
+from spo_jax.checkpoints import tokenizers
 from spo_jax.checkpoints.safetensors_io import write_params
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.emoji import pictures, world
@@ -67,9 +68,9 @@ def train_clip(workdir: Path, *, seed: int, num_steps: int = 1500) -> None:
     (workdir / "prompts").mkdir(exist_ok=True)
     for name, text in world.prompt_files().items():
         (workdir / "prompts" / name).write_text(text, encoding="utf-8")
-    tokenizer = pipelines.read_tokenizer(model / "tokenizer")
+    tokenizer = tokenizers.read_tokenizer(model / "tokenizer")
     prompts = np.asarray(world.ALL_PROMPTS)
-    tokens = pipelines.tokenize(tokenizer, world.captions(world.ALL_PROMPTS))
+    tokens = tokenizers.tokenize(tokenizer, world.captions(world.ALL_PROMPTS))
     clip = CLIPModel.from_config(CLIP_CONFIG, step_aware=False)
     params = _init(clip, seed, jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3)), jnp.zeros((1, tokens.shape[1]), jnp.int32))
 
@@ -180,8 +181,8 @@ def train_unet(workdir: Path, *, seed: int, num_steps: int = 7500) -> None:
     model = workdir / "model"
     vae, vae_params = pipelines.read_vae(model / "vae")
     text_encoder, text_params = pipelines.read_text_encoder(model / "text_encoder")
-    tokenizer = pipelines.read_tokenizer(model / "tokenizer")
-    tokens = pipelines.tokenize(tokenizer, [*world.captions(world.TRAIN_PROMPTS), ""])
+    tokenizer = tokenizers.read_tokenizer(model / "tokenizer")
+    tokens = tokenizers.tokenize(tokenizer, [*world.captions(world.TRAIN_PROMPTS), ""])
     embeddings = text_encoder.apply({"params": text_params}, jnp.asarray(tokens)).last_hidden_state
     embeddings = np.asarray(embeddings)  # the last row is that of the empty caption
     mean, deviation, captions = _encode_bank(vae, vae_params, seed)

@@ -28,6 +28,7 @@ TEXT_CONFIG = {
     "model_type": "clip_text_model",
     "pad_token_id": _VOCABULARY[END],
     "projection_dim": 128,
+    "torch_dtype": "float32",  # of computing: without it transformers takes the file's float16, diffusers float32
     "vocab_size": len(_VOCABULARY),
 }
 CLIP_CONFIG = {
@@ -36,6 +37,7 @@ CLIP_CONFIG = {
     "model_type": "clip",
     "projection_dim": 128,
     "text_config": TEXT_CONFIG,
+    "torch_dtype": "float32",
     "vision_config": VISION_CONFIG,
 }
 VAE_CONFIG = {

@@ -30,7 +30,7 @@ GUIDANCE_SCALE = 2.0
 NUM_VALIDATION_CAPTIONS = 160
 CAPTIONS_PER_BATCH = 20
 
-SEED = flags.DEFINE_integer("seed", 0, "Seed of pictures and labels.")
+SEED = cli.seed_flag("Seed of pictures and labels.")
 OUT = flags.DEFINE_string("out", None, "A new folder.")
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from spo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, call
-from spo_jax.models.lora import LoRADense
 
 # Logits of one piece of attention and one sample: 5 MiB in float32. All heads of CLIP (16 x 257 x 257) and of a UNet's
 # inner levels are one piece; 1,024 tokens and more are cut. The bound is a sample's, because what is traced has the
@@ -105,7 +104,7 @@ def _put(x: jax.Array, piece: jax.Array, head: jax.Array, start: jax.Array) -> j
 
 
 class Attention(nn.Module):
-    """Self-attention, or cross-attention when ``context`` is given. The four projections carry the adapters."""
+    """Self-attention, or cross-attention when ``context`` is given. Fresh adapters are on the four projections."""
 
     num_heads: int
     use_bias: bool = False
@@ -115,11 +114,11 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "b q c"], context: Float[Array, "b k d"] | None = None) -> Float[Array, "b q c"]:
         channels = x.shape[-1]
         context = x if context is None else context
-        query = LoRADense(channels, self.use_bias, self.dtype, name="to_q")(x)
-        key = LoRADense(channels, self.use_bias, self.dtype, name="to_k")(context)
-        value = LoRADense(channels, self.use_bias, self.dtype, name="to_v")(context)
+        query = Dense(channels, self.use_bias, self.dtype, name="to_q")(x)
+        key = Dense(channels, self.use_bias, self.dtype, name="to_k")(context)
+        value = Dense(channels, self.use_bias, self.dtype, name="to_v")(context)
         out = multi_head_attention(query, key, value, self.num_heads)
-        return LoRADense(channels, True, self.dtype, name="to_out_0")(out)
+        return Dense(channels, True, self.dtype, name="to_out_0")(out)
 
 
 class GEGLU(nn.Module):

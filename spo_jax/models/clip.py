@@ -202,14 +202,19 @@ class CLIPTextModel(nn.Module):
         return cls(config=flax.core.freeze(dict(config)), dtype=dtype)
 
     @property
+    def tower(self) -> CLIPTextTransformer:
+        """Its sizes; it has no parameters."""
+        return CLIPTextTransformer.from_config(self.config, parent=None)
+
+    @property
     def hidden_size(self) -> int:
         """D, the width of the hidden states."""
-        return CLIPTextTransformer.from_config(self.config, parent=None).hidden_size
+        return self.tower.hidden_size
 
     @property
     def projection_dim(self) -> int:
         """Width of a projection of the pooled state."""
-        return CLIPTextTransformer.from_config(self.config, parent=None).projection_dim
+        return self.tower.projection_dim
 
     def setup(self) -> None:
         self.text_model = CLIPTextTransformer.from_config(self.config, self.dtype)
@@ -255,6 +260,11 @@ class CLIPModel(nn.Module):
         for tower in ("text_config", "vision_config"):
             fields[tower] = flax.core.freeze(dict(fields[tower]))
         return cls(step_aware=step_aware, dtype=dtype, **fields)
+
+    @property
+    def tower(self) -> CLIPTextTransformer:
+        """Sizes of the text tower; it has no parameters."""
+        return CLIPTextTransformer.from_config(self.text_config, parent=None)
 
     @property
     def image_size(self) -> int:

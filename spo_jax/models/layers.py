@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -91,8 +92,29 @@ def _scale_and_bias(layer: nn.Module, channels: int) -> dict[str, jax.Array]:
     return _weights(layer, scale=(nn.initializers.ones, (channels,)), bias=(nn.initializers.zeros, (channels,)))
 
 
+def low_rank(
+    x: Float[Array, "*b i"], a: jax.Array, b: Float[Array, "r o"], down: Callable[..., jax.Array] = operator.matmul
+) -> Float[Array, "*b o"]:
+    """``down(x, A) B`` in float32, of inputs in any dtype; ``A`` is [i, r], or the kernel of a convolution."""
+    x, (a, b) = tied(x, (a, b))
+    return down(x.astype(jnp.float32), a) @ b
+
+
+def _adapted(
+    layer: Any, x: jax.Array, y: jax.Array, down: Callable[..., jax.Array] = operator.matmul
+) -> Float[Array, "*b o"]:
+    """``y`` and, where the collection ``"lora"`` has matrices for the layer, what they make of ``x``.
+
+    Folding ``A B`` into a bfloat16 kernel would round small updates away, so it is never done in training.
+    """
+    if not layer.has_variable("lora", "A"):
+        return y
+    a, b = (gathered(layer.get_variable("lora", name)) for name in "AB")
+    return (y.astype(jnp.float32) + low_rank(x, a, b, down)).astype(layer.dtype)
+
+
 class Dense(nn.Module):
-    """``nn.Dense``, tied, whose kernel may be split over devices."""
+    """``nn.Dense``, tied, whose kernel may be split over devices; with adapters ``x W + b + (x A) B``."""
 
     features: int
     use_bias: bool = True
@@ -101,13 +123,17 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        x, given = tied(x, _kernel_and_bias(self, self.kernel_init, (x.shape[-1], self.features)))
-        y = x.astype(self.dtype) @ gathered(given["kernel"].astype(self.dtype))
-        return y + given["bias"].astype(self.dtype) if self.use_bias else y
+        inputs, given = tied(x, _kernel_and_bias(self, self.kernel_init, (x.shape[-1], self.features)))
+        y = inputs.astype(self.dtype) @ gathered(given["kernel"].astype(self.dtype))
+        y = y + given["bias"].astype(self.dtype) if self.use_bias else y
+        return _adapted(self, x, y)
 
 
 class Conv(nn.Module):
-    """``nn.Conv`` of pictures, tied, whose kernel may be split over devices."""
+    """``nn.Conv`` of pictures, tied, whose kernel may be split over devices.
+
+    Of its adapters ``A`` [h, w, i, r] is a convolution with the layer's strides and padding, ``B`` [r, o] a 1x1 one.
+    """
 
     features: int
     kernel_size: tuple[int, int]
@@ -119,11 +145,16 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
         shape = (*self.kernel_size, x.shape[-1], self.features)
-        x, given = tied(x, _kernel_and_bias(self, nn.linear.default_kernel_init, shape))
-        kernel, strides = gathered(given["kernel"].astype(self.dtype)), (self.strides, self.strides)
-        axes = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, strides, self.padding, dimension_numbers=axes)
-        return y + given["bias"].astype(self.dtype) if self.use_bias else y
+        inputs, given = tied(x, _kernel_and_bias(self, nn.linear.default_kernel_init, shape))
+        convolve = functools.partial(
+            jax.lax.conv_general_dilated,
+            window_strides=(self.strides, self.strides),
+            padding=self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        y = convolve(inputs.astype(self.dtype), gathered(given["kernel"].astype(self.dtype)))
+        y = y + given["bias"].astype(self.dtype) if self.use_bias else y
+        return _adapted(self, x, y, convolve)
 
 
 class GroupNorm(nn.Module):
@@ -220,7 +251,7 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """Halves height and width. The autoencoder pads below and to the right only, the UNet on all sides."""
+    """Halves height and width, rounding up. The autoencoder pads below and to the right only, the UNet all around."""
 
     channels: int
     asymmetric: bool
@@ -239,8 +270,11 @@ class Upsample2D(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    def __call__(self, x: Float[Array, "b h w c"], size: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 c"]:
+        """``size`` is the result's where a side is odd, and so one less than the double: that of the skip it meets."""
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        if size is not None and x.shape[1:3] != size:
+            x = x[:, : size[0], : size[1]]  # nearest neighbours of an odd size are those of the even one above it
         return conv3x3(self.channels, self.dtype, "conv")(x)
 
 

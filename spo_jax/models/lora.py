@@ -1,47 +1,25 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) inside the attention projections.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) of dense and convolution layers.
 
 Adapters live in their own collection ``"lora"`` at the module path of the layer they adapt, so that
 ``unet.apply({"params": base, "lora": adapters}, ...)`` is the policy and ``unet.apply({"params": base}, ...)`` the
-reference: one copy of the base weights serves both. The scale alpha / r is part of ``B``.
+reference: one copy of the base weights serves both. A layer's are ``{"A": [in, r], "B": [r, out]}``, those of a
+convolution ``{"A": [h, w, in, r], "B": [r, out]}``; see ``layers.Dense`` and ``layers.Conv``. The scale alpha / r is
+part of ``B``.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from spo_jax import rng
-from spo_jax.distributed.sharding import gathered
-from spo_jax.models.layers import Dense, tied
 
+# The layers that get fresh adapters.
 TARGETS = ("to_q", "to_k", "to_v", "to_out_0")
-
-
-class LoRADense(Dense):
-    """``y = x W + b + (x A) B``; the last term in float32, and only where the collection ``"lora"`` has it.
-
-    Folding ``A B`` into a bfloat16 ``W`` would round small updates away, so it is never done in training.
-    """
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = super().__call__(x)
-        if self.has_variable("lora", "A"):
-            adapters = (gathered(self.get_variable("lora", name)) for name in "AB")
-            y = (y.astype(jnp.float32) + low_rank(x, *adapters)).astype(self.dtype)
-        return y
-
-
-def low_rank(x: Float[Array, "*b i"], a: Float[Array, "i r"], b: Float[Array, "r o"]) -> Float[Array, "*b o"]:
-    """``(x A) B`` in float32, of inputs in any dtype."""
-    x, (a, b) = tied(x, (a, b))
-    return (x.astype(jnp.float32) @ a) @ b
 
 
 def init_lora(key: jax.Array, params: Any, rank: int) -> Any:
@@ -69,8 +47,8 @@ def merge_lora(params: Any, lora: Any) -> Any:
     """Parameters of the network that needs no adapters any more: ``W + A B``, summed in float32.
 
     Args:
-      params: UNet parameters; float32 ones, because in another dtype small updates have been rounded away before.
-      lora: tree of ``{"A": [in, r], "B": [r, out]}`` on some of its layers.
+      params: of a UNet or a text encoder; float32 ones, because another dtype would round small updates away.
+      lora: adapters of some of its layers.
 
     Returns:
       A tree like ``params``, whose adapted kernels are float32 NumPy arrays; everything else is the same object.

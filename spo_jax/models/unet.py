@@ -75,8 +75,12 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "timestep_post_act": (None,),
 }
 # upcast_attention asks for a float32 softmax, which we always use; addition_embed_type_num_heads is read only
-# together with an addition_embed_type that from_config refuses.
-_INERT = ("upcast_attention", "addition_embed_type_num_heads")
+# together with an addition_embed_type that from_config refuses. The others are those of the average (EMA) that
+# diffusers' trainers save as a UNet's folder.
+_INERT = (
+    *("upcast_attention", "addition_embed_type_num_heads"),
+    *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"),
+)
 _DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
 
@@ -98,7 +102,7 @@ class UNet2DConditionModel(nn.Module):
     layers_per_block: tuple[int, ...] = (2, 2, 2, 2)
     num_attention_heads: tuple[int, ...] = (8, 8, 8, 8)
     transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
-    cross_attention_dim: int = 768
+    cross_attention_dim: int = 1280
     use_linear_projection: bool = False
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
@@ -120,6 +124,8 @@ class UNet2DConditionModel(nn.Module):
         """
         name = "UNet2DConditionModel"
         fields = check_fields(name, config, used=_USED, fixed=_FIXED, inert=_INERT)
+        if fields.get("sample_size") is None:
+            fields.pop("sample_size", None)
         num_blocks = len(fields.get("block_out_channels", cls.block_out_channels))
         # diffusers' historical quirk: `attention_head_dim` is the NUMBER of heads unless `num_attention_heads` is set.
         heads = fields.pop("attention_head_dim", 8)
@@ -156,7 +162,8 @@ class UNet2DConditionModel(nn.Module):
         """Applies the network.
 
         Args:
-          latents: [B, h, w, in_channels]; h and w divisible by 2 ** (number of blocks - 1).
+          latents: [B, h, w, in_channels], of any size; a level whose side is odd meets the next at half of it, rounded
+            up, as in diffusers.
           timesteps: [B], any real dtype.
           encoder_hidden_states: [B, L, cross_attention_dim] text embeddings.
           added: pooled text and time ids of B pictures, where ``addition_embed_type`` is "text_time" (SDXL).
@@ -199,7 +206,7 @@ class UNet2DConditionModel(nn.Module):
             attends = block_type == "CrossAttnUpBlock2D"
             skips, used = skips[:-num_layers], skips[-num_layers:]
             block = self._block(mirrored, num_layers, attends, resample, f"up_blocks_{i}")
-            x, _ = block(x, time, context, skips=used[::-1])
+            x, _ = block(x, time, context, skips=used[::-1], size=skips[-1].shape[1:3] if skips else None)
 
         x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, dtype, name="conv_norm_out")(x))
         return conv3x3(self.out_channels, dtype, "conv_out")(x)
@@ -256,7 +263,8 @@ class _Block(nn.Module):
     """One level of the UNet: ``num_layers`` resnets, each followed by attention if ``num_heads`` > 0; then resampling.
 
     With ``skips`` (on the way up) one of them is concatenated before each resnet. ``extra_resnet`` closes the middle
-    block. Returns the result and every intermediate output that the way up will want as a skip.
+    block. ``size`` is that of the next level's skips. Returns the result and every intermediate output that the way up
+    will want as a skip.
     """
 
     channels: int
@@ -272,7 +280,7 @@ class _Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, time, context, skips=None):
+    def __call__(self, x, time, context, skips=None, size=None):
         # What is inside ten transformer blocks at once (SDXL) is more than the rest of the network keeps.
         remat_blocks = self.remat and self.transformer_layers > 1
         resnet = ResnetBlock2D(self.channels, self.num_groups, self.epsilon, self.dtype, parent=None)
@@ -300,5 +308,5 @@ class _Block(nn.Module):
             x = Downsample2D(self.channels, False, self.dtype, name="downsamplers_0")(x)
             outputs.append(x)
         if self.resample == "up":
-            x = Upsample2D(self.channels, self.dtype, name="upsamplers_0")(x)
+            x = Upsample2D(self.channels, self.dtype, name="upsamplers_0")(x, size)
         return x, outputs

@@ -8,6 +8,7 @@ reads them from the compiler, so that the same program is compiled once for a ta
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ import jax
 from ml_collections import ConfigDict
 
 from spo_jax.distributed.mesh import make_mesh
-from spo_jax.files import write_text
+from spo_jax.files import cache_folder, write_text
 from spo_jax.planning.collectives import Traffic, collectives
 from spo_jax.planning.programs import extra_bytes, make_run
 from spo_jax.planning.targets import ENVIRONMENT, Target, devices_of, parse_target
@@ -104,11 +106,9 @@ def _main() -> None:
     run = make_run(config, mesh)
     program = run.program(request["program"])
     lowered = program.function.lower(*program.arguments)
-    kept = _cache() / f"{_key(target, lowered.as_text())}.json"
-    if not kept.exists():
-        answer = json.dumps(dataclasses.asdict(_compile(lowered, target.platform)))
-        write_text(kept, answer)
-    answer = json.loads(kept.read_text(encoding="utf-8"))
+    answer = _kept(
+        f"{_key(target, lowered.as_text())}.json", lambda: dataclasses.asdict(_compile(lowered, target.platform))
+    )
     print(json.dumps(answer | {"extra": extra_bytes(program, run)}))
 
 
@@ -152,9 +152,19 @@ def _key(target: Target, program: str) -> str:
     return hashlib.sha256(f"{target.name} {versions(target.platform)} {code} {program}".encode()).hexdigest()
 
 
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "spo_jax" / "plan"
+def _kept(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was made before under the name, or is made now and kept, where there is a place to keep it."""
+    folder = cache_folder()
+    if folder is None:
+        return make()
+    path = folder / "plan" / name
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        answer = make()
+    with contextlib.suppress(OSError):
+        write_text(path, json.dumps(answer))
+    return answer
 
 
 if __name__ == "__main__":

@@ -13,11 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts, with_image_size
+from spo_jax.checkpoints.base import base_of_config
+from spo_jax.checkpoints.hub import exists, with_strength
+from spo_jax.checkpoints.pipeline import Pipeline, with_image_size
+from spo_jax.checkpoints.tokenizers import tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated, round_up
 from spo_jax.distributed.offload import in_host_memory, weight_placement
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
+from spo_jax.emoji import resolve
 from spo_jax.planning.shapes import clip_shapes, device_bytes, pipeline_shapes
 from spo_jax.preference.scorers import Scorer, make_clip_scorer, make_function_scorer
 from spo_jax.training.evaluation import encode_prompts, make_measure_batch
@@ -84,7 +88,7 @@ def extra_bytes(program: Program, run: Run) -> int:
 def _spo(config: ConfigDict, mesh: Mesh) -> Run:
     dtype = jnp.dtype(config.dtype)
     place = weight_placement(mesh, offload=config.offload)
-    pipeline = with_tokenizers(pipeline_shapes(config.model, dtype, place, vae=config.vae))
+    pipeline = with_tokenizers(pipeline_shapes(base_of_config(config), dtype, place))
     pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
     pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
     scorer, scorer_params = _scorer(config.scorer.path, config.scorer.fn, dtype, place)
@@ -97,7 +101,8 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
 
     def first_state(unet: Any) -> TrainState:
         start = config.copy_and_resolve_references()
-        start.lora.init = ""  # the same shapes as fresh adapters, and its file need not be here
+        if not exists(resolve(with_strength(start.lora.init)[0])):
+            start.lora.init = ""  # mostly the same shapes as fresh adapters, and its file need not be here
         return starting_state(start, optimizer, jax.random.key(0), unet)
 
     state = _sharded(jax.eval_shape(first_state, params["unet"]), lambda tree: weight_shardings(mesh, tree))
@@ -210,7 +215,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
 def _spm(config: ConfigDict, mesh: Mesh) -> Run:
     dtype = jnp.dtype(config.dtype)
     place = functools.partial(weight_sharding, mesh)
-    pipeline = with_tokenizers(pipeline_shapes(config.model, dtype, place, vae=config.vae))
+    pipeline = with_tokenizers(pipeline_shapes(base_of_config(config), dtype, place))
     pipeline = with_image_size(pipeline, config.height, config.width)
     options = {"step_aware": config.scorer.step_aware, "known_plain": False}
     clip, start = clip_shapes(config.scorer.init, dtype, place, what="scorer", params_dtype=jnp.float32, **options)
@@ -228,11 +233,12 @@ def _spm(config: ConfigDict, mesh: Mesh) -> Run:
     schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
     predict_clean = make_predict_clean(pipeline, schedule, config.guidance_scale, config.chunk)
     encode = make_encode_captions(pipeline)
-    learning_rate = warmup_linear_decay(config.train.learning_rate, config.train.warmup_steps, config.num_steps)
+    rate, warmup_steps = config.train.learning_rate, config.train.warmup_steps
+    learning_rate = warmup_linear_decay(rate, warmup_steps, config.num_steps, config.train.warmup)
     optimizer = make_optimizer(config.train, learning_rate)
 
     def first_state(start: Any) -> TrainState:
-        average = None if config.train.ema_decay is None else start
+        average = None if not config.train.ema_decay else start
         return TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start), average)
 
     state = _sharded(jax.eval_shape(first_state, start), lambda tree: weight_shardings(mesh, tree))

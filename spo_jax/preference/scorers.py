@@ -21,10 +21,12 @@ class Scorer(NamedTuple):
       encode_text: ``(params, tokens int [n, L]) -> text``, an array with a row for each prompt that only ``score``
         reads: unit-length embeddings float32 [n, E] of a CLIP, the tokens themselves of a user's function.
       score: ``(params, images [n, H, W, 3] in [-1, 1], text, timesteps int [n]) -> float32 [n]``.
+      tower: of a CLIP, the sizes of its text tower, to which a tokenizer has to be fitted.
     """
 
     encode_text: Callable[[Any, jax.Array], jax.Array]
     score: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+    tower: Any = None
 
 
 def preprocess_images(
@@ -38,9 +40,7 @@ def preprocess_images(
     """
     count, height, width, channels = images.shape
     images = images.astype(jnp.float32)
-    scale = size / min(height, width)
-    # The longer side is rounded; CLIP's image processor rounds it down.
-    new_height, new_width = (max(size, int(side * scale + (0 if antialias else 0.5))) for side in (height, width))
+    new_height, new_width = resized(height, width, size, antialias=antialias)
     if (new_height, new_width) != (height, width):
         shape = (count, new_height, new_width, channels)
         method = "bicubic" if antialias else "bicubic-pytorch"
@@ -48,6 +48,19 @@ def preprocess_images(
     top, left = (new_height - size) // 2, (new_width - size) // 2
     images = images[:, top : top + size, left : left + size]
     return (jnp.clip(images / 2 + 0.5, 0.0, 1.0) - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+
+
+def resized(height: int, width: int, size: int, *, antialias: bool) -> tuple[int, int]:
+    """Height and width of a picture whose shorter side becomes ``size``, see ``preprocess_images``.
+
+    The longer side is rounded, or with ``antialias`` rounded down as CLIP's image processor has it. There the order
+    counts: size * long / short is the exact quotient rounded once, long * (size / short) may fall below a whole number.
+    """
+    short = min(height, width)
+    if antialias:
+        return int(size * height / short), int(size * width / short)
+    scale = size / short
+    return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
 def make_clip_scorer(clip: Any, *, antialias: bool = False) -> Scorer:
@@ -66,7 +79,7 @@ def make_clip_scorer(clip: Any, *, antialias: bool = False) -> Scorer:
         chex.assert_equal_shape([image, text])  # one text for all pictures would be broadcast
         return jnp.exp(params["logit_scale"].astype(jnp.float32)) * (image * text).sum(axis=-1)
 
-    return Scorer(encode_text, score)
+    return Scorer(encode_text, score, clip.tower)
 
 
 def make_function_scorer(function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> Scorer:

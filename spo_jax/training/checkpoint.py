@@ -42,6 +42,8 @@ FREE_KEYS = (
     "validation.batch_size",
     "wandb",
 )
+# Keys that configs did not always have, with what runs did before they had them.
+ADDED_KEYS = {"train.warmup": "linear", "unet": ""}
 _ARRAYS, _EXTRA = "state", "extra"  # the parts of a checkpoint
 _NO_STEP = -1
 _BLOCK = 2**20
@@ -234,7 +236,8 @@ def check_workdir(workdir: str | Path, config: dict[str, Any], pins: dict[str, s
     """Makes the folder and records ``config`` in it, or makes sure that the recorded one is the same.
 
     ``pins``, the commits that were looked up for it, are recorded too (see ``checkpoints/artifacts.py``).
-    The keys in ``FREE_KEYS`` may differ: they do not change what a run computes. The file keeps the first config.
+    The keys in ``FREE_KEYS`` may differ: they do not change what a run computes. A run that is older than a key in
+    ``ADDED_KEYS`` has the value there. The file keeps the first config.
 
     Raises:
       UserError: the folder belongs to a run with another config (names the first key that differs), or cannot be made.
@@ -275,8 +278,11 @@ def _write_json(path: Path, value: Any) -> None:
 def _first_difference(old: Any, new: Any, name: str) -> str | None:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            if f"{name}.{key}".removeprefix("config.") in FREE_KEYS:
+            path = f"{name}.{key}".removeprefix("config.")
+            if path in FREE_KEYS:
                 continue
+            if path in ADDED_KEYS:
+                old = {key: ADDED_KEYS[path]} | old
             if key not in old or key not in new:
                 return f"{name}.{key} is only in the {'new' if key in new else 'old'} one"
             difference = _first_difference(old[key], new[key], f"{name}.{key}")

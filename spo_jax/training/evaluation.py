@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spo_jax import rng
-from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
+from spo_jax.checkpoints.pipeline import Pipeline
+from spo_jax.checkpoints.tokenizers import tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import Schedule
 from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated, round_up
 from spo_jax.distributed.pieces import map_in_pieces, piece_size

@@ -10,7 +10,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
+from spo_jax.checkpoints.pipeline import Pipeline
+from spo_jax.checkpoints.tokenizers import tokenize, tokenize_prompts
 from spo_jax.data.preferences import PairBatch
 from spo_jax.distributed.mesh import batch_sharding
 from spo_jax.training.rollout import make_encode

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 import spo_jax
-from spo_jax.checkpoints.pipeline import Pipeline, read_clip, read_tokenizer
+from spo_jax.checkpoints.pipeline import Pipeline, read_clip
+from spo_jax.checkpoints.tokenizers import fitted, read_tokenizer
 from spo_jax.checkpoints.weights import Placement
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
@@ -51,6 +52,11 @@ def make_scorer(
 def tokenizer_of(path: str, pipeline: Pipeline) -> Any:
     """A judge's tokenizer, at ``path``; the pipeline's first one if that is empty."""
     return read_tokenizer(resolve(path)) if path else pipeline.tokenizer
+
+
+def fitted_to(scorer: Scorer, tokenizer: Any) -> Any:
+    """The tokenizer of a judge's texts, see ``tokenizers.fitted``; a function takes any."""
+    return tokenizer if scorer.tower is None else fitted(tokenizer, scorer.tower)
 
 
 def load_function(name: str, key: str = "config.scorer.fn") -> Callable[..., Any]:

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import flax.traverse_util
 import numpy as np
+from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
 from spo_jax.errors import UserError
@@ -158,3 +160,32 @@ def clipped_warning(rows: Sequence[Mapping[str, float]]) -> str | None:
         "ratios were clipped, so the run hardly learns any more; stop here, or start again with a lower "
         "config.train.learning_rate or a wider config.loss.clip_range."
     )
+
+
+def nothing_learned(config: ConfigDict, num_updates: int, adapters: Any) -> str | None:
+    """What to tell a user whose run has ended as it began, and why; None if it has learned.
+
+    Args:
+      config: of the run.
+      num_updates: minibatches of pairs since its start.
+      adapters: the result, if it is adapters; all of their B are zero at first. None after full fine-tuning.
+    """
+    train = config.train
+    if num_updates == 0:
+        return (
+            "warning: nothing was learned: no two candidates of a step differed by config.pairs.threshold = "
+            f"{config.pairs.threshold}, so there was no pair; lower it, or train on more prompts."
+        )
+    if num_updates < train.accumulation_steps:
+        return (
+            f"warning: nothing was learned: there were {num_updates} minibatches, fewer than "
+            f"config.train.accumulation_steps = {train.accumulation_steps}; lower it, or train on more batches."
+        )
+    flat = flax.traverse_util.flatten_dict(adapters or {})
+    if flat and not any(np.any(value) for path, value in flat.items() if path[-1] == "B"):
+        return (
+            f"warning: nothing was learned: after {num_updates} minibatches every adapter is still zero; grad_norm in "
+            f"{METRICS_FILE} shows whether there were gradients, and config.train.learning_rate, max_grad_norm and "
+            "adam_eps what became of them."
+        )
+    return None

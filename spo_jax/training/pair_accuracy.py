@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from spo_jax.checkpoints.pipeline import Pipeline, tokenize, tokenize_prompts
+from spo_jax.checkpoints.pipeline import Pipeline
+from spo_jax.checkpoints.tokenizers import tokenize, tokenize_prompts
 from spo_jax.data.preferences import PairBatch
 from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated
 from spo_jax.errors import UserError

@@ -18,7 +18,6 @@ from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import Schedule
 from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated
 from spo_jax.distributed.sharding import weight_shardings
-from spo_jax.emoji import resolve
 from spo_jax.preference.scorers import Scorer
 from spo_jax.training.exchange import arrange, make_exchange
 from spo_jax.training.rollout import Rollout, make_pool
@@ -38,10 +37,9 @@ def starting_state(
     if config.lora.rank == 0:
         trained = {"params": jax.tree.map(lambda x: jnp.array(x, jnp.float32), unet_params)}
     else:
-        start_from = resolve(config.lora.init) if config.lora.init else None
-        trained = {"lora": starting_lora(key, unet_params, config.lora.rank, start_from)}
+        trained = {"lora": starting_lora(key, unet_params, config.lora.rank, config.lora.init or None)}
     # A copy, because the update gives the buffers of the old state away.
-    average = None if config.train.ema_decay is None else jax.tree.map(jnp.copy, trained)
+    average = None if not config.train.ema_decay else jax.tree.map(jnp.copy, trained)
     return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), average)
 
 

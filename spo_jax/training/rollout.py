@@ -52,13 +52,18 @@ def make_encode(pipeline: Pipeline, scorer: Scorer | None) -> Callable[..., Prom
 
     ``tokens`` and ``negative_tokens`` hold int32 [B, L] and [1, L] for each text encoder of the pipeline. Without
     negative tokens (None) the negative embeddings are zeros. Without a scorer there are no scorer tokens and no text.
+    ``params`` may have adapters of text encoders, ``{"lora": {"text_encoder": tree}}``.
     """
 
+    def variables(params: Any, name: str) -> Any:
+        adapters = params.get("lora", {}).get(name)
+        return {"params": params[name]} | ({} if adapters is None else {"lora": adapters})
+
     def embed(params: Any, tokens: tuple[jax.Array, ...]) -> tuple[jax.Array, AddedConditions | None]:
-        first = pipeline.text_encoder.apply({"params": params["text_encoder"]}, tokens[0])
+        first = pipeline.text_encoder.apply(variables(params, "text_encoder"), tokens[0])
         if pipeline.text_encoder_2 is None:
             return first.last_hidden_state, None
-        second = pipeline.text_encoder_2.apply({"params": params["text_encoder_2"]}, tokens[1])
+        second = pipeline.text_encoder_2.apply(variables(params, "text_encoder_2"), tokens[1])
         # SDXL takes the state before the last layer, and no final layer norm.
         hidden = jnp.concatenate([first.penultimate_hidden_state, second.penultimate_hidden_state], axis=-1)
         size = jnp.array(pipeline.image_size, jnp.float32)

@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from spo_jax import rng
 from spo_jax.checkpoints.artifacts import ready
+from spo_jax.checkpoints.base import base_of_config, read_base
 from spo_jax.checkpoints.pipeline import (
     read_clip,
-    read_pipeline,
     with_image_size,
-    with_vae,
 )
 from spo_jax.checkpoints.write_scorer import write_scorer
 from spo_jax.data.preferences import PairBatch, PairLoader, open_pairs
@@ -38,7 +37,7 @@ from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training import checkpoint, preemption, wandb_run
 from spo_jax.training.config_check import check_spm_config
 from spo_jax.training.judged_pairs import Tokenizers, make_encode_captions, make_to_devices, total_state
-from spo_jax.training.judges import make_scorer, tokenizer_of
+from spo_jax.training.judges import fitted_to, make_scorer, tokenizer_of
 from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, read_metrics
 from spo_jax.training.noisy_pairs import make_look, make_predict_clean
 from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
@@ -99,28 +98,27 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     # -------------------------------------------------------------------------------------------------------- models
     config, pins = ready(config, workdir)
     dtype = jnp.dtype(config.dtype)
-    pipeline = read_pipeline(resolve(config.model), dtype, variant=config.variant or None, sharding=placement)
-    if config.vae:
-        pipeline = with_vae(pipeline, resolve(config.vae), dtype, sharding=placement)
+    pipeline = read_base(base_of_config(config), dtype, sharding=placement)
     pipeline = with_image_size(pipeline, config.height, config.width)
     clip, start = read_clip(resolve(config.scorer.init), step_aware=config.scorer.step_aware, sharding=placement)
     clip = clip.clone(dtype=dtype, remat=config.remat)  # it computes in ``dtype``; its parameters stay float32
     scorer = make_clip_scorer(clip)
-    tokenizers = Tokenizers(pipeline, tokenizer_of(config.scorer.tokenizer, pipeline))
+    tokenizers = Tokenizers(pipeline, fitted_to(scorer, tokenizer_of(config.scorer.tokenizer, pipeline)))
     frozen, relabel = dict(pipeline.params), None
     if config.labels.judge:
         judge, frozen["judge"] = read_clip(
             resolve(config.labels.judge), step_aware=None, dtype=dtype, sharding=placement
         )
         # It sees the pictures themselves, as CLIP's own image processor would show them.
-        relabel = make_relabel(make_clip_scorer(judge, antialias=True), config.labels.threshold)
-        tokenizers = tokenizers._replace(judge=tokenizer_of(config.labels.tokenizer, pipeline))
+        labeller = make_clip_scorer(judge, antialias=True)
+        relabel = make_relabel(labeller, config.labels.threshold)
+        tokenizers = tokenizers._replace(judge=fitted_to(labeller, tokenizer_of(config.labels.tokenizer, pipeline)))
     judges, fixed = {SCORER: Judge(scorer, tokenizers.scorer)}, {}
     if config.scorer.step_aware:
         judges[TOLD_0] = Judge(scorer, tokenizers.scorer, step_aware=False)
     if config.validation.plain:
         plain, fixed[PLAIN] = make_scorer(config.validation.plain, dtype=dtype, sharding=placement)
-        judges[PLAIN] = Judge(plain, tokenizers.scorer, step_aware=False)
+        judges[PLAIN] = Judge(plain, fitted_to(plain, tokenizers.scorer), step_aware=False)
     # Only the timesteps of training matter; the number of sampling steps plays no part.
     schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
     check_timesteps(config, len(schedule.alphas_cumprod))
@@ -129,9 +127,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
     # --------------------------------------------------------------------------------------------------------- state
     root = jax.random.key(config.seed)
-    learning_rate = warmup_linear_decay(config.train.learning_rate, config.train.warmup_steps, config.num_steps)
+    rate, warmup_steps = config.train.learning_rate, config.train.warmup_steps
+    learning_rate = warmup_linear_decay(rate, warmup_steps, config.num_steps, config.train.warmup)
     optimizer = make_optimizer(config.train, learning_rate)
-    average = None if config.train.ema_decay is None else jax.tree.map(jnp.copy, start)
+    average = None if not config.train.ema_decay else jax.tree.map(jnp.copy, start)
     state = TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start), average)
     shardings = weight_shardings(mesh, state)
     state = jax.device_put(state, shardings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from operator import itemgetter
 from pathlib import Path
@@ -16,14 +17,14 @@ from tqdm import tqdm
 
 from spo_jax import rng
 from spo_jax.checkpoints.artifacts import ready
-from spo_jax.checkpoints.lora import write_lora
+from spo_jax.checkpoints.base import base_of_config, read_base
+from spo_jax.checkpoints.lora_write import write_kohya, write_lora
 from spo_jax.checkpoints.pipeline import (
+    Pipeline,
     read_clip,
-    read_pipeline,
-    tokenize,
     with_image_size,
-    with_vae,
 )
+from spo_jax.checkpoints.tokenizers import cut_warning, tokenize, tokenizers_of
 from spo_jax.checkpoints.write_pipeline import write_pipeline
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
 from spo_jax.diffusion.schedule import check_trainable, make_schedule
@@ -38,8 +39,15 @@ from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.training import checkpoint, preemption, wandb_run
 from spo_jax.training.config_check import check_config
 from spo_jax.training.evaluation import Measured, encode_prompts, make_measure, summarize
-from spo_jax.training.judges import check_function, make_scorer, tokenizer_of
-from spo_jax.training.metrics import METRICS_FILE, MetricsWriter, check_finite, clipped_warning, read_metrics
+from spo_jax.training.judges import check_function, fitted_to, make_scorer, tokenizer_of
+from spo_jax.training.metrics import (
+    METRICS_FILE,
+    MetricsWriter,
+    check_finite,
+    clipped_warning,
+    nothing_learned,
+    read_metrics,
+)
 from spo_jax.training.model_card import write_model_card
 from spo_jax.training.optimizer import make_optimizer
 from spo_jax.training.programs import (
@@ -67,8 +75,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Args:
       config: see ``configs/common.py`` for every key.
       workdir: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``validation/``,
-        ``pytorch_lora_weights.safetensors`` (diffusers' format; after full fine-tuning a pipeline folder, ``model``),
-        ``summary.json``, ``report.html`` and a model card, ``README.md``.
+        ``pytorch_lora_weights.safetensors`` (diffusers' format) and ``kohya_lora_weights.safetensors`` (that of most
+        other programs), or after full fine-tuning a pipeline folder, ``model``; ``summary.json``, ``report.html`` and a
+        model card, ``README.md``.
 
     Returns:
       What ``summary.json`` holds; None if SIGTERM has stopped the run, whose state is then saved.
@@ -93,9 +102,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
     # -------------------------------------------------------------------------------------------------------- models
     dtype = jnp.dtype(config.dtype)
-    pipeline = read_pipeline(resolve(config.model), dtype, variant=config.variant or None, sharding=placement)
-    if config.vae:
-        pipeline = with_vae(pipeline, resolve(config.vae), dtype, sharding=placement)
+    pipeline = read_base(base_of_config(config), dtype, sharding=placement)
     pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
     pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
     options: dict[str, Any] = {"dtype": dtype, "sharding": placement}
@@ -109,9 +116,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         tokenizer=scorer_tokenizer,
     )
     scorer, scorer_params = make_scorer(config.scorer.path, config.scorer.fn, **options)
+    scorer_tokenizer = fitted_to(scorer, scorer_tokenizer)
     options["sharding"] = lambda path, shape: placement(("judge", *path), shape)
     judge_clip, judge_params = read_clip(resolve(config.evaluation.judge), step_aware=False, **options)
     judge = make_clip_scorer(judge_clip)
+    judge_tokenizer = fitted_to(judge, pipeline.tokenizer)
+    readers = [*tokenizers_of(pipeline), scorer_tokenizer]
+    say(cut_warning(readers, prompts, "training prompts"), cut_warning(readers, held_out, "held-out prompts"))
     params = {**pipeline.params, "scorer": scorer_params, "judge": judge_params}
     pool_params = {name: params[name] for name in POOL_PARTS}
     schedule = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
@@ -154,7 +165,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         return encode_prompts(encode, some, pipeline, scorer_tokenizer, texts)
 
     held_out_batch = encode_texts(held_out)
-    judge_text = jit_on(mesh, judge.encode_text)(to_device(params["judge"]), tokenize(pipeline.tokenizer, held_out))
+    judge_text = jit_on(mesh, judge.encode_text)(to_device(params["judge"]), tokenize(judge_tokenizer, held_out))
     evaluation_key = rng.stream(root, "evaluation")
 
     def measure(trained: Any, prompts: PromptBatch) -> Measured:
@@ -173,7 +184,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             seconds = seconds_before + time.time() - training_began
             checkpoint.save(manager, finished, state, {"batch": finished, "seconds": seconds})
             if "lora" in state.trained:
-                write_result(workdir, state.result, pipeline.folder)
+                write_result(workdir, state.result, pipeline)
             saved = finished
 
     with (
@@ -240,7 +251,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             preemption.say_stopped("batch", finished)
             return None
     seconds_training = seconds_before + time.time() - training_began
-    write_result(workdir, state.result, pipeline.folder)
+    write_result(workdir, state.result, pipeline)
+    say(nothing_learned(config, int(state.step), fetch(state.result.get("lora"))))
 
     # ------------------------------------------------------------------------------------------------------ evidence
     base = measure(untrained(state.result), held_out_batch)
@@ -274,8 +286,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
-def write_result(workdir: Path, trained: Any, source: Path) -> None:
-    """Writes ``pytorch_lora_weights.safetensors``, or after full fine-tuning the pipeline folder ``model``.
+def say(*warnings: str | None) -> None:
+    """Prints those that there are on stderr, in the first process."""
+    for warning in warnings:
+        if warning and is_main_process():
+            print(f"spo_jax: {warning}", file=sys.stderr)
+
+
+def write_result(workdir: Path, trained: Any, pipeline: Pipeline) -> None:
+    """Writes the two LoRA files, or after full fine-tuning the pipeline folder ``model``.
 
     All processes must call this; the first one writes.
     """
@@ -283,6 +302,10 @@ def write_result(workdir: Path, trained: Any, source: Path) -> None:
     if not is_main_process():
         return
     if "lora" in trained:
-        write_lora(workdir, trained["lora"])
+        lora = {"unet": trained["lora"]}
+        write_lora(workdir, lora)
+        kind = str(pipeline.scheduler_config.get("prediction_type", "epsilon"))
+        write_kohya(workdir, lora, pipeline.params["unet"], prediction_type=kind, image_size=pipeline.image_size)
     elif not (workdir / "model").exists():
-        write_pipeline(workdir / "model", source, trained["params"])
+        options: dict[str, Any] = {"replaced": pipeline.replaced, "variant": pipeline.variant}
+        write_pipeline(workdir / "model", pipeline.folder, trained["params"], **options)

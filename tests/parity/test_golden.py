@@ -141,7 +141,7 @@ def test_replayed_trajectory_has_the_same_scores_and_pairs():
 
 def test_update_has_the_same_ratios_loss_and_gradient_of_every_adapter():
     unet, params = read_unet(FOLDER / "unet")
-    lora = read_lora(FOLDER / "lora_sd", params)
+    lora = read_lora(FOLDER / "lora_sd", {"unet": params})["unet"]
     predict = make_guided_prediction(unet.apply, 5.0)
     t = jnp.asarray(GOLDEN["upd_sd_t"]).astype(jnp.int32)
     count = len(t)

@@ -96,7 +96,7 @@ def test_replayed_trajectory_has_the_same_scores_and_pairs():
 
 def test_update_has_the_same_ratios_loss_and_gradient_of_every_adapter():
     unet, params = read_unet(FOLDER / "unet_sdxl")
-    lora = read_lora(FOLDER / "lora_sdxl", params)
+    lora = read_lora(FOLDER / "lora_sdxl", {"unet": params})["unet"]
     predict = make_guided_prediction(unet.apply, 5.0)
     t = jnp.asarray(GOLDEN["upd_sdxl_t"]).astype(jnp.int32)
     count = len(t)

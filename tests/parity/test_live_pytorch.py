@@ -170,6 +170,23 @@ def test_unet(name, tmp_path):
     np.testing.assert_allclose(ours, nhwc(result.sample.numpy()), rtol=0, atol=1e-4 * scale)
 
 
+def test_unet_of_odd_sizes(tmp_path):
+    """Each of the three levels has an odd side in one of them."""
+    config = {"norm_num_groups": 8, "layers_per_block": 1, "attention_head_dim": 4, "cross_attention_dim": 12}
+    config |= {"block_out_channels": (8, 16, 16), "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",)}
+    config |= {"up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2}
+    theirs = randomize(UNet2DConditionModel(sample_size=8, **config), seed=1)
+    theirs.save_pretrained(tmp_path)
+    unet, params = read_unet(tmp_path)
+    apply, t, context = jax.jit(unet.apply), np.array([3, 801]), random(3, 2, 5, 12)
+    for height, width in [(9, 4), (6, 7)]:
+        x = random(2, 2, 4, height, width)
+        with torch.no_grad():
+            expected = nhwc(theirs(*map(torch.from_numpy, (x, t, context))).sample.numpy())
+        ours = apply({"params": params}, nhwc(x), jnp.asarray(t), jnp.asarray(context))
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * max(1.0, np.abs(expected).max()))
+
+
 @pytest.mark.parametrize("with_config", [False, True])
 def test_adapters_that_diffusers_saves_have_its_strength(tmp_path, with_config):
     """peft's alpha need not be the rank; diffusers keeps it in the file's header."""
@@ -183,7 +200,7 @@ def test_adapters_that_diffusers_saves_have_its_strength(tmp_path, with_config):
     weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(theirs))
     metadata = {"unet_lora_adapter_metadata": theirs.peft_config["default"].to_dict()} if with_config else {}
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=weights, **metadata)
-    ours = flax.traverse_util.flatten_dict(read_lora(tmp_path, params))
+    ours = flax.traverse_util.flatten_dict(read_lora(tmp_path, {"unet": params})["unet"])
     modules = {name: part for name, part in theirs.named_modules() if hasattr(part, "lora_A")}
     assert len(ours) == 2 * len(modules) > 0
     for path, value in ours.items():

@@ -1,13 +1,21 @@
 """What the export command writes, loaded by diffusers and peft: the same picture as ours, at most 2/255 apart."""
 
 import json
+import shutil
 import sys
 
+import chex
 import numpy as np
 import pytest
-from diffusers import DPMSolverMultistepScheduler
+import safetensors.numpy
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from spo_jax.checkpoints.lora import write_kohya, write_lora
+from spo_jax.checkpoints.lora_write import write_kohya, write_lora
+from spo_jax.checkpoints.pipeline import read_pipeline
+from spo_jax.checkpoints.write_checkpoint import write_checkpoint
+from spo_jax.diffusion.schedule import FILE
+from spo_jax.models.lora import merge_lora
 from tests import pictures
 from tests.system.commands import ROOT, environment, run
 
@@ -35,14 +43,31 @@ def export(**flags):
     return run([sys.executable, "-m", "spo_jax.export", *arguments], environment())
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline"])
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline", "checkpoint"])
 def test_diffusers_makes_our_picture(workdir, with_adapters, tmp_path, form):
     out = tmp_path / "deep" / ("model" if form == "pipeline" else "spo.safetensors")
     result = export(lora=workdir, format=form, out=out)
     assert result.returncode == 0, result.stderr
-    assert [p.name for p in out.parent.iterdir()] == [out.name]
-    theirs = pictures.theirs(folder=out) if form == "pipeline" else pictures.theirs(lora_file=out)
+    # The shipped model's sizes are not those of a published one: its configs and tokenizer go beside the single file.
+    assert {p.name for p in out.parent.iterdir()} == {out.name} | ({"spo.config"} if form == "checkpoint" else set())
+    if form == "checkpoint":
+        theirs = pictures.theirs(single_file=out)
+        assert {value.dtype for value in safetensors.numpy.load_file(out).values()} == {np.dtype(np.float16)}
+    else:
+        theirs = pictures.theirs(folder=out) if form == "pipeline" else pictures.theirs(lora_file=out)
     assert np.abs(theirs - with_adapters).max() <= 2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 0), ("float16", 2)])
+def test_the_same_picture_from_one_file(tmp_path, dtype, tolerance):
+    path, emoji = tmp_path / "emoji.safetensors", pictures.emoji_pipeline()
+    write_checkpoint(path, MODEL, {}, dtype=np.dtype(dtype))
+    pipeline = read_pipeline(path)
+    for part in ("unet", "vae", "text_encoder", "image_size"):
+        assert getattr(pipeline, part) == getattr(emoji, part), part
+    assert pipeline.scheduler_config | {FILE: ""} == emoji.scheduler_config | {FILE: ""}
+    assert pipeline.tokenizer(pictures.PROMPTS).input_ids == emoji.tokenizer(pictures.PROMPTS).input_ids
+    assert np.abs(pictures.ours(params=pipeline.params) - pictures.ours()).max() <= tolerance
 
 
 def test_kohya_to_diffusers_is_bit_exact(workdir, tmp_path):
@@ -51,6 +76,44 @@ def test_kohya_to_diffusers_is_bit_exact(workdir, tmp_path):
     result = export(lora=tmp_path / "theirs.safetensors", model=MODEL, out=tmp_path / "o.safetensors")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "o.safetensors").read_bytes() == next(workdir.glob("*.safetensors")).read_bytes()
+
+
+def test_a_single_file_takes_the_place_of_a_folder(workdir, tmp_path):
+    model, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    write_checkpoint(model, MODEL, {}, dtype=np.dtype(np.float32))
+    result = export(lora=workdir, model=model, format="checkpoint", dtype="float32", out=out)
+    assert result.returncode == 0 and f"Wrote {out}." in result.stdout, result.stderr
+    theirs = safetensors.numpy.load_file(out)
+    merged = merge_lora(pictures.emoji_pipeline().params["unet"], pictures.strong_adapters()["unet"])
+    write_checkpoint(tmp_path / "ours.safetensors", MODEL, {"unet": lambda: merged}, dtype=np.dtype(np.float32))
+    for key, value in safetensors.numpy.load_file(tmp_path / "ours.safetensors").items():
+        np.testing.assert_array_equal(theirs[key], value)
+
+
+def test_what_a_run_recorded_of_its_base_model_is_in_the_export(workdir, tmp_path):
+    """Half-precision names, another UNet as a trainer saves it, and another autoencoder."""
+    model, run_folder, out = tmp_path / "model", tmp_path / "run", tmp_path / "out"
+    shutil.copytree(MODEL, model)
+    shutil.copytree(workdir, run_folder)
+    vae = shutil.copytree(MODEL / "vae", tmp_path / "mine" / "vae")
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    tensors["decoder.conv_out.bias"][:] = 0.125
+    safetensors.numpy.save_file(tensors, weights)
+    (model / "unet").rename(tmp_path / "mine" / "unet")
+    for file in model.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    base = {"model": str(model), "variant": "fp16", "unet": str(tmp_path / "mine"), "vae": str(vae)}
+    (run_folder / "config.json").write_text(json.dumps(base), encoding="utf-8")
+    result = export(lora=run_folder, format="pipeline", out=out)
+    assert result.returncode == 0, result.stderr
+    ours = read_pipeline(out)
+    np.testing.assert_array_equal(ours.params["vae"]["decoder"]["conv_out"]["bias"], np.full(3, 0.125, np.float32))
+    merged = merge_lora(pictures.emoji_pipeline().params["unet"], pictures.strong_adapters()["unet"])
+    chex.assert_trees_all_equal(ours.params["unet"], merged)
+    assert not list(out.rglob("*fp16*"))
+    pipeline = StableDiffusionPipeline.from_pretrained(out, local_files_only=True)
+    assert {p.dtype for p in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
 
 
 @pytest.mark.parametrize("steps", [8, 15])
@@ -70,7 +133,7 @@ def test_dpm_solver_makes_the_picture_of_diffusers(steps):
         ({"lora": "{run}", "out": "{}/full", "format": "pipeline"}, ["full", "not an empty folder"]),
         ({"lora": "{}/full/lora.safetensors", "out": "{}/o.safetensors"}, ["--model is missing"]),
         ({"lora": "{run}", "out": "{}/full/file/o.safetensors", "format": "kohya"}, ["cannot be written"]),
-        ({"lora": "{run}", "model": "{}/full", "out": "{}/o.safetensors"}, ["full/unet/config.json"]),
+        ({"lora": "{run}", "model": "{}/full", "out": "{}/o.safetensors"}, ["full/model_index.json"]),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_written(workdir, tmp_path, flags, words):

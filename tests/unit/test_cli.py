@@ -1,11 +1,14 @@
 """Flags that cannot be understood: one sentence, exit code 2, nothing written; files and values are in tests/system."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from spo_jax import cli
 from spo_jax.errors import UserError
@@ -78,9 +81,112 @@ def test_a_config_that_is_no_file(tmp_path, config):
     )
 
 
-def test_an_unknown_key_is_quoted_once(tmp_path):
-    words = sentence(run("spo_jax.main", TINY, f"--workdir={tmp_path / 'w'}", "--config.trin.x=1"))
-    assert "\\" not in words and 'Did you mean "train"' in words
+class Parser:
+    """The flags of a command of its own, parsed in this process as ``cli.run`` does it."""
+
+    def __init__(self, monkeypatch, capsys):
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments):
+        """The values of the flags."""
+        values, argv = flags.FlagValues(), ["command", *arguments]
+        self._monkeypatch.setattr(cli.flags, "FLAGS", values)
+        config_flags.DEFINE_config_file("config", None, lock_config=True, sys_argv=argv, flag_values=values)
+        for name in ("out", "prompts_file", "negative_prompt"):
+            flags.DEFINE_string(name, None, "", flag_values=values)
+        flags.DEFINE_multi_string("prompt", [], "", flag_values=values)
+        flags.DEFINE_bool("confirm", True, "", flag_values=values)
+        flags.DEFINE_float("scale", 1.0, "", lower_bound=0.0, upper_bound=9.0, flag_values=values)
+        self._monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: flags_parser(argv))
+        cli.run(lambda: None)
+        return values
+
+    def refused(self, *arguments):
+        """The sentence."""
+        with pytest.raises(SystemExit) as stop:
+            self(*arguments)
+        error = self._capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("spo_jax: error: ") and len(error.splitlines()) == 1
+        return error
+
+
+@pytest.fixture
+def parse(monkeypatch, capsys):
+    return Parser(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("override", ["trin.x=1", "trin=1", "train.learning_rat=1", "sampling.num_stepz=3"])
+def test_an_unknown_key_is_quoted_once(parse, override):
+    words = parse.refused(TINY, f"--config.{override}")
+    assert "\\" not in words and "'\"" not in words and "Did you mean" in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--out=a.png", "--out=b.png"), "--out is given 2 times (a.png, b.png), but takes one value"),
+        (("--out", "a.png", "-out=a.png"), "--out is given 2 times (a.png, a.png)"),
+        (("--noconfirm", "--confirm"), "--confirm is given 2 times (false, true)"),
+        (("--scale=1", "--prompt=x", "--scale", "2"), "--scale is given 2 times (1, 2)"),
+        ((TINY, "--config=configs/sd15.py"), "--config is given 2 times"),
+        ((TINY, "--config.seed=1", "--config.seed=2"), "--config.seed is given 2 times (1, 2)"),
+        ((TINY, "--config.remat", "--noconfig.remat"), "--config.remat is given 2 times"),
+    ],
+)
+def test_a_flag_with_one_value_is_given_once(parse, arguments, words):
+    assert words in parse.refused(*arguments)
+
+
+def test_flags_of_several_values_and_values_that_look_like_flags(parse):
+    values = parse("--prompt=--out=x", "--prompt", "--out", "--prompt=b", "--out=y", TINY, "--config.seed=1")
+    assert values["prompt"].value == ["--out=x", "--out", "b"] and values["out"].value == "y"
+
+
+def test_a_file_of_flags_counts(parse, tmp_path):
+    (tmp_path / "flags").write_text("--out=a\n", encoding="utf-8")
+    assert "--out is given 2 times (a, b)" in parse.refused(f"--flagfile={tmp_path / 'flags'}", "--out=b")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "10"])
+def test_a_number_of_a_flag_is_finite_and_in_its_range(parse, value):
+    words = parse.refused(f"--scale={value}")
+    assert f"--scale={value}" in words and ("a finite number" in words or "[0.0, 9.0]" in words)
+
+
+def test_the_home_is_written_out_but_not_in_a_prompt(parse, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(ROOT / "configs" / "tiny.py", tmp_path / "mine.py")
+    texts = ("--prompt=~/a", "--negative_prompt=~")
+    values = parse("--config=~/mine.py", "--config.model=~/m", "--out=~/x.png", "--prompts_file=a~b", *texts)
+    assert values["out"].value == f"{tmp_path}/x.png" and values["config"].value.model == f"{tmp_path}/m"
+    assert values["prompts_file"].value == "a~b"
+    assert (values["prompt"].value, values["negative_prompt"].value) == (["~/a"], "~")
+
+
+def test_a_user_without_a_home_or_a_name(tmp_path):
+    """As in a container that runs under any user id; every command starts with the same lines."""
+    code = (
+        "import os, pwd, sys\n"
+        "def unknown(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = unknown; os.environ.pop('HOME', None)\n"
+        "assert os.path.expanduser('~') == '~'\n"
+        "import jax; from spo_jax import cli\n"
+        "cli.run(lambda: print(jax.config.jax_compilation_cache_dir))"
+    )
+    unset = ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in unset} | {"PYTHONPATH": str(ROOT)}
+    for home, kept in ((None, "None"), ("/proc/nobody", "None"), (str(tmp_path / "home"), "home/.cache/spo_jax")):
+        program = code if home is None else code.replace("os.environ.pop('HOME', None)", "0").replace("== '~'", "")
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            env=env | ({} if home is None else {"HOME": home}),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 0 and result.stdout.strip().endswith(kept), result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 def test_generate_has_the_same_manners(tmp_path):

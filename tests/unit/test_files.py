@@ -1,13 +1,16 @@
 """Files appear whole or not at all, with the mode that the umask says."""
 
+import errno
 import os
 import stat
 
 import numpy as np
 import pytest
+import safetensors
 
 from spo_jax.checkpoints.safetensors_io import write_params, write_tensors
-from spo_jax.files import atomic_write, write_text
+from spo_jax.errors import UserError
+from spo_jax.files import atomic_write, check_place, saying_where, write_text
 from spo_jax.images import write_png
 
 
@@ -39,3 +42,29 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
+
+
+def test_a_place_is_tried_without_leaving_a_trace(tmp_path):
+    write_text(tmp_path / "there.txt", "old")
+    for path in (tmp_path / "there.txt", tmp_path / "new" / "x.txt"):
+        check_place(path)
+    assert (tmp_path / "there.txt").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "there.txt"]
+
+
+def test_a_folder_without_permission(tmp_path, monkeypatch):
+    def forbidden(path, _content):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", forbidden)
+    with pytest.raises(UserError, match=r"--to=.*x cannot be written \(Permission denied\); choose another place"):
+        check_place(tmp_path / "x", "--to")
+
+
+def test_what_fails_in_a_writer_of_another_language_is_an_error_of_the_system(tmp_path, monkeypatch):
+    def full(*_arguments, **_options):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(UserError, match="No space left on device"), saying_where("x"):
+        write_tensors(tmp_path / "x", {"a": np.ones(2)})

@@ -2,6 +2,8 @@
 
 import io
 import resource
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -92,12 +94,10 @@ def test_any_picture_covers_any_size(height, width, size):
     assert (result == (200, 100, 50)).all()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_every_kind_of_colour_becomes_rgb(mode):
     kind = "JPEG" if mode == "CMYK" else "PNG"
-    data = encode(
-        Image.new("RGB", (24, 24), (255, 255, 255)).convert(mode if mode != "I;16" else "L").convert(mode), kind
-    )
+    data = encode(Image.new("RGB", (24, 24), (255, 255, 255)).convert(mode), kind)
     result = decode_picture(data, (16, 16))
     assert result.shape == (16, 16, 3)
     assert (result >= 250).all()
@@ -110,3 +110,38 @@ def test_orientation_tags_are_ignored():
     plain, tagged = (decode_picture(encode(image, "PNG", **o), (24, 24)) for o in ({}, {"exif": exif}))
     np.testing.assert_array_equal(plain, tagged)
     np.testing.assert_array_equal(plain, np.asarray(image))
+
+
+RAMP = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+
+
+def png_of_16_bits(samples, colour_type):
+    """Pillow writes 16 bits for grey alone. ``samples`` uint16 [h, w] or [h, w, c]."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    header = struct.pack(">IIBBBBB", *samples.shape[1::-1], 16, colour_type, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 0), (4, 2), (2, 3), (6, 4)])
+def test_pictures_of_16_bits_are_scaled(colour_type, channels):
+    samples = RAMP if not channels else np.repeat(RAMP[..., None], channels, axis=-1)
+    if channels in (2, 4):
+        samples[..., -1] = 65535
+    decoded = decode_picture(png_of_16_bits(samples, colour_type), (16, 16))
+    assert np.abs(decoded - (RAMP / 257)[..., None]).max() < 1
+    assert (decoded[0, 0] == 0).all() and (decoded[-1, -1] == 255).all()
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("1", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG")])
+def test_pictures_of_other_modes_keep_their_brightness(mode, kind):
+    grey = Image.fromarray(np.repeat(np.uint8([[0, 255]]), 8, axis=1).repeat(16, axis=0))
+    decoded = decode_picture(encode(grey.convert("RGB").convert(mode), kind), (16, 16))
+    assert np.abs(decoded.astype(int) - np.asarray(grey)[..., None]).max() < 8
+
+
+def test_a_picture_of_fractions_is_a_fault():
+    data = encode(Image.fromarray(np.zeros((16, 16), np.float32)), "TIFF")
+    assert reason(decode_picture, data, (16, 16)) == "picture_broken"

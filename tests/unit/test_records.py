@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_jax.checkpoints.lora import FILE_NAME, read_lora, write_lora
+from spo_jax.checkpoints.lora import FILE_NAME, read_lora
+from spo_jax.checkpoints.lora_write import write_lora
 from spo_jax.checkpoints.safetensors_io import read_tensors, write_params, write_tensors
 from spo_jax.checkpoints.weights import read_params
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
@@ -135,6 +136,16 @@ def test_workdir_of_another_config_is_refused_by_key(tmp_path):
     assert json.loads((tmp_path / "w" / "config.json").read_text(encoding="utf-8")) == config
 
 
+def test_a_run_that_is_older_than_a_key_goes_on_with_what_it_did(tmp_path):
+    recorded = {"seed": 0, "train": {"learning_rate": 0.1}}
+    checkpoint.check_workdir(tmp_path / "w", recorded)
+    checkpoint.check_workdir(tmp_path / "w", {"seed": 0, "train": {"learning_rate": 0.1, "warmup": "linear"}})
+    with pytest.raises(UserError, match=r"config\.train\.warmup was 'linear' there and is 'log' now"):
+        checkpoint.check_workdir(tmp_path / "w", {"seed": 0, "train": {"learning_rate": 0.1, "warmup": "log"}})
+    with pytest.raises(UserError, match=r"config\.train\.other is only in the new one"):
+        checkpoint.check_workdir(tmp_path / "w", {"seed": 0, "train": {"learning_rate": 0.1, "other": 1}})
+
+
 def test_workdir_that_cannot_be_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -189,21 +200,25 @@ def test_weights_that_do_not_fit_are_refused_by_key(tmp_path, change, message):
 
 @pytest.mark.parametrize("names, alpha", [(("lora_A", "lora_B"), None), (("lora.down", "lora.up"), 1.0)])
 def test_adapters_are_read_under_both_names_and_with_alpha(tmp_path, names, alpha):
-    base = {"mid": {"to_out_0": {"kernel": np.zeros((4, 3), np.float32)}}}
-    lora = {"mid": {"to_out_0": {"A": np.float32(np.arange(8).reshape(4, 2)), "B": np.ones((2, 3), np.float32)}}}
-    write_lora(tmp_path, lora)
+    def in_middle(layer):
+        return {"unet": {"mid_block": {"attentions_0": layer}}}
+
+    base = in_middle({"to_out_0": {"kernel": np.zeros((4, 3), np.float32)}})
+    layer = {"A": np.float32(np.arange(8).reshape(4, 2)), "B": np.ones((2, 3), np.float32)}
+    write_lora(tmp_path, in_middle({"to_out_0": layer}))
     tensors = read_tensors(tmp_path / FILE_NAME)
-    assert set(tensors) == {"unet.mid.to_out.0.lora_A.weight", "unet.mid.to_out.0.lora_B.weight"}
+    module = "unet.mid_block.attentions.0.to_out.0"
+    assert set(tensors) == {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
     renamed = {k.replace("lora_A", names[0]).replace("lora_B", names[1]): v for k, v in tensors.items()}
     if alpha is not None:
-        renamed["unet.mid.to_out.0.alpha"] = np.array(alpha, np.float32)
-        lora["mid"]["to_out_0"]["B"] = lora["mid"]["to_out_0"]["B"] * np.float32(alpha / 2)
+        renamed[f"{module}.alpha"] = np.array(alpha, np.float32)
+        layer["B"] = layer["B"] * np.float32(alpha / 2)
     write_tensors(tmp_path / FILE_NAME, renamed)
-    chex.assert_trees_all_equal(read_lora(tmp_path, base), jax.tree.map(jnp.asarray, lora))
+    chex.assert_trees_all_equal(read_lora(tmp_path, base), jax.tree.map(jnp.asarray, in_middle({"to_out_0": layer})))
     with pytest.raises(UserError, match="made for another model"):
-        read_lora(tmp_path, {"mid": {"to_out_0": {"kernel": np.zeros((5, 3), np.float32)}}})
-    with pytest.raises(UserError, match="fit no attention projection"):
-        read_lora(tmp_path, {"other": {"to_out_0": {"kernel": np.zeros((4, 3), np.float32)}}})
+        read_lora(tmp_path, in_middle({"to_out_0": {"kernel": np.zeros((5, 3), np.float32)}}))
+    with pytest.raises(UserError, match="fit no layer of this model"):
+        read_lora(tmp_path, in_middle({"to_q": {"kernel": np.zeros((4, 3), np.float32)}}))
 
 
 @pytest.mark.parametrize(

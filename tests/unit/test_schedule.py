@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_jax.diffusion.schedule import check_trainable, make_schedule
+from spo_jax.diffusion.schedule import FILE, check_trainable, make_schedule
 from spo_jax.errors import UserError
 
 CONFIGS = st.fixed_dictionaries(
@@ -87,12 +87,16 @@ def test_every_step_goes_down_by_the_same_stride_and_stays_inside(config, num_st
     "change, words",
     [
         ({"thresholding": True}, ["thresholding", "True"]),
-        ({"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr"]),
-        ({"trained_betas": [0.1]}, ["trained_betas", "[0.1]"]),
+        ({"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr", "'epsilon'", "'v_prediction'"]),
+        ({"trained_betas": [0.1]}, ["trained_betas", "(1,)", "1000"]),
+        ({"trained_betas": [0.1] * 500 + [1.5] * 500}, ["trained_betas", "between 0 and 1"]),
+        ({"beta_end": "0.02"}, ["no noise schedule"]),
+        ({"num_train_timesteps": 0}, ["num_train_timesteps", "0"]),
         ({"beta_schedule": "sigmoid"}, ["beta_schedule", "'sigmoid'", "'scaled_linear'"]),
         ({"timestep_spacing": "log"}, ["timestep_spacing", "'log'", "'trailing'"]),
         ({"prediction_type": "flow"}, ["prediction_type", "'flow'", "'v_prediction'"]),
-        ({"sigma_wobble": 1}, ["sigma_wobble"]),
+        ({"sigma_wobble": 1}, ["sigma_wobble", "1"]),
+        ({"snr_shift_scale": 3.0}, ["snr_shift_scale", "3.0"]),
     ],
 )
 def test_refusal_names_field_value_and_what_is_possible(change, words):
@@ -100,6 +104,8 @@ def test_refusal_names_field_value_and_what_is_possible(change, words):
         make_schedule({"steps_offset": 1} | change, 20)
     for word in words:
         assert word in str(caught.value)
+    with pytest.raises(UserError, match=r"^File somewhere/scheduler_config\.json: "):
+        make_schedule({"steps_offset": 1, FILE: "somewhere/scheduler_config.json"} | change, 20)
 
 
 @pytest.mark.parametrize("num_steps, offset", [(0, 0), (-1, 0), (1001, 0), (1000, 1), (20, 50)])

@@ -1,5 +1,6 @@
 """What the preference model is shown, and the score it gives."""
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spo_jax.preference.scorers import CLIP_MEAN, CLIP_STD, make_clip_scorer, preprocess_images
+from spo_jax.preference.scorers import CLIP_MEAN, CLIP_STD, make_clip_scorer, preprocess_images, resized
 
 
 @settings(max_examples=8)
@@ -50,7 +51,7 @@ def test_picture_of_the_right_size_is_not_touched_and_low_precision_is_left():
 class FakeClip:
     """Towers of one line each, so that the scorer's own arithmetic shows."""
 
-    image_size = 8
+    image_size, tower = 8, None
 
     def __init__(self, step_aware):
         self.step_aware = step_aware
@@ -88,7 +89,7 @@ def test_score_is_the_scaled_cosine(step_aware):
     assert jax.jit(scorer.score)(params, images, text, times).shape == (4,)
 
 
-@pytest.mark.parametrize("shape", [(96, 96), (60, 97), (33, 20)])
+@pytest.mark.parametrize("shape", [(96, 96), (60, 97), (33, 20), (80, 90)])
 def test_with_antialias_the_pixels_are_those_of_clips_own_image_processor(shape):
     """Which judges that look at pictures themselves were trained with. Pillow rounds and clips to 8 bits in between."""
     images = np.random.default_rng(0).integers(64, 192, (2, *shape, 3), np.uint8)
@@ -96,3 +97,39 @@ def test_with_antialias_the_pixels_are_those_of_clips_own_image_processor(shape)
     theirs = np.moveaxis(processor(list(images), return_tensors="np")["pixel_values"], 1, -1)
     ours = preprocess_images(jnp.asarray(images / 127.5 - 1, jnp.float32), 24, antialias=True)
     assert np.abs(np.asarray(ours) - theirs).max() * min(CLIP_STD) < 2 / 255
+
+
+def sizes_of_clips_own_image_processor(height, width, size):
+    from transformers.image_transforms import get_resize_output_image_size
+
+    picture = np.zeros((height, width, 3), np.uint8)
+    return get_resize_output_image_size(picture, size, default_to_square=False, input_data_format="channels_last")
+
+
+@pytest.mark.parametrize(
+    ("picture", "expected"),  # recorded from transformers and torchvision
+    [
+        ((512, 512), (224, 224)),
+        ((640, 720), (224, 252)),
+        ((720, 640), (252, 224)),
+        ((640, 680), (224, 238)),
+        ((640, 1440), (224, 504)),
+        ((832, 1216), (224, 327)),
+        ((1216, 832), (327, 224)),
+        ((1344, 768), (392, 224)),
+        ((100, 224), (224, 501)),
+        ((224, 113), (444, 224)),
+        ((225, 224), (225, 224)),
+    ],
+)
+def test_recorded_sizes_of_antialiased_pictures(picture, expected):
+    assert resized(*picture, 224, antialias=True) == expected == sizes_of_clips_own_image_processor(*picture, 224)
+
+
+@given(height=st.integers(1, 3000), width=st.integers(1, 3000), size=st.sampled_from([14, 224, 336]))
+def test_antialiased_pictures_have_the_size_of_clips_own_image_processor(height, width, size):
+    hypothesis.assume(max(height, width) < 20 * min(height, width))
+    ours = resized(height, width, size, antialias=True)
+    assert ours == sizes_of_clips_own_image_processor(height, width, size)
+    assert min(ours) == min(resized(height, width, size, antialias=False)) == size
+    assert resized(height, height, size, antialias=True) == resized(height, height, size, antialias=False)

@@ -1,6 +1,8 @@
 """The step of preference model training: what the model is shown, its loss, its schedule, and many devices."""
 
 import functools
+import math
+from importlib import import_module
 
 import chex
 import diffusers
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 
 from configs import common_spm
 from spo_jax import rng
-from spo_jax.checkpoints.pipeline import clip_shapes, read_clip, read_pipeline, tokenize, tokenize_prompts
+from spo_jax.checkpoints.pipeline import clip_shapes, read_clip, read_pipeline
+from spo_jax.checkpoints.tokenizers import tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import batch_sharding, make_mesh
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
@@ -199,6 +202,40 @@ def test_the_learning_rate_is_that_of_transformers(warmup, total):
         assert abs(float(ours(step)) - theirs.get_last_lr()[0]) < 1e-11, step
         optimizer.step()
         theirs.step()
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(500, 8000), (500, 7000), (2, 10), (9, 10)])
+def test_the_logarithmic_warmup_is_that_of_deepspeed(warmup, total):
+    """WarmupDecayLR: asked for the first time, as iteration 0, after the first update."""
+
+    def factor(iteration):
+        if iteration < warmup:
+            return math.log(iteration + 1) / math.log(warmup)
+        return max(0.0, (total - iteration) / max(1.0, total - warmup))
+
+    theirs = [1.0, *(factor(iteration) for iteration in range(total))]
+    ours = jax.vmap(warmup_linear_decay(3e-6, warmup, total, "log"))(jnp.arange(total + 1))
+    np.testing.assert_allclose(ours, 3e-6 * np.array(theirs), rtol=1e-5, atol=1e-13)
+
+
+def test_factors_of_a_run_of_deepspeed():
+    """Recorded with DeepSpeed 0.8.3: warm-up 500 of 4,000 updates, the first of which is number 1."""
+    updates = np.array([1, 2, 3, 4, 5, 11, 51, 101, 499, 500, 501, 502])
+    factors = [1, 0, 0.11153514, 0.17677901, 0.22307028, 0.37051171, 0.62948829, 0.74102343, 0.99935506, 0.99967786]
+    ours = warmup_linear_decay(1.0, 500, 4000, "log")(updates - 1)
+    np.testing.assert_allclose(ours, [*factors, 1, 1], rtol=2e-6)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_warmup_of_no_or_one_step_is_finite(steps):
+    ours = jax.vmap(warmup_linear_decay(1.0, steps, 4, "log"))(jnp.arange(5))
+    assert np.isfinite(ours).all() and (np.asarray(ours) >= 0).all()
+
+
+def test_the_recipes_have_the_warmup_of_the_released_runs_and_the_emoji_one_its_own():
+    names = ("spm_sd15", "spm_sdxl", "spm_tiny")
+    kinds = {name: import_module(f"configs.{name}").get_config().train.warmup for name in names}
+    assert kinds == {"spm_sd15": "log", "spm_sdxl": "log", "spm_tiny": "linear"}
 
 
 # ------------------------------------------------------------------------------------------------- update, many devices

@@ -14,14 +14,13 @@ import optax
 import pytest
 
 from configs import common, tiny
-from spo_jax.checkpoints.pipeline import read_pipeline, with_vae
+from spo_jax.checkpoints.pipeline import read_pipeline
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import batch_sharding, make_mesh, replicated
 from spo_jax.distributed.offload import to_device, weight_placement
 from spo_jax.distributed.pieces import map_in_pieces, piece_size
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
-from spo_jax.errors import UserError
 from spo_jax.models import UNet2DConditionModel
 from spo_jax.models.lora import init_lora
 from spo_jax.preference.scorers import Scorer
@@ -34,7 +33,6 @@ from spo_jax.training.programs import collect, compile_programs, run_updates, st
 from spo_jax.training.rollout import make_encode, make_score_latents, shard_prompts
 from spo_jax.training.update import make_update
 from spo_jax.types import PreferencePairs, PromptBatch, TrainState
-from tests.golden_data import FOLDER
 from tests.small_pipeline import small_pipeline
 
 
@@ -183,14 +181,6 @@ def test_weights_that_are_seldom_used_wait_in_the_hosts_memory():
     assert kinds[True] == kinds[False] | {"text_encoder": {"pinned_host"}}
 
 
-def test_an_autoencoder_of_other_latents_is_refused():
-    pipeline = read_pipeline(resolve("emoji:model"))
-    same = with_vae(pipeline, resolve("emoji:model/vae"))
-    chex.assert_trees_all_equal(same.params["vae"], pipeline.params["vae"])
-    with pytest.raises(UserError, match="needs 4 at 1/4"):
-        with_vae(pipeline, FOLDER / "vae")
-
-
 # --------------------------------------------------------------------------------------------------------- optimizer
 def options(**changes):
     config = common.get_config().train
@@ -217,6 +207,40 @@ def test_the_factored_optimizer_has_a_small_state():
         for name in ("adamw", "adafactor")
     ]
     assert sizes[1] < 0.01 * sizes[0]
+
+
+def steps_of(optimizer, params, gradients):
+    """The weights after each of the updates."""
+    state, all_params = optimizer.init(params), []
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        all_params.append(params)
+    return all_params
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("schedule", [None, lambda step: 0.01 / (step + 1)])
+def test_weights_decay_by_the_learning_rate_times_the_decay(optimizer, schedule):
+    params = {"w": jnp.full((3, 2), 2.0)}
+    none = jax.tree.map(jnp.zeros_like, params)
+    train = options(optimizer=optimizer, weight_decay=0.3, learning_rate=0.01)
+    after = steps_of(make_optimizer(train, schedule), params, [none, none])
+    rates = [0.01, 0.01 if schedule is None else 0.005]
+    np.testing.assert_allclose(after[0]["w"], 2.0 * (1 - 0.3 * rates[0]), rtol=1e-6)
+    np.testing.assert_allclose(after[1]["w"], 2.0 * (1 - 0.3 * rates[0]) * (1 - 0.3 * rates[1]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [None, lambda step: 0.01 / (step + 1)])
+def test_the_factored_optimizer_without_decay_is_optax_adafactor(schedule):
+    generator = np.random.default_rng(0)
+    params, *gradients = (
+        {"large": generator.standard_normal((130, 140), np.float32), "b": generator.standard_normal(5, np.float32)}
+        for _ in range(4)
+    )
+    ours = make_optimizer(options(optimizer="adafactor", weight_decay=0.0, learning_rate=0.01), schedule)
+    theirs = optax.adafactor(0.01 if schedule is None else schedule, multiply_by_parameter_scale=False)
+    chex.assert_trees_all_equal(steps_of(ours, params, gradients), steps_of(theirs, params, gradients))
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])

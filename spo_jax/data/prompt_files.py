@@ -1,0 +1,183 @@
+"""The formats of prompt files: lines of text, a JSON list, JSON lines, and tables with commas or tabs."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from spo_jax.errors import UserError
+
+FEATURES = ("caption", "prompt", "text")
+MAX_BYTES = 64 * 2**20
+_WHAT = (
+    'one prompt a line (.txt), a JSON list, JSON lines with "caption" (.jsonl), or a table with such a column (.csv)'
+)
+# What others keep prompts in, and what would be read as lines of text that no prompt has.
+_OTHERS = (
+    *(".parquet", ".arrow", ".feather", ".xls", ".xlsx", ".ods", ".yaml", ".yml", ".toml", ".xml", ".html", ".pkl"),
+    *(".npy", ".npz", ".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz"),
+)
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # behind UTF-32's, which begin with them
+
+
+def read_file(path: Path) -> list[str]:
+    """The prompts of a file that are not empty; formats and errors as in ``prompts.read_prompts``."""
+    if not path.is_file():
+        raise UserError(f"Prompt file {path} does not exist; give a text file with one prompt a line, or a JSON list.")
+    suffix = path.suffix.lower()
+    if suffix in _OTHERS:
+        raise UserError(f"Prompt file {path} is a {suffix} file, which is not read; write its prompts as {_WHAT}.")
+    text = _text(path)
+    if suffix in (".csv", ".tsv"):
+        prompts = _from_table(path, text, "\t" if suffix == ".tsv" else ",")
+    elif suffix in (".jsonl", ".ndjson") or _is_json_lines(text, suffix):
+        prompts = _from_json_lines(path, text)
+    elif suffix == ".json" or _is_json_list(text):
+        prompts = _from_json(path, text)
+    else:
+        prompts = [line.strip() for line in _lines(text)]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise UserError(f"Prompt file {path} is empty; write one prompt a line, or a JSON list of them.")
+    return prompts
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"Prompt file {path} is larger than {MAX_BYTES} bytes; split it.")
+    try:
+        content = path.read_bytes()
+        text = content.decode(next((kind for mark, kind in _MARKS.items() if content.startswith(mark)), "utf-8"))
+    except OSError as error:
+        raise UserError(f"Prompt file {path} cannot be read ({error.strerror}); check its permissions.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"Prompt file {path} is not {error.encoding.upper()} (byte {error.start} is "
+            f"{error.object[error.start]:#04x}); save it with UTF-8 encoding."
+        ) from error
+    if (place := text.find("\0")) >= 0:
+        raise UserError(
+            f"Prompt file {path} is no text, or has another encoding (character {place} is NUL); "
+            "save it with UTF-8 encoding."
+        )
+    return text
+
+
+def _lines(text: str) -> list[str]:
+    # Not splitlines(): it also ends a line at characters such as U+2028, which may stand inside a caption.
+    return text.replace("\r", "\n").split("\n")
+
+
+# --------------------------------------------------------------------------------------------------------------- JSON
+def _parsed(text: str) -> Any:
+    """The value of a JSON text; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # beyond JSONDecodeError: a number of 5,000 digits, endless brackets
+        return None
+
+
+def _is_json_lines(text: str, suffix: str) -> bool:
+    """Whether a file with another suffix has an object a line; a prompt may begin with a brace, but is no object."""
+    first = next((line for line in _lines(text) if line.strip()), "")
+    return isinstance(_parsed(first), dict) and (suffix != ".json" or _parsed(text) is None)
+
+
+def _is_json_list(text: str) -> bool:
+    entries = _parsed(text) if text.lstrip().startswith("[") else None
+    return isinstance(entries, list) and all(isinstance(entry, str | dict) for entry in entries)
+
+
+def _from_json(path: Path, text: str) -> list[str]:
+    if not text.strip():
+        return []
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"Prompt file {path} is not valid JSON ({error}); mend it, or give a text file with one prompt a line."
+        ) from error
+    if not isinstance(entries, list):
+        raise UserError(f"Prompt file {path} must hold a JSON list, not a {type(entries).__name__}.")
+    return [_caption(path, f"entry {i}", entry) for i, entry in enumerate(entries)]
+
+
+def _from_json_lines(path: Path, text: str) -> list[str]:
+    prompts = []
+    for number, line in enumerate(_lines(text), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"Prompt file {path}, line {number}: not valid JSON ({error}); mend it.") from error
+        prompts.append(_caption(path, f"line {number}", entry))
+    return prompts
+
+
+def _caption(path: Path, where: str, entry: Any) -> str:
+    caption: Any = entry
+    if isinstance(entry, dict):
+        key = _feature(entry)
+        caption = None if key is None else entry[key]
+    if not isinstance(caption, str):
+        found = f"; it has {_listed(entry)}" if isinstance(entry, dict) else ""
+        raise UserError(
+            f'Prompt file {path}: {where} is neither a string nor an object with a "caption" string{found}.'
+        )
+    if any("\ud800" <= character <= "\udfff" for character in caption):
+        raise UserError(f"Prompt file {path}: {where} is not valid Unicode (half a surrogate pair); mend it.")
+    return caption.strip()
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+def _from_table(path: Path, text: str, delimiter: str) -> list[str]:
+    """The column of a table; one with semicolons, as spreadsheets write it in half of Europe, is told by its header."""
+    text = text.lstrip("\r\n")
+    try:
+        headers = {sign: next(csv.reader([_lines(text)[0]], delimiter=sign), []) for sign in ",;\t"}
+        sign = next((sign for sign in (delimiter, *headers) if _feature(headers[sign])), delimiter)
+        column = _feature(headers[sign])
+        if not text:
+            return []
+        if column is None:
+            raise UserError(
+                f"Prompt file {path} has no column {', '.join(FEATURES[:-1])} or {FEATURES[-1]}, only "
+                f"{_listed(headers[sign])}; name the one with the prompts in the first line."
+            )
+        try:
+            return list(_column(path, text, column, delimiter=sign, strict=True))
+        except csv.Error:
+            if sign != "\t":
+                raise
+            # Tabs are often written without quoting: a quote is one then.
+            return list(_column(path, text, column, delimiter=sign, quoting=csv.QUOTE_NONE))
+    except csv.Error as error:
+        raise UserError(f"Prompt file {path} is not a valid table ({error}); mend it.") from error
+
+
+def _column(path: Path, text: str, column: str, **dialect: Any) -> Iterator[str]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), **dialect)
+    for row in reader:
+        if row[column] is None or None in row:
+            raise UserError(
+                f"Prompt file {path}, line {reader.line_num}: there are {'more' if None in row else 'fewer'} cells "
+                "than columns; mend it, a prompt with the delimiter in it stands in quotes."
+            )
+        yield row[column].strip()
+
+
+def _feature(names: Any) -> str | None:
+    """The first of the names that is a caption's, in whatever case, and also in the plural."""
+    plain = {str(name).strip().lower().removesuffix("s"): name for name in reversed(list(names))}
+    return next((plain[feature] for feature in FEATURES if feature in plain), None)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(repr(str(name)[:40]) for name in list(names)[:8]) or "nothing"

@@ -1,0 +1,72 @@
+"""A number of a config is refused by name, or the run ends with adapters that are finite and have learned.
+
+Ranges are in ``tests/unit/test_config_check.py``; here runs are made, as few as show it, and key by key with -m slow.
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+from configs import tiny
+from spo_jax.checkpoints.lora import FILE_NAME
+from spo_jax.checkpoints.safetensors_io import read_tensors
+from spo_jax.errors import UserError
+from spo_jax.training import spo
+from spo_jax.training.ranges import SPO_RANGES
+from tests.small_pipeline import small_pipeline
+
+
+def small_config(values):
+    config = tiny.get_config()
+    small = {"model": str(small_pipeline()), "num_batches": 1, "prompts_per_batch": 8, "pairs.threshold": 0.0}
+    small |= {"sampling.num_steps": 3, "sampling.num_plain_steps": 1, "sampling.num_candidates": 2, "lora.rank": 2}
+    small |= {"train.minibatch_size": 8, "validation.every": 0, "evaluation.num_prompts": 8}
+    config.update_from_flattened_dict(small | values)
+    return config
+
+
+def lora_of(values, workdir):
+    """The B of all adapters after a run."""
+    spo.train(small_config(values), workdir)
+    tensors = read_tensors(workdir / FILE_NAME)
+    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
+    return np.concatenate([tensor.ravel() for key, tensor in tensors.items() if "lora_B" in key])
+
+
+def test_habits_of_other_programs(tmp_path, capfd):
+    """kohya's tools write 0 for what is off."""
+    values = {"train.max_grad_norm": 0.0, "train.ema_decay": 0.0, "train.weight_decay": 0.0, "train.adam_b1": 0.0}
+    assert lora_of(values, tmp_path).any()
+    assert "nothing was learned" not in capfd.readouterr().err
+
+
+def test_a_run_that_learns_nothing_says_so(tmp_path, capfd):
+    assert not lora_of({"pairs.threshold": 0.999}, tmp_path).any()
+    said = capfd.readouterr().err
+    assert (
+        "spo_jax: warning: nothing was learned: no two candidates" in said and "config.pairs.threshold = 0.999" in said
+    )
+
+
+def extremes():
+    """Each number at both ends of its range and at what is special, but for ends that only take memory or time."""
+    large = ("num_batches", "prompts_per_batch", "minibatch_size", "num_steps", "num_plain_steps", "num_inner_steps")
+    large += ("num_candidates", "height", "width", "rank", "num_prompts", "accumulation_steps")
+    for name, allowed in SPO_RANGES.items():
+        values = [allowed.low, *([] if allowed.special is None else allowed.special[:1])]
+        values += [] if name.endswith(large) else [allowed.high]
+        for value in values:
+            inside = math.nextafter(value, 0.5) if isinstance(value, float) and allowed.fault(value) else value
+            yield name, np.float32(inside).item() if isinstance(inside, float) else inside
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "value"), [*extremes(), ("train.learning_rate", 0.3)])
+def test_a_number_is_refused_or_the_run_is_sound(tmp_path, capfd, name, value):
+    try:
+        learned = lora_of({name: value}, tmp_path).any()
+    except UserError as error:
+        assert name in str(error) or "is not finite" in str(error) or "do not fit" in str(error), error
+    else:
+        assert learned != ("nothing was learned" in capfd.readouterr().err)
