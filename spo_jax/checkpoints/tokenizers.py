@@ -109,7 +109,9 @@ def cut_warning(tokenizers: Sequence[Any], texts: Sequence[str], what: str = "pr
     if not cut:
         return None
     length = min(tokenizer.model_max_length for tokenizer in tokenizers)
-    named = ", ".join(repr(part) for part in cut[:_NAMED]) + (", ..." if len(cut) > _NAMED else "")
+    named = ", ".join(repr(part) for part in cut[:_NAMED]) + (
+        f" and {len(cut) - _NAMED} more" if len(cut) > _NAMED else ""
+    )
     return (
         f"warning: {len(cut)} of {len(different)} {what} are longer than the {length} tokens that the text encoder "
         f"reads; their ends are not seen: {named}."
