@@ -21,10 +21,12 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.method = "spo"  # trains a UNet; "spm", in configs/spm_*.py, the preference model that is used here
     c.seed = 0  # root of every random number of the run, from 0 to 4294967295
-    # A diffusers pipeline: a local folder, org/name@commit of the Hugging Face hub, or "emoji:..." out of the package.
+    # A diffusers pipeline: a local folder, org/name@commit of the Hugging Face hub, or "emoji:..." out of the package;
+    # or all of SD1.x, SD2.x or SDXL base in one .safetensors or .ckpt file, here or as org/name@commit/FILE.
     # Without a commit, or with a branch or tag behind the @, the commit is looked up once and kept in the workdir.
     c.model = "model"
     c.variant = ""  # of the weight files, such as "fp16"
+    c.unet = ""  # UNet to use instead of the pipeline's, a folder as trainers save it; empty: the pipeline's
     c.vae = ""  # autoencoder to use instead of the pipeline's, named as the model is; empty: the pipeline's
     # Text lines, a JSON list of {"caption": ...}, JSON lines (.jsonl) or a table (.csv, .tsv) with such a column, or
     # tfds:NAME@SPLIT; a local file, github:owner/repo@commit/path, or org/name@commit/path of the hub, each with

@@ -11,6 +11,7 @@ def get_config() -> ConfigDict:
     c.seed = 0  # root of every random number of the run, from 0 to 4294967295
     c.model = "model"  # frozen base model, a diffusers pipeline: a local folder, org/name@commit, or "emoji:..."
     c.variant = ""  # of its weight files, such as "fp16"
+    c.unet = ""  # UNet to use instead of the pipeline's, a folder as trainers save it; empty: the pipeline's
     c.vae = ""  # autoencoder to use instead of the pipeline's; empty: the pipeline's
     c.num_steps = 8000  # optimizer steps
     c.dtype = "bfloat16"  # networks compute in it; the trained weights and their optimizer stay float32

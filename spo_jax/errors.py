@@ -1,4 +1,9 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and what else is said on stderr."""
+
+from __future__ import annotations
+
+import functools
+import sys
 
 
 class UserError(Exception):
@@ -6,3 +11,9 @@ class UserError(Exception):
 
     Commands print it without a traceback and exit with code 2.
     """
+
+
+@functools.cache
+def notice(sentence: str) -> None:
+    """Says on stderr, once in a process, what was taken for granted and could surprise."""
+    print(f"spo_jax: {sentence}", file=sys.stderr)

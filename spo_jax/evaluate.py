@@ -35,6 +35,7 @@ NUM_PAIRS = flags.DEFINE_integer(
 )
 MODEL = flags.DEFINE_string("model", None, "Base model: a diffusers pipeline folder, or org/name@commit on the hub.")
 VARIANT = flags.DEFINE_string("variant", None, "Of the base model's weight files, such as fp16.")
+UNET = flags.DEFINE_string("unet", None, "UNet to use instead of the model's: a folder, or org/name@commit.")
 VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's: a folder, or org/name@commit.")
 HEIGHT = cli.side_flag("height")
 WIDTH = cli.side_flag("width")
@@ -70,8 +71,9 @@ def main() -> None:
     from tqdm import tqdm
 
     from spo_jax import rng
+    from spo_jax.checkpoints.base import Base, read_base
     from spo_jax.checkpoints.hub import resolve_model
-    from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size, with_vae
+    from spo_jax.checkpoints.pipeline import with_image_size
     from spo_jax.checkpoints.tokenizers import cut_warning, tokenizers_of
     from spo_jax.data.preferences import PairBatch, PairLoader, open_pairs
     from spo_jax.diffusion.schedule import make_schedule
@@ -93,9 +95,8 @@ def main() -> None:
         if path:
             resolve_model(resolve(path), weights=False)  # a wrong name should not wait for the base model
     dtype, sharding = jnp.dtype(DTYPE.value), replicated(mesh)
-    pipeline = read_pipeline(resolve(MODEL.value), dtype, variant=VARIANT.value, sharding=sharding)
-    if VAE.value is not None:
-        pipeline = with_vae(pipeline, resolve(VAE.value), dtype, sharding=sharding)
+    base = Base(MODEL.value, VARIANT.value or "", UNET.value or "", VAE.value or "")
+    pipeline = read_base(base, dtype, sharding=sharding)
     pipeline = with_image_size(pipeline, HEIGHT.value, WIDTH.value)
     schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
     if max(timesteps) >= len(schedule.alphas_cumprod):
@@ -164,7 +165,7 @@ def main() -> None:
 
 def parse_timesteps(texts: list[str]) -> list[int]:
     """Timesteps in ascending order, each once; UserError if one is no number from 0."""
-    if not texts or not all(text.strip().isdecimal() for text in texts):
+    if not texts or not all(text.strip().isdecimal() and len(text) < 10 for text in texts):
         raise UserError(f"--timesteps={','.join(texts)} must be numbers from 0 with commas between, such as 0,251,501.")
     return sorted({int(text) for text in texts})
 

@@ -3,15 +3,18 @@
     python -m spo_jax.export --lora=runs/tiny --format=diffusers --out=spo.safetensors   # diffusers, peft
     python -m spo_jax.export --lora=runs/tiny --format=kohya --out=spo.safetensors       # ComfyUI, A1111, kohya's tools
     python -m spo_jax.export --lora=runs/tiny --format=pipeline --dtype=float16 --out=my_model
+    python -m spo_jax.export --lora=runs/tiny --format=checkpoint --out=my_model.safetensors   # one file, merged
 
 --lora may also be a LoRA file of any of these programs: then it is converted. It may have a strength, FILE:0.7, and
-given several times it is their sum.
+given several times it is their sum. Whole models can be written without: --model=runs/full/model --format=checkpoint.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -19,18 +22,27 @@ from spo_jax import cli
 from spo_jax.errors import UserError
 from spo_jax.files import check_place, saying_where
 
+if TYPE_CHECKING:
+    from spo_jax.checkpoints.pipeline_files import PipelineFiles
+
 LORA = flags.DEFINE_multi_string("lora", [], "A --workdir of training, or a LoRA file; also with a strength.")
 MODEL = flags.DEFINE_string(
-    "model", None, "Diffusers pipeline folder it was made for; by default the one of --workdir."
+    "model", None, "Diffusers pipeline folder or single file it was made for; by default the one of --workdir."
 )
-FORMAT = flags.DEFINE_enum("format", "diffusers", ["diffusers", "kohya", "pipeline"], "What to write.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16", "bfloat16"], "Of the LoRA file or merged models.")
+FORMAT = flags.DEFINE_enum("format", "diffusers", ["diffusers", "kohya", "pipeline", "checkpoint"], "What to write.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "float16", "bfloat16"], "Of what is written; float32, for --format=checkpoint float16."
+)
+VARIANT = flags.DEFINE_string("variant", None, "Of the model's weight files, such as fp16; by default the run's.")
+UNET = flags.DEFINE_string("unet", None, "UNet to use instead of the model's; by default the run's.")
+VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's; by default the run's.")
 OUT = flags.DEFINE_string("out", None, "A .safetensors file; a new folder for --format=pipeline.")
 
 
 def main() -> None:
     """Checks the flags, reads the adapters and writes them."""
-    if not LORA.value:
+    whole = FORMAT.value in ("pipeline", "checkpoint")
+    if not LORA.value and not (whole and MODEL.value):
         raise UserError("--lora is missing; for example --lora=runs/tiny.")
     if not OUT.value:
         raise UserError("--out is missing; for example --out=spo.safetensors.")
@@ -41,79 +53,64 @@ def main() -> None:
 
     import jax.numpy as jnp
 
+    from spo_jax.checkpoints.base import base_of
     from spo_jax.checkpoints.hub import resolve_model
     from spo_jax.checkpoints.lora import read_adapters
     from spo_jax.checkpoints.lora_write import write_kohya, write_lora
-    from spo_jax.checkpoints.pipeline import read_adaptable_shapes
+    from spo_jax.checkpoints.pipeline import replaced_parts
+    from spo_jax.checkpoints.pipeline_files import open_pipeline
+    from spo_jax.checkpoints.write_checkpoint import write_checkpoint
     from spo_jax.checkpoints.write_pipeline import check_output_folder, write_pipeline
     from spo_jax.emoji import resolve
 
-    out, dtype = Path(OUT.value), jnp.dtype(DTYPE.value)
+    out = Path(OUT.value)
+    dtype = jnp.dtype(DTYPE.value or ("float16" if FORMAT.value == "checkpoint" else "float32"))
     if FORMAT.value == "pipeline":
         check_output_folder(out)
     else:
         check_place(out)
-    model = resolve_model(resolve(MODEL.value or model_of_runs(LORA.value)), weights=FORMAT.value == "pipeline")
-    shapes = read_adaptable_shapes(model)
+    base = base_of(LORA.value, model=MODEL.value, variant=VARIANT.value, unet=UNET.value, vae=VAE.value)
+    variant = base.variant or None
+    model = resolve_model(resolve(base.model), variant=variant, weights=whole)
+    unet, vae = (resolve(name) if name else None for name in (base.unet, base.vae))
+    replaced = replaced_parts(unet, vae, variant=variant, weights=whole)
+    options: dict[str, Any] = {"replaced": replaced, "variant": variant, "dtype": dtype}
+    files = open_pipeline(model, variant, replaced)
+    shapes = {part: files.shapes(part, jnp.float32) for part in files.configs if part != "vae"}
     lora = read_adapters(LORA.value, shapes)
+    merged = {part: functools.partial(merged_part, files, part, lora) for part in {"unet", *lora}}
     if FORMAT.value == "pipeline":
-        merged = merged_parts(model, lora)
-        write_pipeline(out, model, merged.pop("unet"), text_encoders=merged, dtype=dtype)
+        params = {part: read() for part, read in merged.items()}
+        write_pipeline(out, model, params.pop("unet"), text_encoders=params, **options)
     else:
         with saying_where(out):
-            if FORMAT.value == "kohya":
-                write_kohya(out, lora, shapes["unet"], dtype=dtype, **known_of_model(model))
+            if FORMAT.value == "checkpoint":
+                if (configs := write_checkpoint(out, model, merged, **options)) is not None:
+                    print(f"Wrote {configs}: configs and tokenizers that {out} does not tell.")
+            elif FORMAT.value == "kohya":
+                write_kohya(out, lora, shapes["unet"], dtype=dtype, **known_of(files))
             else:
                 write_lora(out, lora, dtype=dtype)
     print(f"Wrote {out}.")
 
 
-def merged_parts(model: Path, lora: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of the UNet, and of the text encoders that ``lora`` adapts, with the adapters merged, float32."""
-    from spo_jax.checkpoints.pipeline import read_text_encoder, read_unet
+def merged_part(files: PipelineFiles, part: str, lora: Mapping[str, Any]) -> Any:
+    """The parameters of a part, float32, with its adapters merged into them."""
+    import jax.numpy as jnp
+
     from spo_jax.models.lora import merge_lora
 
-    merged = {"unet": merge_lora(read_unet(model / "unet")[1], lora.get("unet", {}))}
-    for part in set(lora) - {"unet"}:
-        _, params = read_text_encoder(model / part, with_projection=part == "text_encoder_2")
-        merged[part] = merge_lora(params, lora[part])
-    return merged
+    return merge_lora(files.read(part, jnp.float32), lora.get(part, {}))
 
 
-def known_of_model(model: Path) -> dict[str, Any]:
+def known_of(files: PipelineFiles) -> dict[str, Any]:
     """What the header of a kohya file tells of the model, beside its kind, as far as its configs say it."""
-    from spo_jax.checkpoints.pipeline import read_json
-
-    known: dict[str, Any] = {}
-    if (file := model / "scheduler" / "scheduler_config.json").is_file():
-        known["prediction_type"] = str(read_json(file).get("prediction_type", "epsilon"))
-    if (file := model / "vae" / "config.json").is_file():
-        downscale = 2 ** (len(read_json(file).get("block_out_channels", ())) - 1)
-        size = read_json(model / "unet" / "config.json").get("sample_size")
-        if isinstance(size, int):
-            known["image_size"] = (size * downscale, size * downscale)
+    known: dict[str, Any] = {"prediction_type": str(files.scheduler.get("prediction_type", "epsilon"))}
+    downscale = 2 ** (len(files.configs["vae"].get("block_out_channels", ())) - 1)
+    size = files.configs["unet"].get("sample_size")
+    if isinstance(size, int):
+        known["image_size"] = (size * downscale, size * downscale)
     return known
-
-
-def model_of_runs(lora_names: list[str]) -> str:
-    """The model that the adapters in a --workdir were trained for, from the config recorded there."""
-    from spo_jax.checkpoints.hub import with_strength
-    from spo_jax.checkpoints.pipeline import read_json
-
-    models: dict[Path, str] = {}
-    for name in lora_names:
-        config = Path(with_strength(name)[0]) / "config.json"
-        if config.is_file():
-            model = read_json(config).get("model")
-            if not isinstance(model, str):
-                raise UserError(f"File {config} names no model; give it as --model.")
-            models[config] = model
-    if len(set(models.values())) > 1:
-        raise UserError(f"--model is missing, and {' and '.join(map(str, models))} name different ones.")
-    if not models:
-        names = " and ".join(lora_names)
-        raise UserError(f"--model is missing, and {names} is no --workdir of training that would name it.")
-    return next(iter(models.values()))
 
 
 if __name__ == "__main__":

@@ -77,10 +77,10 @@ def inventory(config: ConfigDict, stocks: Sequence[Stock]) -> str:
     from spo_jax.checkpoints import artifacts
     from spo_jax.checkpoints.download import partial_bytes
 
-    remote = {stock.artifact.key: stock for stock in stocks}
+    remote = {stock.artifact: stock for stock in stocks}
     lines = []
     for artifact in artifacts.artifacts_of(config):
-        stock, title = remote.get(artifact.key), f"{artifact.what} (config.{artifact.key})"
+        stock, title = remote.get(artifact), f"{artifact.what} (config.{artifact.key})"
         if stock is None:
             lines += [f"{title}: local", f"    {artifact.name}"]
             continue

@@ -17,8 +17,14 @@ from spo_jax import cli
 from spo_jax.errors import UserError
 from spo_jax.files import check_place, saying_where
 
-MODEL = flags.DEFINE_string("model", "emoji:model", "Diffusers pipeline: a folder, or org/name@commit on the hub.")
+MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "Diffusers pipeline: a folder, org/name@commit on the hub, or one file; by default the one that the --workdir of "
+    "--lora was trained with, with its variant, UNet and autoencoder, else emoji:model.",
+)
 VARIANT = flags.DEFINE_string("variant", None, "Of the weight files, such as fp16.")
+UNET = flags.DEFINE_string("unet", None, "UNet to use instead of the model's: a folder, or org/name@commit.")
 VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's: a folder, or org/name@commit.")
 LORA = flags.DEFINE_multi_string(
     "lora",
@@ -67,8 +73,9 @@ def main() -> None:
     import jax.numpy as jnp
     import numpy as np
 
+    from spo_jax.checkpoints.base import base_of, read_base
     from spo_jax.checkpoints.lora import read_adapters
-    from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size, with_vae
+    from spo_jax.checkpoints.pipeline import with_image_size
     from spo_jax.checkpoints.tokenizers import cut_warning, tokenizers_of
     from spo_jax.data.prompts import read_prompts
     from spo_jax.diffusion.dpm_solver import make_dpm_schedule
@@ -81,9 +88,8 @@ def main() -> None:
     prompts = PROMPT.value or read_prompts(resolve(PROMPTS_FILE.value))
     check_place(OUT.value)
     dtype = jnp.dtype(DTYPE.value)
-    pipeline = read_pipeline(resolve(MODEL.value), dtype, variant=VARIANT.value)
-    if VAE.value is not None:
-        pipeline = with_vae(pipeline, resolve(VAE.value), dtype)
+    flags_of_base = {"model": MODEL.value, "variant": VARIANT.value, "unet": UNET.value, "vae": VAE.value}
+    pipeline = read_base(base_of(LORA.value, **flags_of_base, default="emoji:model"), dtype)
     pipeline = with_image_size(pipeline, HEIGHT.value, WIDTH.value)
     check_sheet(grid_size(len(prompts), *pipeline.image_size))
     if warning := cut_warning(tokenizers_of(pipeline), [*prompts, NEGATIVE_PROMPT.value]):

@@ -28,10 +28,10 @@ def emoji_pipeline():
 
 
 def strong_adapters(rank=4):
-    """Random adapters of the emoji UNet that change its pictures a lot without breaking them."""
+    """Random adapters of the emoji UNet, ``{"unet": tree}``, that change its pictures a lot without breaking them."""
     fresh = init_lora(jax.random.key(0), emoji_pipeline().params["unet"], rank)
     generator = np.random.default_rng(0)
-    return jax.tree.map(lambda x: np.float32(0.2 * generator.standard_normal(x.shape)), fresh)
+    return {"unet": jax.tree.map(lambda x: np.float32(0.2 * generator.standard_normal(x.shape)), fresh)}
 
 
 def initial_latents(size=None):
@@ -49,26 +49,40 @@ def _our_sampler(folder, solver, steps):
     return pipeline, jax.jit(make_generate(pipeline, schedule, guidance_scale=5.0, eta=0.0, solver=solver))
 
 
-def ours(lora=None, solver="ddim", steps=STEPS, folder=None, size=None):
-    """Pictures of our sampler, int [2, H, W, 3] in 0 to 255: of a pipeline folder, emoji by default."""
+def ours(lora=None, solver="ddim", steps=STEPS, folder=None, params=None, size=None):
+    """Pictures of our sampler, int [2, H, W, 3] in 0 to 255: of a pipeline folder, emoji by default, or its params.
+
+    ``lora`` holds adapters by part.
+    """
     pipeline, generate = _our_sampler(folder, solver, steps)
-    prompts = encode_prompts(make_encode(pipeline, scorer=None), pipeline.params, pipeline, None, PROMPTS)
-    variables = {"params": pipeline.params["unet"]} | ({} if lora is None else {"lora": lora})
-    images = generate(pipeline.params, variables, prompts, initial_latents(size))
+    params = (pipeline.params if params is None else params) | {"lora": lora or {}}
+    prompts = encode_prompts(make_encode(pipeline, scorer=None), params, pipeline, None, PROMPTS)
+    variables = {"params": params["unet"]} | ({"lora": lora["unet"]} if lora else {})
+    images = generate(params, variables, prompts, initial_latents(size))
     return to_uint8(images).astype(int)
 
 
-def theirs(folder=None, lora_file=None, scheduler=DDIMScheduler, steps=STEPS, size=None):
+def theirs(folder=None, lora_file=None, scheduler=DDIMScheduler, steps=STEPS, single_file=None, size=None):
     """Pictures of diffusers, int [2, H, W, 3]: of a pipeline folder (emoji by default), with or without a LoRA file.
 
-    The folder is loaded as it is, without a dtype.
+    The folder is loaded as it is, without a dtype. ``lora_file`` may also be a folder, or files with their strengths.
+    A single file takes the place of the folder's weights.
     """
-    pipeline = StableDiffusionPipeline.from_pretrained(folder or resolve("emoji:model"), local_files_only=True)
+    folder = folder or resolve("emoji:model")
+    if single_file is None:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    else:
+        options = {"local_files_only": True, "torch_dtype": torch.float32}
+        pipeline = StableDiffusionPipeline.from_single_file(str(single_file), config=str(folder), **options)
     pipeline.check_inputs = lambda *_args, **_kwargs: None  # which wants multiples of 8 for every autoencoder
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    if lora_file is not None:
-        pipeline.load_lora_weights(str(lora_file.parent), weight_name=lora_file.name)
+    files = lora_file if isinstance(lora_file, dict) else {} if lora_file is None else {lora_file: 1.0}
+    for i, file in enumerate(files):
+        name = {} if file.is_dir() else {"weight_name": file.name}
+        pipeline.load_lora_weights(str(file if file.is_dir() else file.parent), adapter_name=f"a{i}", **name)
+    if len(files) > 1:
+        pipeline.set_adapters([f"a{i}" for i in range(len(files))], list(files.values()))
     images = pipeline(
         PROMPTS,
         latents=torch.from_numpy(np.array(initial_latents(size)).transpose(0, 3, 1, 2)),

@@ -19,7 +19,7 @@ from spo_jax.checkpoints.hub import exists, not_here, remote_of, with_strength
 from spo_jax.checkpoints.remote import RemoteName
 from spo_jax.data.prompts import TFDS
 from spo_jax.distributed.agreement import agree_text, everyone
-from spo_jax.emoji import PREFIX
+from spo_jax.emoji import PREFIX, resolve
 from spo_jax.errors import UserError
 
 PINS_FILE = "pins.json"
@@ -69,7 +69,9 @@ def artifacts_of(config: ConfigDict) -> list[Artifact]:
     scorer = config.scorer
     found = [
         Artifact("model", "base model", config.model, config.variant),
-        Artifact("vae", "its autoencoder", config.vae),
+        *(Artifact("model", "its tokenizer", name, weights=False) for name in _tokenizers_of(config.model)),
+        Artifact("unet", "its UNet", config.unet, config.variant),
+        Artifact("vae", "its autoencoder", config.vae, config.variant),
     ]
     if config.method == "spo":
         found += [
@@ -227,10 +229,10 @@ def fetch_missing(stocks: Sequence[Stock]) -> None:
     out_of_reach = [stock for stock in stocks if not stock.complete and stock.unreachable]
     lacking = [stock for stock in stocks if not stock.complete and not stock.unreachable]
     download.check_space([(stock.remote, file) for stock in lacking for file in (*stock.missing, *stock.damaged)])
-    sizes = {stock.artifact.key: sum(max(0, f.size) for f in (*stock.missing, *stock.damaged)) for stock in lacking}
+    sizes = {stock.artifact: sum(max(0, f.size) for f in (*stock.missing, *stock.damaged)) for stock in lacking}
     # The small ones first: what is wrong with them shows soon.
-    for stock in sorted(lacking, key=lambda stock: sizes[stock.artifact.key]):
-        size = f", {in_bytes(sizes[stock.artifact.key])}" if sizes[stock.artifact.key] else ""
+    for stock in sorted(lacking, key=lambda stock: sizes[stock.artifact]):
+        size = f", {in_bytes(sizes[stock.artifact])}" if sizes[stock.artifact] else ""
         print(f"spo_jax: fetching {stock.artifact.what}{size}: {stock.remote}", file=sys.stderr)
         for file in (*stock.missing, *stock.damaged):
             try:
@@ -274,6 +276,16 @@ def _remotes(config: ConfigDict) -> list[tuple[Artifact, RemoteName]]:
             raise UserError(f"config.{artifact.key}: {not_here(artifact.name)}")
         found.append((artifact, remote))
     return found
+
+
+def _tokenizers_of(model: str) -> list[str]:
+    """Names of the tokenizers that go with a model, if it is a single file that is here."""
+    path = resolve(model)
+    if not exists(path) or not path.is_file():
+        return []
+    from spo_jax.checkpoints.single_file import tokenizers_of  # which imports the networks
+
+    return tokenizers_of(path)
 
 
 def _all_here(remote: RemoteName, files: list[RemoteFile] | None) -> bool:

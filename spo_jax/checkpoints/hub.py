@@ -48,7 +48,7 @@ def resolve_model(name: str | Path, *, variant: str | None = None, weights: bool
     except download.Unreachable as error:
         raise UserError(
             f"{name} is neither here nor complete in the hub's cache, and it could not be fetched ({error.reason}); "
-            f"with network, fetch it with `{fetch_command(remote, variant or '')}`."
+            f"with network, fetch it with `{fetch_command(remote, variant or '', weights=weights)}`."
         ) from error
     return download.local_path(remote, remote.inside)
 
@@ -126,7 +126,7 @@ def not_here(name: str) -> str:
     )
 
 
-def fetch_command(remote: RemoteName, variant: str = "") -> str:
+def fetch_command(remote: RemoteName, variant: str = "", *, weights: bool = True) -> str:
     """The hub's own command that fetches what a name stands for, and about what is read of it."""
     if remote.site == "github":
         place, address = download.local_path(remote, remote.inside), download.address(remote, remote.inside)
@@ -135,8 +135,10 @@ def fetch_command(remote: RemoteName, variant: str = "") -> str:
     inside = f" {shlex.quote(remote.inside)}" if remote.is_file else ""
     revision = f" --revision {remote.revision}" if remote.revision else ""
     dot = f".{variant}" if variant else ""
-    patterns = () if inside else ("*.json", "*.txt", f"*model{dot}.safetensors", f"*model{dot}-*-of-*.safetensors")
-    include = "".join(f" --include {shlex.quote(pattern)}" for pattern in patterns)
+    patterns = ["*.json", "*.txt"]
+    patterns += [f"*model{dot}.safetensors", f"*model{dot}-*-of-*.safetensors"] if weights else []
+    folder = f"{remote.inside}/" if remote.inside else ""
+    include = "" if inside else "".join(f" --include {shlex.quote(folder + pattern)}" for pattern in patterns)
     return f"hf download {remote.repo}{inside}{kind}{revision}{include}"
 
 

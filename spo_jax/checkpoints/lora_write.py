@@ -19,6 +19,8 @@ from spo_jax.errors import UserError
 KOHYA_FILE_NAME = "kohya_lora_weights.safetensors"
 # Width of the text embeddings of SD2.x; SD1.x has 768.
 _SD2_WIDTH = 1024
+# Largest values of a matrix in float16: a thousandth of the first is still a normal number, the second no infinity.
+_ROOM = (2.0**-4, 2.0**15)
 _STABILITY = "https://github.com/Stability-AI/generative-models"
 
 
@@ -66,7 +68,7 @@ def write_kohya(
       path: a folder, or a file name that ends in ``.safetensors``.
       lora: a tree of adapters for each part, see ``read_lora``.
       unet_shapes: UNet parameters or their shapes; they tell SD1.x, SD2.x and SDXL apart.
-      dtype: of the written matrices; alphas are float32, so that each rank is exact.
+      dtype: of the written tensors; an alpha that it would round is float32.
       prediction_type: of the scheduler, for the header.
       image_size: height and width that it was made for, for the header, if they are known.
 
@@ -80,7 +82,8 @@ def write_kohya(
     for layer, down, up in _layers(lora, dtype):
         keys = lora_keys.kohya_keys(layer, unet_shapes)
         tensors[keys.down], tensors[keys.up] = down, up
-        tensors[keys.alpha] = np.array(len(down), np.float32)
+        alpha = np.array(len(down), dtype)
+        tensors[keys.alpha] = alpha if alpha == len(down) else np.array(len(down), np.float32)
         ranks.add(len(down))
     title = file.stem if path == file else file.absolute().parent.name
     header = _kohya_header(unet_shapes, title, prediction_type, image_size)
@@ -149,13 +152,15 @@ def _layers(lora: Mapping[str, Any], dtype: Any) -> Iterator[tuple[Layer, np.nda
 def _balanced(a: np.ndarray, b: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """The same product from factors of like size, which float16 rounds least; other dtypes have room for any size.
 
-    Factors move between column j of ``A`` and row j of ``B`` in powers of two, which is exact.
+    Factors move between column j of ``A`` and row j of ``B`` in powers of two, which is exact; where both have room,
+    all stays as it is.
     """
     if np.dtype(dtype) != np.float16:
         return a, b
     largest_a = np.abs(a).max(axis=tuple(range(a.ndim - 1)))
     largest_b = np.abs(b).max(axis=1)
-    there = (largest_a > 0) & (largest_b > 0)
+    crowded = [(largest < _ROOM[0]) | (largest > _ROOM[1]) for largest in (largest_a, largest_b)]
+    there = (largest_a > 0) & (largest_b > 0) & (crowded[0] | crowded[1])
     exponents = np.zeros(len(b), np.int32)
     exponents[there] = np.rint((np.log2(largest_a[there]) - np.log2(largest_b[there])) / 2)
     return np.ldexp(a, -exponents), np.ldexp(b, exponents[:, None])

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,21 @@ import jax
 import jax.numpy as jnp
 
 from spo_jax.checkpoints.hub import missing, resolve_model
+from spo_jax.checkpoints.parts import check_parts, check_vae, mended_unet, scheduler_of
 from spo_jax.checkpoints.safetensors_io import param_shapes
-from spo_jax.checkpoints.tokenizers import read_tokenizer
+from spo_jax.checkpoints.tokenizers import check_lengths, read_tokenizer
 from spo_jax.checkpoints.weights import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
     Placement,
+    choose_variant,
+    find_weights,
     open_file,
     open_weights,
     read_params,
+    say_variant,
 )
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 from spo_jax.models import (
     AutoencoderKL,
     CLIPModel,
@@ -49,7 +54,8 @@ class Pipeline:
     ``params`` holds a tree for each of ``"unet"``, ``"vae"``, ``"text_encoder"`` and, for SDXL, ``"text_encoder_2"``;
     ``scheduler_config`` is the parsed ``scheduler/scheduler_config.json`` and ``tokenizer`` a transformers tokenizer.
     ``force_zeros_for_empty_prompt`` means that an empty negative prompt stands for zeros instead of its embeddings.
-    ``latent_size`` [h, w] is there for pictures of another size than the UNet was trained for.
+    ``latent_size`` [h, w] is there for pictures of another size than the UNet was trained for. ``replaced`` holds the
+    folders of parts that are not those in ``folder``, and ``variant`` is that of the weight files that was asked for.
     """
 
     folder: Path
@@ -63,6 +69,8 @@ class Pipeline:
     tokenizer_2: Any = None
     force_zeros_for_empty_prompt: bool = False
     latent_size: tuple[int, int] | None = None
+    replaced: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    variant: str | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -93,23 +101,6 @@ def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -
             f"height and width must be multiples of {downscale}."
         )
     return dataclasses.replace(pipeline, latent_size=(height // downscale, width // downscale))
-
-
-def with_vae(
-    pipeline: Pipeline, folder: str | Path, dtype: Any = jnp.float32, *, sharding: Placement = None
-) -> Pipeline:
-    """The pipeline with the autoencoder of another folder, local or on the hub.
-
-    Raises:
-      UserError: it cannot be read, or its latents are others than the UNet's.
-    """
-    vae, params = read_vae(resolve_model(folder), dtype, sharding=sharding)
-    if (vae.latent_channels, vae.downscale) != (pipeline.unet.in_channels, pipeline.vae.downscale):
-        raise UserError(
-            f"Autoencoder {folder} has {vae.latent_channels} channels at 1/{vae.downscale} of the size, but pipeline "
-            f"{pipeline.folder} needs {pipeline.unet.in_channels} at 1/{pipeline.vae.downscale}."
-        )
-    return dataclasses.replace(pipeline, vae=vae, params={**pipeline.params, "vae": params})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -156,13 +147,18 @@ def read_unet(
     return unet, read_params(open_weights(folder, DIFFUSERS_STEM, variant), shapes, sharding=sharding)
 
 
+def read_vae_shapes(folder: Path, dtype: Any = jnp.float32) -> tuple[AutoencoderKL, Any]:
+    """The autoencoder that ``config.json`` in ``folder`` describes and the shapes of its parameters, in ``dtype``."""
+    with _read_config(folder) as config:
+        vae = AutoencoderKL.from_config(config, dtype)
+        return vae, vae_shapes(vae, dtype)
+
+
 def read_vae(
     folder: Path, dtype: Any = jnp.float32, *, variant: str | None = None, sharding: Placement = None
 ) -> tuple[AutoencoderKL, Any]:
     """The autoencoder in ``folder`` and its parameters, both in ``dtype``."""
-    with _read_config(folder) as config:
-        vae = AutoencoderKL.from_config(config, dtype)
-        shapes = vae_shapes(vae, dtype)
+    vae, shapes = read_vae_shapes(folder, dtype)
     return vae, read_params(open_weights(folder, DIFFUSERS_STEM, variant), shapes, sharding=sharding)
 
 
@@ -187,16 +183,6 @@ def read_text_encoder(
     """The text encoder in ``folder`` and its parameters, both in ``dtype``; SDXL's second one has a projection."""
     text_encoder, shapes = read_text_encoder_shapes(folder, dtype, with_projection=with_projection)
     return text_encoder, read_params(open_weights(folder, TRANSFORMERS_STEM, variant), shapes, sharding=sharding)
-
-
-def read_adaptable_shapes(folder: Path) -> dict[str, Any]:
-    """Shapes of the parameters of a pipeline's UNet, and of its text encoders as far as they are there, by part."""
-    shapes = {"unet": read_unet_shapes(folder / "unet")[1]}
-    for name in ("text_encoder", "text_encoder_2"):
-        if (folder / name).is_dir():
-            second = name == "text_encoder_2"
-            shapes[name] = read_text_encoder_shapes(folder / name, with_projection=second)[1]
-    return shapes
 
 
 def unet_shapes(unet: UNet2DConditionModel, dtype: Any = jnp.float32) -> Any:
@@ -264,20 +250,76 @@ def read_clip(
 
 
 def read_pipeline(
-    folder: str | Path, dtype: Any = jnp.float32, *, variant: str | None = None, sharding: Placement = None
+    folder: str | Path,
+    dtype: Any = jnp.float32,
+    *,
+    variant: str | None = None,
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
+    sharding: Placement = None,
 ) -> Pipeline:
     """Reads a diffusers ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
+
+    All that can be told from configs is told before weights are read.
 
     Args:
       folder: the folder with ``model_index.json``, or ``org/name@commit`` on the hub (see ``resolve_model``).
       dtype: compute and storage dtype of the networks.
       variant: of the weight files, such as ``"fp16"``.
+      unet: a folder, named in the same way, with a UNet instead of the pipeline's (see ``replaced_parts``).
+      vae: one with an autoencoder.
       sharding: where the parameters go, see ``read_params``; paths are those in ``Pipeline.params``.
 
     Raises:
-      UserError: a missing or damaged file, an unsupported config field, or weights that do not fit the config.
+      UserError: a missing or damaged file, an unsupported config field, weights that do not fit the config, or parts
+        that do not fit each other.
     """
     folder = resolve_model(folder, variant=variant)
+    if folder.is_file():
+        from spo_jax.checkpoints.single_file import read_single_file  # which builds on this module
+
+        return read_single_file(folder, dtype, variant=variant, unet=unet, vae=vae, sharding=sharding)
+    index, sdxl = read_index(folder)
+    replaced = replaced_parts(unet, vae, variant=variant)
+    names = ["unet", "vae", "text_encoder", *(["text_encoder_2"] if sdxl else [])]
+    folders = {name: replaced.get(name, folder / name) for name in names}
+    parts, shapes = {}, {}
+    for name in names:
+        parts[name], shapes[name] = _SHAPES[name](folders[name], dtype)
+    if "vae" in replaced and (folder / "vae" / "config.json").is_file():
+        check_vae(folder, read_vae_shapes(folder / "vae", dtype)[0], folders["vae"], parts["vae"])
+    check_parts(folder, parts, folders)
+    if not sdxl:
+        config_file = folders["unet"] / "config.json"
+        parts["unet"] = mended_unet(parts["unet"], read_json(config_file), config_file)
+    scheduler_file = folder / "scheduler" / "scheduler_config.json"
+    scheduler_config = scheduler_of(read_json(scheduler_file), scheduler_file, sdxl=sdxl)
+    tokenizers = {}
+    for name in names[2:]:
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        tokenizers[tokenizer] = read_tokenizer(folder / tokenizer, parts[name].tower)
+    check_lengths(tokenizers)
+
+    chosen = choose_variants(folders, variant)
+    weights = {name: open_weights(folders[name], STEMS[name], chosen[name]) for name in names}
+    params = {}
+    for name in names:
+        below = functools.partial(_below, sharding, name) if callable(sharding) else sharding
+        params[name] = read_params(weights[name], shapes[name], sharding=below)
+    return Pipeline(
+        folder=folder,
+        scheduler_config=scheduler_config,
+        params=params,
+        force_zeros_for_empty_prompt=sdxl and bool(index.get("force_zeros_for_empty_prompt", True)),
+        replaced=replaced,
+        variant=variant,
+        **parts,
+        **tokenizers,
+    )
+
+
+def read_index(folder: Path) -> tuple[dict[str, Any], bool]:
+    """A pipeline's ``model_index.json``, and whether it is SDXL; UserError if it is of another kind."""
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name")
     if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
@@ -285,52 +327,70 @@ def read_pipeline(
             f"File {folder / 'model_index.json'} describes a {kind!r}; "
             "only StableDiffusionPipeline and StableDiffusionXLPipeline folders are supported."
         )
+    return index, kind == "StableDiffusionXLPipeline"
 
-    params: dict[str, Any] = {}
 
-    def read(reader: Callable[..., tuple[Any, Any]], name: str, **kwargs: Any) -> Any:
-        below = (lambda path, shape: sharding((name, *path), shape)) if callable(sharding) else sharding
-        model, params[name] = reader(folder / name, dtype, variant=variant, sharding=below, **kwargs)
-        return model
+def replaced_parts(
+    unet: str | Path | None, vae: str | Path | None, *, variant: str | None = None, weights: bool = True
+) -> dict[str, Path]:
+    """The folders of parts that come from elsewhere, by "unet" and "vae"; fetches what is not here.
 
-    unet = read(read_unet, "unet")
-    vae = read(read_vae, "vae")
-    text_encoder = read(read_text_encoder, "text_encoder")
-    extra: dict[str, Any] = {}
-    if kind == "StableDiffusionXLPipeline":
-        extra["text_encoder_2"] = read(read_text_encoder, "text_encoder_2", with_projection=True)
-        extra["tokenizer_2"] = read_tokenizer(folder / "tokenizer_2", extra["text_encoder_2"].tower)
-        extra["force_zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", True))
-    check_widths(folder, unet, text_encoder, extra.get("text_encoder_2"))
-    return Pipeline(
-        folder=folder,
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=read_tokenizer(folder / "tokenizer", text_encoder.tower),
-        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
-        params=params,
-        **extra,
+    A part is in the folder that is named, or in its folder ``unet`` or ``vae``: so a pipeline and what trainers save
+    (``checkpoint-500``) can be named as well.
+
+    Raises:
+      UserError: it is a file, or neither folder has a ``config.json``.
+    """
+    return {
+        name: _part_folder(name, resolve_model(source, variant=variant, weights=weights))
+        for name, source in (("unet", unet), ("vae", vae))
+        if source
+    }
+
+
+def _part_folder(name: str, path: Path) -> Path:
+    if path.is_file():
+        raise UserError(f"{path} is a file; --{name} (config.{name}) takes a folder with config.json and weights.")
+    inside = path / name
+    return inside if not (path / "config.json").is_file() and (inside / "config.json").is_file() else path
+
+
+def choose_variants(folders: Mapping[str, Path], variant: str | None) -> dict[str, str | None]:
+    """The variant of weight files that is read of each part of a pipeline; what is not as asked for is said.
+
+    Without one where there are such files, else the only one that there is. What lacks the one asked for, while other
+    parts have it, is read without one.
+    """
+    if variant is None:
+        chosen = {name: choose_variant(folder, STEMS[name], None) for name, folder in folders.items()}
+        if any(chosen.values()):
+            say_variant({folders[name]: value for name, value in chosen.items() if value})
+        return chosen
+    have, plain = (
+        {name for name, folder in folders.items() if find_weights(folder, STEMS[name], one) is not None}
+        for one in (variant, None)
     )
+    without = sorted(plain - have) if have else []
+    if without:
+        listed = ", ".join(str(folders[name]) for name in without)
+        notice(f"{listed}: there are no {variant} weights, so those without a variant are read.")
+    return {name: None if name in without else variant for name in folders}
 
 
-def check_widths(
-    folder: Path,
-    unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
-    text_encoder_2: CLIPTextModelWithProjection | None,
-) -> None:
-    """Raises UserError if the text encoders do not give what the UNet takes."""
-    width, pooled = text_encoder.hidden_size, None
-    if text_encoder_2 is not None:
-        width, pooled = width + text_encoder_2.hidden_size, text_encoder_2.projection_dim
-    if width != unet.cross_attention_dim:
-        raise UserError(
-            f"Pipeline {folder}: the text encoders give {width} channels, but the UNet's cross_attention_dim is "
-            f"{unet.cross_attention_dim}; they do not belong together."
-        )
-    if pooled != unet.pooled_dim:
-        raise UserError(
-            f"Pipeline {folder}: the text encoders give a pooled width of {pooled}, but the UNet's "
-            f"projection_class_embeddings_input_dim asks for {unet.pooled_dim}; they do not belong together."
-        )
+def _below(sharding: Any, name: str, path: tuple[str, ...], shape: tuple[int, ...]) -> Any:
+    return sharding((name, *path), shape)
+
+
+# What the names of a part's weight files begin with, and how its config is read.
+STEMS = {
+    "unet": DIFFUSERS_STEM,
+    "vae": DIFFUSERS_STEM,
+    "text_encoder": TRANSFORMERS_STEM,
+    "text_encoder_2": TRANSFORMERS_STEM,
+}
+_SHAPES: dict[str, Callable[..., tuple[Any, Any]]] = {
+    "unet": read_unet_shapes,
+    "vae": read_vae_shapes,
+    "text_encoder": read_text_encoder_shapes,
+    "text_encoder_2": functools.partial(read_text_encoder_shapes, with_projection=True),
+}

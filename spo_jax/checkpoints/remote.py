@@ -27,9 +27,11 @@ _HUB = re.compile(
 _GITHUB = re.compile(
     r"github:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@#]*))?(?:/(?P<inside>[^#]+))?(?:#sha256=(?P<sha256>[^#]*))?"
 )
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
 _FILE_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet")
-_STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
+_WEIGHT_FILE = re.compile(
+    r"(?:model|pytorch_model|diffusion_pytorch_model)(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
+)
 _CONFIGS = ("*.json", "*.txt")
 # Parts of published pipelines that are never read here.
 _UNUSED = ("safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae_1_0/*")
@@ -72,6 +74,11 @@ class RemoteName:
         if self.site == "github":
             return f"https://github.com/{self.repo}"
         return f"{hub}/datasets/{self.repo}" if self.kind == "dataset" else f"{hub}/{self.repo}"
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a path, here or elsewhere, names one file of weights, by its suffix."""
+    return PurePosixPath(name.partition("#")[0]).suffix in _WEIGHT_SUFFIXES
 
 
 def parse_remote(name: str) -> RemoteName | None:
@@ -122,7 +129,7 @@ def choose_files(remote: RemoteName, paths: Iterable[str], *, variant: str = "",
     Args:
       remote: what is meant of the repository.
       paths: all its files.
-      variant: of the weight files, such as ``"fp16"``.
+      variant: of the weight files, such as ``"fp16"``; what is not there in it is chosen without one.
       weights: False chooses configs and tokenizers only.
 
     Returns:
@@ -142,13 +149,30 @@ def choose_files(remote: RemoteName, paths: Iterable[str], *, variant: str = "",
         return sorted({str(place), *(configs if beside else [])})
     chosen = set(matching(place, *_CONFIGS))
     if weights:
-        dot = f".{variant}" if variant else ""
-        for kind in ("bin", "safetensors"):
-            # Models, whole or in shards, and adapters; no single-file checkpoints.
-            names = [f"{stem}{dot}{part}.{kind}" for stem in _STEMS for part in ("", "-*-of-*")]
-            adapters = (f"pytorch_lora_weights.{kind}", f"adapter_model.{kind}")
-            found = matching(place, *names, *(f"*/{name}" for name in names), *adapters)
-            folders = {PurePosixPath(path).parent for path in found}
-            chosen = {p for p in chosen if not (p.endswith(".bin") and PurePosixPath(p).parent in folders)}
-            chosen.update(found)
+        for folder in {
+            place,
+            *(PurePosixPath(path).parent for path in paths if PurePosixPath(path).parent.parent == place),
+        }:
+            chosen.update(_weights_in(folder, paths, variant))
+        for kind in ("safetensors", "bin"):
+            adapters = matching(place, f"pytorch_lora_weights.{kind}", f"adapter_model.{kind}")
+            if adapters:
+                chosen.update(adapters)
+                break
     return sorted(chosen)
+
+
+def _weights_in(folder: PurePosixPath, paths: Iterable[str], variant: str) -> list[str]:
+    """The weights of a model, whole or in shards, as ``checkpoints/weights.py`` chooses them; no other checkpoints."""
+    forms: dict[tuple[str, str], list[str]] = {}
+    for path in paths:
+        match = _WEIGHT_FILE.fullmatch(PurePosixPath(path).name) if PurePosixPath(path).parent == folder else None
+        if match:
+            forms.setdefault((match["variant"] or "", match["kind"]), []).append(path)
+    variants = {name for name, _ in forms}
+    only = variants if len(variants) == 1 else ()  # what is there in one variant alone is read as that
+    for name in (variant, "", *only):
+        for kind in ("safetensors", "bin"):
+            if (name, kind) in forms:
+                return forms[name, kind]
+    return []

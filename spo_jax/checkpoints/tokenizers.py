@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,15 @@ def fitted(tokenizer: Any, tower: CLIPTextTransformer) -> Any:
     tokenizer = copy.copy(tokenizer)
     tokenizer.model_max_length = tower.max_position_embeddings
     return tokenizer
+
+
+def check_lengths(tokenizers: Mapping[str, Any]) -> None:
+    """Raises UserError if the text encoders of a pipeline would give sequences of different lengths."""
+    lengths = {name: tokenizer.model_max_length for name, tokenizer in tokenizers.items()}
+    if len(set(lengths.values())) > 1:
+        told = " and ".join(f"{name} {length}" for name, length in lengths.items())
+        first = next(iter(tokenizers.values())).name_or_path
+        raise UserError(f"Tokenizer {first}: texts are of different lengths, {told}; set model_max_length in both.")
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from spo_jax.checkpoints.hub import missing
 from spo_jax.checkpoints.safetensors_io import index_safetensors
 from spo_jax.checkpoints.stored import StoredArray, empty
 from spo_jax.checkpoints.torch_bin import index_torch_bin
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
@@ -27,6 +28,13 @@ _BIN_STEMS = {TRANSFORMERS_STEM: "pytorch_model"}
 # PyTorch's files are zip archives; those of before 1.6 are told by their names, to be refused as such.
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _ZIP = b"PK\x03\x04"
+# The bits of an exponent, which are all 1 in infinities and NaNs.
+_EXPONENTS: dict[str, tuple[type[np.unsignedinteger], int]] = {
+    "float16": (np.uint16, 0x7C00),
+    "bfloat16": (np.uint16, 0x7F80),
+    "float32": (np.uint32, 0x7F800000),
+}
+_BLOCK = 2**20  # numbers looked at at a time
 _MAX_INDEX_BYTES = 16 * 2**20
 # Buffers that old checkpoints carry and that hold no information.
 _IGNORED_SUFFIXES = (".position_ids",)
@@ -59,27 +67,64 @@ def open_weights(folder: Path, stem: str, variant: str | None = None) -> Weights
     Args:
       folder: the model's folder.
       stem: of the file names, ``DIFFUSERS_STEM`` or ``TRANSFORMERS_STEM``.
-      variant: the name between stem and suffix, such as ``"fp16"`` in ``model.fp16.safetensors``.
+      variant: the name between stem and suffix, such as ``"fp16"`` in ``model.fp16.safetensors``. Where there is
+        nothing without a variant, and one variant, None takes that and says so.
 
     Raises:
       UserError: there is none of these files, or one of them, or a shard, is damaged or missing.
     """
+    chosen = choose_variant(folder, stem, variant)
+    if chosen != variant:
+        say_variant({folder: chosen})
+    path = find_weights(folder, stem, chosen)
+    if path is None:
+        file = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+        raise UserError(missing(folder / file, "Weight file") + _others(folder))
+    return _open_shards(path) if path.suffix == ".json" else open_file(path)
+
+
+def find_weights(folder: Path, stem: str, variant: str | None) -> Path | None:
+    """The file, or the index of the shards, that ``open_weights`` reads; None if there is none of this variant."""
     dot = f".{variant}" if variant else ""
     for name in (f"{stem}.safetensors", f"{_BIN_STEMS.get(stem, stem)}.bin"):
         plain, suffix = name.rsplit(".", 1)
         single = folder / f"{plain}{dot}.{suffix}"
-        if single.is_file():
-            return open_file(single)
         # The variant stands before the last suffix, or, in files of newer programs, before the first.
-        for index in (folder / f"{name}.index{dot}.json", folder / f"{plain}{dot}.{suffix}.index.json"):
-            if index.is_file():
-                return _open_shards(index)
-    raise UserError(missing(folder / f"{stem}{dot}.safetensors", "Weight file") + _others(folder))
+        for path in (single, folder / f"{name}.index{dot}.json", folder / f"{plain}{dot}.{suffix}.index.json"):
+            if path.is_file():
+                return path
+    return None
+
+
+def choose_variant(folder: Path, stem: str, variant: str | None) -> str | None:
+    """The variant asked for; or, where None was, and there is nothing without one, the only variant that is there."""
+    if variant or find_weights(folder, stem, None) is not None or not folder.is_dir():
+        return variant
+    stems = "|".join({stem, _BIN_STEMS.get(stem, stem)})
+    one = re.compile(
+        rf"(?:{stems})(?:\.([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?"
+        r"|\.(?:safetensors|bin)\.index\.([^.]+)\.json)"
+    )
+    matches = [one.fullmatch(path.name) for path in folder.iterdir()]
+    names = {match[1] or match[2] for match in matches if match}
+    found = [name for name in names if find_weights(folder, stem, name) is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def say_variant(chosen: Mapping[Path, str | None]) -> None:
+    """Says of model folders which variant is read though none was asked for."""
+    folders = ", ".join(str(folder) for folder in chosen)
+    variants = ", ".join(sorted({str(variant) for variant in chosen.values()}))
+    notice(f"{folders}: only {variants} weights are there, so these are read.")
 
 
 def _others(folder: Path) -> str:
     found = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt"))
-    return f" It has {', '.join(found[:3])}: is that another variant?" if found else ""
+    return (
+        f" It has {', '.join(found[:3])}; if one is meant, name its variant (--variant, config.variant)."
+        if found
+        else ""
+    )
 
 
 def _open_shards(index: Path) -> Weights:
@@ -119,11 +164,12 @@ def read_params(source: Path | Weights, shapes: Any, *, prefix: str = "", shardi
       A tree of ``jax.Array``.
 
     Raises:
-      UserError: a missing, left-over or wrongly shaped key, by name (before anything is read).
+      UserError: a missing, left-over or wrongly shaped key, by name (before anything is read); or one with numbers that
+        are not finite.
     """
     weights = source if isinstance(source, Weights) else open_file(source)
     left = {k: v for k, v in weights.arrays.items() if not k.endswith(_IGNORED_SUFFIXES)}
-    found = {}
+    found, keys = {}, {}
     flat = flax.traverse_util.flatten_dict(shapes)
     for tree_path, leaf in flat.items():
         key = prefix + names.torch_key(tree_path)
@@ -134,6 +180,7 @@ def read_params(source: Path | Weights, shapes: Any, *, prefix: str = "", shardi
                 "the file and the config do not belong together."
             )
         stored = found[tree_path] = left.pop(key)
+        keys[tree_path] = key
         expected = names.torch_shape(tree_path, leaf.shape)
         if expected not in (stored.shape, (*stored.shape, 1, 1)):
             raise UserError(
@@ -155,8 +202,22 @@ def read_params(source: Path | Weights, shapes: Any, *, prefix: str = "", shardi
             converted = empty(leaf.shape, leaf.dtype)
             np.copyto(converted, array, casting="unsafe")
             array = converted
+        if not is_finite(array):
+            raise UserError(
+                f"Weight file {weights.path}: {keys[tree_path]!r} has numbers that are not finite (NaN or infinity); "
+                "the model was saved damaged, or is damaged now: get it again."
+            )
         placed[tree_path] = place(array, sharding(tree_path, leaf.shape) if callable(sharding) else sharding)
     return flax.traverse_util.unflatten_dict({tree_path: placed[tree_path] for tree_path in flat})
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all of an array of floats, in row-major order, is finite: by the exponents, as numpy's own is slow."""
+    integer, exponent = _EXPONENTS[str(array.dtype)]
+    flat = array.reshape(-1).view(integer)
+    return not any(
+        ((flat[start : start + _BLOCK] & exponent) == exponent).any() for start in range(0, flat.size, _BLOCK)
+    )
 
 
 def place(array: np.ndarray, sharding: Sharding | None) -> jax.Array:

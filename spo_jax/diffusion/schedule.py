@@ -29,6 +29,8 @@ _SOLVERS = (
     *("DPMSolverMultistepInverse", "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep"),
     *("SASolver", "LCM", "TCD"),
 )
+# How names of schedulers of other kinds of noise begin; they may still carry the betas of the one they were made from.
+_OTHER_NOISE = ("EDM", "FlowMatch", "FlowMap", "ScoreSde", "KarrasVe", "CMStochastic", "Consistency", "SCM")
 # Fields that diffusers leaves out when it makes a DDIM scheduler from the config of another solver; and those that only
 # matter together with ``thresholding``, which is refused.
 _OF_OTHER_SOLVERS = (
@@ -164,7 +166,7 @@ def check_class(config: Mapping[str, Any]) -> None:
     """Refuses a scheduler whose noise is not made from betas, such as those of EDM and of flow matching."""
     name = str(config.get("_class_name", "DDIMScheduler"))
     described = config.get("beta_schedule") is not None or config.get("trained_betas") is not None
-    if not described and name.removesuffix("Scheduler") not in _SOLVERS:
+    if name.startswith(_OTHER_NOISE) or not (described or name.removesuffix("Scheduler") in _SOLVERS):
         raise UserError(
             f"_class_name = {name!r} is not supported: its noise schedule is not made from betas, as that of DDIM and "
             "DPM-Solver++ is; use a model that was trained with one (not EDM, not flow matching)."

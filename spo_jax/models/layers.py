@@ -251,7 +251,7 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """Halves height and width, an odd one up. The autoencoder pads below and to the right only, the UNet on all sides."""
+    """Halves height and width, rounding up. The autoencoder pads below and to the right only, the UNet all around."""
 
     channels: int
     asymmetric: bool

@@ -75,8 +75,12 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "timestep_post_act": (None,),
 }
 # upcast_attention asks for a float32 softmax, which we always use; addition_embed_type_num_heads is read only
-# together with an addition_embed_type that from_config refuses.
-_INERT = ("upcast_attention", "addition_embed_type_num_heads")
+# together with an addition_embed_type that from_config refuses. The others are those of the average (EMA) that
+# diffusers' trainers save as a UNet's folder.
+_INERT = (
+    *("upcast_attention", "addition_embed_type_num_heads"),
+    *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"),
+)
 _DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
 
@@ -120,6 +124,8 @@ class UNet2DConditionModel(nn.Module):
         """
         name = "UNet2DConditionModel"
         fields = check_fields(name, config, used=_USED, fixed=_FIXED, inert=_INERT)
+        if fields.get("sample_size") is None:
+            fields.pop("sample_size", None)
         num_blocks = len(fields.get("block_out_channels", cls.block_out_channels))
         # diffusers' historical quirk: `attention_head_dim` is the NUMBER of heads unless `num_attention_heads` is set.
         heads = fields.pop("attention_head_dim", 8)
@@ -257,7 +263,8 @@ class _Block(nn.Module):
     """One level of the UNet: ``num_layers`` resnets, each followed by attention if ``num_heads`` > 0; then resampling.
 
     With ``skips`` (on the way up) one of them is concatenated before each resnet. ``extra_resnet`` closes the middle
-    block. ``size`` is that of the next level's skips. Returns the result and every intermediate output that the way up will want as a skip.
+    block. ``size`` is that of the next level's skips. Returns the result and every intermediate output that the way up
+    will want as a skip.
     """
 
     channels: int

@@ -44,13 +44,13 @@ class AutoencoderKL(nn.Module):
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
-    sample_size: int | tuple[int, ...] = 512
+    sample_size: int | tuple[int, ...] = 32
     dtype: jnp.dtype = jnp.float32
 
     @classmethod

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from spo_jax.checkpoints.base import base_of_config
 from spo_jax.checkpoints.hub import exists, with_strength
 from spo_jax.checkpoints.pipeline import Pipeline, with_image_size
 from spo_jax.checkpoints.tokenizers import tokenize, tokenize_prompts
@@ -87,7 +88,7 @@ def extra_bytes(program: Program, run: Run) -> int:
 def _spo(config: ConfigDict, mesh: Mesh) -> Run:
     dtype = jnp.dtype(config.dtype)
     place = weight_placement(mesh, offload=config.offload)
-    pipeline = with_tokenizers(pipeline_shapes(config.model, dtype, place, vae=config.vae))
+    pipeline = with_tokenizers(pipeline_shapes(base_of_config(config), dtype, place))
     pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
     pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
     scorer, scorer_params = _scorer(config.scorer.path, config.scorer.fn, dtype, place)
@@ -214,7 +215,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
 def _spm(config: ConfigDict, mesh: Mesh) -> Run:
     dtype = jnp.dtype(config.dtype)
     place = functools.partial(weight_sharding, mesh)
-    pipeline = with_tokenizers(pipeline_shapes(config.model, dtype, place, vae=config.vae))
+    pipeline = with_tokenizers(pipeline_shapes(base_of_config(config), dtype, place))
     pipeline = with_image_size(pipeline, config.height, config.width)
     options = {"step_aware": config.scorer.step_aware, "known_plain": False}
     clip, start = clip_shapes(config.scorer.init, dtype, place, what="scorer", params_dtype=jnp.float32, **options)

@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from spo_jax.checkpoints import pipeline as reading
+from spo_jax.checkpoints.base import Base
 from spo_jax.checkpoints.hub import find_file, repository_of
+from spo_jax.checkpoints.parts import check_parts, mended_unet, scheduler_of
 from spo_jax.checkpoints.pipeline import Pipeline, read_json
+from spo_jax.checkpoints.single_file import open_single_file
 from spo_jax.distributed.offload import in_host_memory
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
@@ -42,49 +45,57 @@ def placed(shapes: Any, place: Place, prefix: tuple[str, ...] = ()) -> Any:
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
-def pipeline_shapes(name: str, dtype: Any, place: Place, *, vae: str = "") -> Pipeline:
-    """The pipeline ``name`` with ``jax.ShapeDtypeStruct`` for parameters and no tokenizers.
+def pipeline_shapes(base: Base, dtype: Any, place: Place) -> Pipeline:
+    """The pipeline of a config with ``jax.ShapeDtypeStruct`` for parameters and no tokenizers.
 
     Args:
-      name: as in ``config.model``: a local folder, or a repository whose configs are in the hub's cache or ship with
-        the package.
+      base: local folders, or repositories whose configs are in the hub's cache or ship with the package.
       dtype: of the networks.
       place: where each parameter lies, by its path in ``Pipeline.params`` and its shape.
-      vae: as in ``config.vae``.
 
     Raises:
-      UserError: there is no config to be found, or it is not supported.
+      UserError: there is no config to be found, or it is not supported, or the parts do not fit each other.
     """
+    name = base.model
     known = published.PIPELINES.get(repository_of(name) or "", {})
+    if (path := resolve(name)).is_file():
+        files = open_single_file(path)
+        known = {"model_index": files.index, "scheduler": files.scheduler, **files.configs}
     index = _find_config(resolve(name), "model_index.json", known.get("model_index"))
     sdxl = index["_class_name"] == "StableDiffusionXLPipeline"
 
     def part(folder: str, file: str = "config.json") -> dict[str, Any]:
         return _find_config(resolve(name), f"{folder}/{file}", known.get(folder))
 
-    vae_config = part("vae")
-    if vae:
-        vae_config = _find_config(resolve(vae), "config.json", published.VAES.get(repository_of(vae) or ""))
-    modules, shapes = {}, {}
+    unet_config = _find_part(base.unet, "unet") if base.unet else part("unet")
+    vae_config = _find_part(base.vae, "vae", published.VAES.get(repository_of(base.vae) or "")) if base.vae else None
+    parts, shapes = {}, {}
     for what, kind, shapes_of, config in (
-        ("unet", UNet2DConditionModel, reading.unet_shapes, part("unet")),
-        ("vae", AutoencoderKL, reading.vae_shapes, vae_config),
+        ("unet", UNet2DConditionModel, reading.unet_shapes, unet_config),
+        ("vae", AutoencoderKL, reading.vae_shapes, vae_config or part("vae")),
         ("text_encoder", CLIPTextModel, reading.text_encoder_shapes, part("text_encoder")),
         ("text_encoder_2", CLIPTextModelWithProjection, reading.text_encoder_shapes, sdxl and part("text_encoder_2")),
     ):
         if config:
-            modules[what], shapes[what] = _module(kind, shapes_of, json.dumps(config), dtype, dtype)
+            parts[what], shapes[what] = _module(kind, shapes_of, json.dumps(config), dtype, dtype)
+    check_parts(Path(name), parts)
+    if not sdxl:
+        parts["unet"] = mended_unet(parts["unet"], unet_config, Path(base.unet or name) / "unet" / "config.json")
+    scheduler = "scheduler/scheduler_config.json"
     return Pipeline(
         folder=Path(name),
-        unet=modules["unet"],
-        vae=modules["vae"],
-        text_encoder=modules["text_encoder"],
         tokenizer=None,
-        scheduler_config=part("scheduler", "scheduler_config.json"),
+        scheduler_config=scheduler_of(part(*scheduler.split("/")), Path(name) / scheduler, sdxl=sdxl),
         params=placed(shapes, place),
-        text_encoder_2=modules.get("text_encoder_2"),
         force_zeros_for_empty_prompt=sdxl and bool(index.get("force_zeros_for_empty_prompt", True)),
+        **parts,
     )
+
+
+def _find_part(name: str, part: str, default: Any = None) -> dict[str, Any]:
+    """The config of what replaces a part: in the folder that is named, or in its folder of the part's name."""
+    inside = find_file(resolve(name), f"{part}/config.json")
+    return _find_config(resolve(name), "config.json", default if inside is None else read_json(inside))
 
 
 def clip_shapes(

@@ -43,7 +43,7 @@ FREE_KEYS = (
     "wandb",
 )
 # Keys that configs did not always have, with what runs did before they had them.
-ADDED_KEYS = {"train.warmup": "linear"}
+ADDED_KEYS = {"train.warmup": "linear", "unet": ""}
 _ARRAYS, _EXTRA = "state", "extra"  # the parts of a checkpoint
 _NO_STEP = -1
 _BLOCK = 2**20

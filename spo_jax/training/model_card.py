@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from spo_jax.checkpoints.hub import with_strength
+from spo_jax.checkpoints.hub import find_file, with_strength
 from spo_jax.checkpoints.lora_write import KOHYA_FILE_NAME
-from spo_jax.emoji import PREFIX
+from spo_jax.checkpoints.remote import is_weight_file
+from spo_jax.emoji import PREFIX, resolve
 from spo_jax.files import write_text
 from spo_jax.training.report import duration, number
 from spo_jax.training.sources import licence_of, source_of
@@ -36,6 +37,7 @@ CITATION = """\
 }
 ```
 """
+_PART_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 _PROMPT = "a fox on a teal background"
 
 
@@ -213,6 +215,8 @@ def _sheet(folder: Path, config: Mapping[str, Any]) -> str:
 def _made_from(config: Mapping[str, Any], num_prompts: int, num_held_out: int) -> str:
     scorer, evaluation = config["scorer"], config["evaluation"]
     rows = [with_licence("base model", config["model"])]
+    if config["unet"]:
+        rows.append(with_licence("UNet, instead of the base model's", config["unet"]))
     if config["vae"]:
         rows.append(with_licence("autoencoder, instead of the base model's", config["vae"]))
     if config["lora"]["init"]:
@@ -294,17 +298,24 @@ def _adapters(lora: Mapping[str, Any]) -> str:
 def _diffusers(config: Mapping[str, Any], xl: bool, full: bool) -> str:
     """Python that makes a picture."""
     name = f"StableDiffusion{'XL' if xl else ''}Pipeline"
-    imports = {f"from diffusers import {'AutoencoderKL, ' if config['vae'] else ''}DDIMScheduler, {name}"}
+    parts = {} if full else {part: config[part] for part in ("unet", "vae") if config[part]}  # "model" has them
+    classes = sorted(["DDIMScheduler", name, *(_PART_CLASSES[part] for part in parts)])
+    imports = {f"from diffusers import {', '.join(classes)}"}
     dtype = f"torch_dtype=torch.{'bfloat16' if config['dtype'] == 'bfloat16' else 'float32'}"
-    lines, options = [], [dtype]
-    if config["vae"]:
-        vae, more = _pretrained(config["vae"], imports)
-        lines += [f"vae = AutoencoderKL.from_pretrained({', '.join([vae, *more, dtype])})"]
-        options = ["vae=vae", dtype]
-    if config["variant"]:
+    lines: list[str] = []
+    options: list[str] = []
+    for part, source in parts.items():
+        first, more = _pretrained(source, imports)
+        if find_file(resolve(source), "config.json") is None and find_file(resolve(source), f"{part}/config.json"):
+            more = [*more, f'subfolder="{part}"']
+        lines += [f"{part} = {_PART_CLASSES[part]}.from_pretrained({', '.join([first, *more, dtype])})"]
+        options += [f"{part}={part}"]
+    options += [dtype]
+    if config["variant"] and not full:
         options = [f"variant={_string(config['variant'])}", *options]
     base, more = ('"model"', []) if full else _pretrained(config["model"], imports)
-    lines += [f"pipeline = {name}.from_pretrained(", *(f"    {x}," for x in (base, *more, *options)), ")"]
+    method = "from_pretrained" if full or not is_weight_file(config["model"]) else "from_single_file"
+    lines += [f"pipeline = {name}.{method}(", *(f"    {x}," for x in (base, *more, *options)), ")"]
     if not full:
         lines += ['pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")']
     size = {key: config["sampling"][key] for key in ("height", "width") if config["sampling"][key]}
@@ -349,11 +360,10 @@ def _other_programs(config: Mapping[str, Any], xl: bool, full: bool, name: str) 
     if is_emoji(config["model"]):
         return head + "They know Stable Diffusion, not the emoji model.\n"
     if full:
-        script = f"convert_diffusers_to_original_{'sdxl' if xl else 'stable_diffusion'}.py"
         return (
-            f"{head}They read one file, which a script in diffusers' repository makes:\n\n"
-            f"```\npython scripts/{script} --model_path=model --checkpoint_path={name}.safetensors --use_safetensors "
-            "--half\n```\n\n"
+            f"{head}They read one file, which this writes (WORKDIR is this folder):\n\n"
+            + command("export", model="WORKDIR/model", format="checkpoint", out=f"{name}.safetensors")
+            + "\n"
             + table(
                 ("program", "folder for the file", "how to use it"),
                 [
@@ -373,18 +383,18 @@ def _other_programs(config: Mapping[str, Any], xl: bool, full: bool, name: str) 
             ],
         )
         + "\nThis writes it with half the size:\n\n"
-        + command("export", lora="WORKDIR", format="kohya", dtype="float16", out=f"{name}.safetensors")
+        + command("export", lora="WORKDIR", format="kohya", out=f"{name}.safetensors", dtype="float16")
     )
 
 
 def _generate(config: Mapping[str, Any], full: bool) -> str:
     base = config["model"] if source_of(config["model"]) else local_name(config["model"])
-    vae = config["vae"] if source_of(config["vae"]) else config["vae"] and local_name(config["vae"])
+    parts = {part: config[part] for part in ("unet", "vae")}
+    parts = {part: name if source_of(name) else name and local_name(name) for part, name in parts.items()}
     return command(
         "generate",
         model="WORKDIR/model" if full else base,
-        variant=config["variant"],
-        vae=vae,
+        **{} if full else {"variant": config["variant"], **parts},
         lora=None if full else "WORKDIR",
         prompt=_PROMPT,
         steps=config["sampling"]["num_steps"],

@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from spo_jax import rng
 from spo_jax.checkpoints.artifacts import ready
+from spo_jax.checkpoints.base import base_of_config, read_base
 from spo_jax.checkpoints.pipeline import (
     read_clip,
-    read_pipeline,
     with_image_size,
-    with_vae,
 )
 from spo_jax.checkpoints.write_scorer import write_scorer
 from spo_jax.data.preferences import PairBatch, PairLoader, open_pairs
@@ -99,9 +98,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     # -------------------------------------------------------------------------------------------------------- models
     config, pins = ready(config, workdir)
     dtype = jnp.dtype(config.dtype)
-    pipeline = read_pipeline(resolve(config.model), dtype, variant=config.variant or None, sharding=placement)
-    if config.vae:
-        pipeline = with_vae(pipeline, resolve(config.vae), dtype, sharding=placement)
+    pipeline = read_base(base_of_config(config), dtype, sharding=placement)
     pipeline = with_image_size(pipeline, config.height, config.width)
     clip, start = read_clip(resolve(config.scorer.init), step_aware=config.scorer.step_aware, sharding=placement)
     clip = clip.clone(dtype=dtype, remat=config.remat)  # it computes in ``dtype``; its parameters stay float32

@@ -65,6 +65,8 @@ def _introduction(summary: Mapping[str, Any], aware: bool) -> str:
 def _made_from(config: Mapping[str, Any], num_used: int) -> str:
     rows = [with_licence("start of the training", config["scorer"]["init"])]
     rows.append(with_licence("base model, which makes what is judged", config["model"]))
+    if config["unet"]:
+        rows.append(with_licence("UNet, instead of the base model's", config["unet"]))
     if config["vae"]:
         rows.append(with_licence("autoencoder, instead of the base model's", config["vae"]))
     rows.append(with_licence(f"training pairs, {num_used} used over all epochs", config["data"]["train"]))

@@ -17,13 +17,12 @@ from tqdm import tqdm
 
 from spo_jax import rng
 from spo_jax.checkpoints.artifacts import ready
+from spo_jax.checkpoints.base import base_of_config, read_base
 from spo_jax.checkpoints.lora_write import write_kohya, write_lora
 from spo_jax.checkpoints.pipeline import (
     Pipeline,
     read_clip,
-    read_pipeline,
     with_image_size,
-    with_vae,
 )
 from spo_jax.checkpoints.tokenizers import cut_warning, tokenize, tokenizers_of
 from spo_jax.checkpoints.write_pipeline import write_pipeline
@@ -103,9 +102,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
     # -------------------------------------------------------------------------------------------------------- models
     dtype = jnp.dtype(config.dtype)
-    pipeline = read_pipeline(resolve(config.model), dtype, variant=config.variant or None, sharding=placement)
-    if config.vae:
-        pipeline = with_vae(pipeline, resolve(config.vae), dtype, sharding=placement)
+    pipeline = read_base(base_of_config(config), dtype, sharding=placement)
     pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
     pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
     options: dict[str, Any] = {"dtype": dtype, "sharding": placement}
@@ -310,4 +307,5 @@ def write_result(workdir: Path, trained: Any, pipeline: Pipeline) -> None:
         kind = str(pipeline.scheduler_config.get("prediction_type", "epsilon"))
         write_kohya(workdir, lora, pipeline.params["unet"], prediction_type=kind, image_size=pipeline.image_size)
     elif not (workdir / "model").exists():
-        write_pipeline(workdir / "model", pipeline.folder, trained["params"])
+        options: dict[str, Any] = {"replaced": pipeline.replaced, "variant": pipeline.variant}
+        write_pipeline(workdir / "model", pipeline.folder, trained["params"], **options)

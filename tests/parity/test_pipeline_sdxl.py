@@ -17,8 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from configs import sdxl, spm_sdxl
 from configs.tiny import get_config
-from spo_jax.checkpoints.lora import FILE_NAME, read_lora
-from spo_jax.checkpoints.lora_write import write_lora
+from spo_jax.checkpoints.lora import read_lora
+from spo_jax.checkpoints.lora_write import write_kohya, write_lora
 from spo_jax.checkpoints.pipeline import read_clip, read_pipeline, read_unet, with_image_size
 from spo_jax.checkpoints.write_pipeline import write_pipeline
 from spo_jax.data.builder import write_split
@@ -37,6 +37,7 @@ from spo_jax.training.programs import collect, compile_programs, run_updates
 from spo_jax.training.rollout import make_encode, make_generate, shard_prompts
 from spo_jax.training.spo import train
 from spo_jax.types import TrainState
+from tests.lora_files import random_adapters
 from tests.parity.test_live_pytorch import randomize
 from tests.preference_data import record
 
@@ -143,19 +144,24 @@ def test_picture_is_that_of_diffusers(theirs, ours, height, width):
     check_pictures(theirs[0], with_image_size(ours, height, width), height, width)
 
 
-@pytest.mark.parametrize("form", ["adapters", "pipeline"])
-def test_adapters_make_the_same_picture_in_diffusers(theirs, ours, tmp_path, form):
-    """As a LoRA file that diffusers loads, and merged into a folder that diffusers loads."""
-    fresh = init_lora(jax.random.key(0), ours.params["unet"], 2)
-    lora = jax.tree.map(lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
-    folder = theirs[1]
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline"])
+def test_adapters_of_all_layers_make_the_same_picture_in_diffusers(theirs, ours, tmp_path, form):
+    """As LoRA files that diffusers loads, and merged into a folder that diffusers loads."""
+    lora = random_adapters(ours.params)
+    assert set(lora) == {"unet", "text_encoder", "text_encoder_2"}
+    folder, file = theirs[1], tmp_path / "lora.safetensors"
     if form == "pipeline":
         folder = tmp_path / "merged"
-        write_pipeline(folder, theirs[1], merge_lora(ours.params["unet"], lora))
+        unet, *encoders = ({part: merge_lora(ours.params[part], lora[part])} for part in lora)
+        write_pipeline(folder, theirs[1], unet["unet"], text_encoders=encoders[0] | encoders[1])
     tuned = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, add_watermarker=False)
     tuned.set_progress_bar_config(disable=True)
-    if form == "adapters":
-        tuned.load_lora_weights(str(write_lora(tmp_path, {"unet": lora}).parent), weight_name=FILE_NAME)
+    if form != "pipeline":
+        if form == "kohya":
+            write_kohya(file, lora, ours.params["unet"])
+        else:
+            write_lora(file, lora)
+        tuned.load_lora_weights(str(tmp_path), weight_name=file.name)
     with_adapters = check_pictures(tuned, ours, 16, 16, lora)
     assert np.abs(with_adapters - check_pictures(theirs[0], ours, 16, 16)).max() > 0.02, "the adapters should show"
 
@@ -164,9 +170,10 @@ def check_pictures(theirs, pipeline, height, width, lora=None):
     """Asserts that diffusers' pipeline and ours make the same pictures from the same latents; returns them."""
     steps = 4
     assert pipeline.image_size == (height, width)
-    variables = {"params": pipeline.params["unet"]} | ({} if lora is None else {"lora": lora})
+    variables = {"params": pipeline.params["unet"]} | ({} if lora is None else {"lora": lora["unet"]})
     latents = np.random.default_rng(0).standard_normal((2, *pipeline.latent_shape)).astype(np.float32)
-    batch = encode_prompts(make_encode(pipeline, scorer=None), pipeline.params, pipeline, None, PROMPTS)
+    params = pipeline.params | {"lora": lora or {}}
+    batch = encode_prompts(make_encode(pipeline, scorer=None), params, pipeline, None, PROMPTS)
     generate = make_generate(pipeline, make_schedule(pipeline.scheduler_config, steps), guidance_scale=5.0, eta=0.0)
     images = jax.jit(generate)(pipeline.params, variables, batch, jnp.asarray(latents))
     expected = theirs(

@@ -85,7 +85,7 @@ def test_left_over_key(tmp_path, model):
 
 def test_start_from_adapters_of_another_rank(tmp_path):
     (tmp_path / "start").mkdir()
-    write_lora(tmp_path / "start", {"unet": pictures.strong_adapters(rank=3)})
+    write_lora(tmp_path / "start", pictures.strong_adapters(rank=3))
     start = tmp_path / "start"
     refused(command(tmp_path / "w", lora__init=start, lora__rank=2), start, "rank 3", "config.lora.rank is 2")
     assert not (tmp_path / "w").exists()
@@ -110,7 +110,20 @@ def test_workdir_of_another_config(tmp_path):
     assert len(list((tmp_path / "w").iterdir())) == 1
 
 
-def test_loss_that_is_not_finite(tmp_path, model):
+def test_parts_that_do_not_belong_together(tmp_path, model):
+    config = model / "unet" / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"in_channels": 4', '"in_channels": 9'), "utf-8")
+    refused(command(tmp_path / "w", model=model), model / "unet", "9 channels", "inpainting")
+    assert not (tmp_path / "w").exists()
+
+
+def test_weights_that_are_not_finite(tmp_path, model):
     edit(model / WEIGHTS, lambda tensors: tensors["conv_out.bias"].fill(np.nan))
+    refused(command(tmp_path / "w", model=model), WEIGHTS, "'conv_out.bias'", "not finite")
+    assert not (tmp_path / "w").exists()
+
+
+def test_loss_that_is_not_finite(tmp_path, model):
+    edit(model / WEIGHTS, lambda tensors: tensors.update({"conv_out.bias": np.full(4, 3e38, np.float32)}))
     refused_by_the_command(command(tmp_path / "w", model=model), "not finite", "batch 1")
     assert not (tmp_path / "w" / "pytorch_lora_weights.safetensors").exists()

@@ -5,9 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from diffusers import DPMSolverMultistepScheduler
 
 from spo_jax.checkpoints.lora_write import write_kohya, write_lora
+from spo_jax.checkpoints.pipeline import read_pipeline
+from spo_jax.checkpoints.write_checkpoint import write_checkpoint
+from spo_jax.diffusion.schedule import FILE
+from spo_jax.models.lora import merge_lora
 from tests import pictures
 from tests.system.commands import ROOT, environment, run
 
@@ -18,7 +23,7 @@ MODEL = ROOT / "spo_jax" / "emoji" / "model"
 def workdir(tmp_path_factory):
     """What the command needs of a training run: the adapters, and the config with the model."""
     folder = tmp_path_factory.mktemp("run")
-    write_lora(folder, {"unet": pictures.strong_adapters()})
+    write_lora(folder, pictures.strong_adapters())
     (folder / "config.json").write_text(json.dumps({"model": "emoji:model"}), encoding="utf-8")
     return folder
 
@@ -35,22 +40,51 @@ def export(**flags):
     return run([sys.executable, "-m", "spo_jax.export", *arguments], environment())
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline"])
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "pipeline", "checkpoint"])
 def test_diffusers_makes_our_picture(workdir, with_adapters, tmp_path, form):
     out = tmp_path / "deep" / ("model" if form == "pipeline" else "spo.safetensors")
     result = export(lora=workdir, format=form, out=out)
     assert result.returncode == 0, result.stderr
-    assert [p.name for p in out.parent.iterdir()] == [out.name]
-    theirs = pictures.theirs(folder=out) if form == "pipeline" else pictures.theirs(lora_file=out)
+    # The shipped model's sizes are not those of a published one: its configs and tokenizer go beside the single file.
+    assert {p.name for p in out.parent.iterdir()} == {out.name} | ({"spo.config"} if form == "checkpoint" else set())
+    if form == "checkpoint":
+        theirs = pictures.theirs(single_file=out)
+        assert {value.dtype for value in safetensors.numpy.load_file(out).values()} == {np.dtype(np.float16)}
+    else:
+        theirs = pictures.theirs(folder=out) if form == "pipeline" else pictures.theirs(lora_file=out)
     assert np.abs(theirs - with_adapters).max() <= 2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 0), ("float16", 2)])
+def test_the_same_picture_from_one_file(tmp_path, dtype, tolerance):
+    path, emoji = tmp_path / "emoji.safetensors", pictures.emoji_pipeline()
+    write_checkpoint(path, MODEL, {}, dtype=np.dtype(dtype))
+    pipeline = read_pipeline(path)
+    for part in ("unet", "vae", "text_encoder", "image_size"):
+        assert getattr(pipeline, part) == getattr(emoji, part), part
+    assert pipeline.scheduler_config | {FILE: ""} == emoji.scheduler_config | {FILE: ""}
+    assert pipeline.tokenizer(pictures.PROMPTS).input_ids == emoji.tokenizer(pictures.PROMPTS).input_ids
+    assert np.abs(pictures.ours(params=pipeline.params) - pictures.ours()).max() <= tolerance
 
 
 def test_kohya_to_diffusers_is_bit_exact(workdir, tmp_path):
     lora, params = pictures.strong_adapters(), pictures.emoji_pipeline().params["unet"]
-    write_kohya(tmp_path / "theirs.safetensors", {"unet": lora}, params)
+    write_kohya(tmp_path / "theirs.safetensors", lora, params)
     result = export(lora=tmp_path / "theirs.safetensors", model=MODEL, out=tmp_path / "o.safetensors")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "o.safetensors").read_bytes() == next(workdir.glob("*.safetensors")).read_bytes()
+
+
+def test_a_single_file_takes_the_place_of_a_folder(workdir, tmp_path):
+    model, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    write_checkpoint(model, MODEL, {}, dtype=np.dtype(np.float32))
+    result = export(lora=workdir, model=model, format="checkpoint", dtype="float32", out=out)
+    assert result.returncode == 0 and f"Wrote {out}." in result.stdout, result.stderr
+    theirs = safetensors.numpy.load_file(out)
+    merged = merge_lora(pictures.emoji_pipeline().params["unet"], pictures.strong_adapters())
+    write_checkpoint(tmp_path / "ours.safetensors", MODEL, {"unet": lambda: merged}, dtype=np.dtype(np.float32))
+    for key, value in safetensors.numpy.load_file(tmp_path / "ours.safetensors").items():
+        np.testing.assert_array_equal(theirs[key], value)
 
 
 @pytest.mark.parametrize("steps", [8, 15])
@@ -70,7 +104,7 @@ def test_dpm_solver_makes_the_picture_of_diffusers(steps):
         ({"lora": "{run}", "out": "{}/full", "format": "pipeline"}, ["full", "not an empty folder"]),
         ({"lora": "{}/full/lora.safetensors", "out": "{}/o.safetensors"}, ["--model is missing"]),
         ({"lora": "{run}", "out": "{}/full/file/o.safetensors", "format": "kohya"}, ["cannot be written"]),
-        ({"lora": "{run}", "model": "{}/full", "out": "{}/o.safetensors"}, ["full/unet/config.json"]),
+        ({"lora": "{run}", "model": "{}/full", "out": "{}/o.safetensors"}, ["full/model_index.json"]),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_written(workdir, tmp_path, flags, words):

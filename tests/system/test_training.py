@@ -128,7 +128,7 @@ def test_diffusers_and_peft_make_the_same_picture_with_the_adapters(undisturbed,
     tensors = safetensors.numpy.load_file(workdir / LORA)
     tensors = {k: v * (strength if "lora_B" in k else 1.0) for k, v in tensors.items()}
     safetensors.numpy.save_file({k: v.astype(np.float32) for k, v in tensors.items()}, tmp_path / LORA)
-    with_lora = pictures.ours(read_lora(tmp_path, {"unet": read_unet(folder / "unet")[1]})["unet"], folder=folder)
+    with_lora = pictures.ours(read_lora(tmp_path, {"unet": read_unet(folder / "unet")[1]}), folder=folder)
     assert np.abs(with_lora - pictures.theirs(folder, tmp_path / LORA)).max() <= 2
     if strength > 1:
         assert np.abs(with_lora - pictures.ours(folder=folder)).max() > 10, "the adapters should show"

@@ -343,3 +343,12 @@ def test_config_that_json_writes_differently_is_still_the_same(tmp_path):
     config = {"sizes": (1, 2), "rate": 1e-4, "none": None}
     checkpoint.check_workdir(tmp_path, config)
     checkpoint.check_workdir(tmp_path, config)
+
+
+def test_a_run_from_before_a_key_was_added_goes_on_where_the_key_has_the_old_meaning(tmp_path):
+    """A UNet of its own, for instance, which earlier runs did not have."""
+    old = {"seed": 0, "model": "m", "vae": ""}
+    checkpoint.check_workdir(tmp_path / "w", old)
+    checkpoint.check_workdir(tmp_path / "w", old | {"unet": ""})
+    with pytest.raises(UserError, match=r"config\.unet was '' there and is 'u' now"):
+        checkpoint.check_workdir(tmp_path / "w", old | {"unet": "u"})

@@ -203,8 +203,9 @@ def test_any_tree_is_written_and_read_bit_by_bit(tmp_path_factory, tree, data):
     params, generator = {}, np.random.default_rng(data.draw(st.integers(0, 1000)))
     for path, (leaf, sizes) in tree.items():
         shape = sizes[: data.draw(st.sampled_from([2, 4]))] if leaf == "kernel" else sizes[:1]
-        # Any bit pattern: infinities, subnormal numbers, negative zeros and NaN too.
-        params[(*path, leaf)] = generator.integers(0, 2**32, shape, dtype=np.uint32).view(np.float32)
+        # Any bit pattern of a finite number: subnormal numbers and negative zeros too.
+        bits = generator.integers(0, 2**32, shape, dtype=np.uint32) & 0xBFFFFFFF
+        params[(*path, leaf)] = bits.view(np.float32)
     params = flax.traverse_util.unflatten_dict(params)
     path = tmp_path_factory.mktemp("tree") / "m.safetensors"
     write_params(path, params, prefix="p.")
@@ -296,8 +297,8 @@ def test_strength_is_alpha_over_rank_wherever_it_is_written(tmp_path, models, ad
 @pytest.mark.parametrize(
     "metadata, word",
     [
-        ('{"unet.use_rslora": true}', "use_rslora"),
-        ('{"unet.alpha_pattern": {"to_q": 2}}', "alpha_pattern"),
+        ('{"unet.use_dora": true}', "DoRA"),
+        ('{"unet.alpha_pattern": {"to_.": 2, ".*": 3}}', "alpha_pattern"),
         ("[", "damaged"),
         ("[]", "damaged"),
         ('{"unet.lora_alpha": "big"}', "damaged"),
@@ -309,24 +310,6 @@ def test_strength_that_cannot_be_kept_is_refused(tmp_path, models, adapters, met
     with pytest.raises(UserError, match=word) as caught:
         read_lora(tmp_path, {"unet": models["unet"][1]})["unet"]
     assert FILE_NAME in str(caught.value)
-
-
-@settings(max_examples=15)
-@given(data=st.data())
-def test_adapters_of_other_layers_are_refused_not_ignored(tmp_path_factory, models, adapters, data):
-    """Only the attention projections have adapters; elsewhere they would have no effect."""
-    params = models["unet"][1]
-    others = sorted(p for p in flat(params) if p[-1] == "kernel" and p[-2] not in TARGETS)
-    path = data.draw(st.sampled_from(others))
-    shape = names.torch_shape(path, flat(params)[path].shape)
-    module = "unet." + names.torch_key(path).removesuffix(".weight")
-    file = write_lora(tmp_path_factory.mktemp("lora"), {"unet": adapters})
-    extra = {f"{module}.lora_A.weight": np.ones((3, *shape[1:]), np.float32)}
-    extra[f"{module}.lora_B.weight"] = np.ones((shape[0], 3, *(1 for _ in shape[2:])), np.float32)
-    write_tensors(file, read_tensors(file) | extra)
-    with pytest.raises(UserError, match=re.escape(module)) as caught:
-        read_lora(file, {"unet": params})["unet"]
-    assert str(file) in str(caught.value)
 
 
 @settings(max_examples=15)

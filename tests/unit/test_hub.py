@@ -68,7 +68,8 @@ def test_parts_of_a_repository_are_read_from_the_cache(cache):
 
 @pytest.mark.parametrize("read", [read_pipeline, read_tokenizer, lambda name: read_clip(name, step_aware=True)])
 def test_model_that_is_not_cached_is_named_with_the_command(cache, read):
-    command = f"`hf download org/name --revision {COMMIT} --include .*model.safetensors.*`"
+    weights = "" if read is read_tokenizer else " --include .*model.safetensors.*"
+    command = f"`hf download org/name --revision {COMMIT} --include '..json' --include '..txt'{weights}`"
     with pytest.raises(UserError, match=f"org/name@{COMMIT} is neither here .*{command}") as caught:
         read(f"org/name@{COMMIT}")
     assert "\n" not in str(caught.value)

@@ -97,6 +97,7 @@ def test_adapters(tmp_path):
     contains(card, "(no measure of quality) | 80.0 | not finite |", "oversaturated")
     contains(card, "training prompts, 4000 | `4k.json`", "the first 200", "adapters of rank `4`", "`6e-05`", "seed `7`")
     contains(card, "--format=kohya \\\n    --out=my-run.safetensors", "`<lora:my-run:1>`", "ComfyUI/models/loras")
+    contains(card, "kohya's tools read `kohya_lora_weights.safetensors` of this folder")
     contains(card, "--config=configs/recorded.py:WORKDIR", "2406.04314")
     assert "/home" not in card and str(tmp_path) not in card
 
@@ -117,11 +118,26 @@ def test_a_whole_unet(tmp_path):
     card = make_card(tmp_path, sd15.get_config(), **{"lora.rank": 0, "scorer.fn": "my_judge:score"})
     top = front_matter(card)
     assert top["base_model_relation"] == "finetune" and "lora" not in top["tags"]
-    contains(
-        card, 'from_pretrained(\n    "model",', "convert_diffusers_to_original_stable_diffusion.py", "`my_judge:score`"
-    )
+    contains(card, 'from_pretrained(\n    "model",', "--model=WORKDIR/model", "--format=checkpoint", "`my_judge:score`")
     contains(card, "--model=WORKDIR/model")
     assert "load_lora_weights" not in card and "--format=kohya" not in card
+
+
+def test_parts_that_replace_those_of_the_base_model_are_in_its_commands(tmp_path):
+    trained = tmp_path / "checkpoint-500"
+    (trained / "unet").mkdir(parents=True)
+    (trained / "unet" / "config.json").write_text("{}", encoding="utf-8")
+    parts = {"unet": str(trained), "vae": "org/vae@" + 40 * "1"}
+    card = make_card(tmp_path / "a", sd15.get_config(), **parts)
+    (block,) = blocks(card, "python")
+    contains(block, 'UNet2DConditionModel.from_pretrained("checkpoint-500", subfolder="unet"', "    unet=unet,")
+    contains(block, 'AutoencoderKL.from_pretrained("org/vae"', "    vae=vae,")
+    compile(block, "block", "exec")
+    contains(card, "UNet, instead of the base model's", "--unet=checkpoint-500", "--vae=org/vae@")
+    full = make_card(tmp_path / "b", sd15.get_config(), variant="fp16", **parts, **{"lora.rank": 0})
+    (block,) = blocks(full, "python")
+    assert "unet" not in block and "vae" not in block and "variant" not in block, "the folder has them"
+    assert "--unet" not in full and "--vae" not in full and "--variant" not in full
 
 
 def test_a_local_base_model_is_named_by_its_folder(tmp_path):
@@ -151,7 +167,7 @@ def test_a_readme_without_a_licence(tmp_path, text):
 
 
 def test_the_code_for_adapters_runs(tmp_path, monkeypatch):
-    write_lora(tmp_path, {"unet": pictures.strong_adapters()})
+    write_lora(tmp_path, pictures.strong_adapters())
     (block,) = blocks(make_card(tmp_path, tiny.get_config(), **{"sampling.num_steps": 2}), "python")
     monkeypatch.chdir(tmp_path)
     names = {}

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from configs import common, common_spm, sd15, sdxl, spm_sd15, tiny
+from spo_jax.checkpoints.base import Base, base_of_config
 from spo_jax.distributed.mesh import make_mesh, replicated
 from spo_jax.distributed.sharding import weight_sharding
 from spo_jax.errors import UserError
@@ -77,7 +78,7 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch):
 )
 def test_published_pipelines_need_no_file(config, parameters):
     mesh = make_mesh(1, 8)
-    pipeline = pipeline_shapes(config.model, jnp.bfloat16, functools.partial(weight_sharding, mesh), vae=config.vae)
+    pipeline = pipeline_shapes(base_of_config(config), jnp.bfloat16, functools.partial(weight_sharding, mesh))
     assert num_parameters(pipeline.params) == parameters
     assert 2 * parameters / 8 <= device_bytes(pipeline.params) < 2.1 * parameters / 8, "each of eight has an eighth"
 
@@ -95,7 +96,7 @@ def test_a_preference_model_that_is_not_here_is_a_vit_h_and_a_plain_one_is_known
 
 def test_a_model_of_unknown_size_is_refused_with_those_that_are_known():
     with pytest.raises(UserError, match=r"'no/model' has no model_index\.json here.*stable-diffusion-xl-base-1\.0"):
-        pipeline_shapes("no/model", jnp.bfloat16, lambda _path, _shape: replicated(make_mesh(-1, 1)))
+        pipeline_shapes(Base("no/model"), jnp.bfloat16, lambda _path, _shape: replicated(make_mesh(-1, 1)))
 
 
 # ----------------------------------------------------------------------------------------------------------------- walk

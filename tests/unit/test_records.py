@@ -200,21 +200,25 @@ def test_weights_that_do_not_fit_are_refused_by_key(tmp_path, change, message):
 
 @pytest.mark.parametrize("names, alpha", [(("lora_A", "lora_B"), None), (("lora.down", "lora.up"), 1.0)])
 def test_adapters_are_read_under_both_names_and_with_alpha(tmp_path, names, alpha):
-    base = {"mid": {"to_out_0": {"kernel": np.zeros((4, 3), np.float32)}}}
-    lora = {"mid": {"to_out_0": {"A": np.float32(np.arange(8).reshape(4, 2)), "B": np.ones((2, 3), np.float32)}}}
-    write_lora(tmp_path, {"unet": lora})
+    def in_middle(layer):
+        return {"unet": {"mid_block": {"attentions_0": layer}}}
+
+    base = in_middle({"to_out_0": {"kernel": np.zeros((4, 3), np.float32)}})
+    layer = {"A": np.float32(np.arange(8).reshape(4, 2)), "B": np.ones((2, 3), np.float32)}
+    write_lora(tmp_path, in_middle({"to_out_0": layer}))
     tensors = read_tensors(tmp_path / FILE_NAME)
-    assert set(tensors) == {"unet.mid.to_out.0.lora_A.weight", "unet.mid.to_out.0.lora_B.weight"}
+    module = "unet.mid_block.attentions.0.to_out.0"
+    assert set(tensors) == {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
     renamed = {k.replace("lora_A", names[0]).replace("lora_B", names[1]): v for k, v in tensors.items()}
     if alpha is not None:
-        renamed["unet.mid.to_out.0.alpha"] = np.array(alpha, np.float32)
-        lora["mid"]["to_out_0"]["B"] = lora["mid"]["to_out_0"]["B"] * np.float32(alpha / 2)
+        renamed[f"{module}.alpha"] = np.array(alpha, np.float32)
+        layer["B"] = layer["B"] * np.float32(alpha / 2)
     write_tensors(tmp_path / FILE_NAME, renamed)
-    chex.assert_trees_all_equal(read_lora(tmp_path, {"unet": base})["unet"], jax.tree.map(jnp.asarray, lora))
+    chex.assert_trees_all_equal(read_lora(tmp_path, base), jax.tree.map(jnp.asarray, in_middle({"to_out_0": layer})))
     with pytest.raises(UserError, match="made for another model"):
-        read_lora(tmp_path, {"unet": {"mid": {"to_out_0": {"kernel": np.zeros((5, 3), np.float32)}}}})["unet"]
-    with pytest.raises(UserError, match="fit no attention projection"):
-        read_lora(tmp_path, {"unet": {"other": {"to_out_0": {"kernel": np.zeros((4, 3), np.float32)}}}})["unet"]
+        read_lora(tmp_path, in_middle({"to_out_0": {"kernel": np.zeros((5, 3), np.float32)}}))
+    with pytest.raises(UserError, match="fit no layer of this model"):
+        read_lora(tmp_path, in_middle({"to_q": {"kernel": np.zeros((4, 3), np.float32)}}))
 
 
 @pytest.mark.parametrize(

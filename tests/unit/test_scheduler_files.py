@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
+from spo_jax.checkpoints.parts import scheduler_of
 from spo_jax.diffusion.ddim import ddim_distribution, log_prob, predict_x0_and_noise
 from spo_jax.diffusion.dpm_solver import make_dpm_schedule, sample_dpmpp_2m
 from spo_jax.diffusion.generate import sample
@@ -123,6 +124,16 @@ def test_training_keeps_the_noise_of_the_last_step_where_pictures_lose_it():
         np.testing.assert_array_equal(getattr(clean, name), getattr(noisy, name))
 
 
+def test_a_file_of_sdxl_without_a_word_on_clipping_is_not_clipped_and_says_so(capsys):
+    """As scripts write it that make a folder of a single file."""
+    config = {k: v for k, v in SD.items() if k != "clip_sample"}
+    assert make_schedule(scheduler_of(config, "a/scheduler_config.json", sdxl=True), 7).clip_sample_range is None
+    assert "File a/scheduler_config.json has no clip_sample" in capsys.readouterr().err
+    clipped = scheduler_of(SD | {"clip_sample": True, "steps_offset": 0}, "b/scheduler_config.json", sdxl=True)
+    assert make_schedule(clipped, 7).clip_sample_range == 1.0 and clipped["steps_offset"] == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
 def test_a_zero_snr_schedule_has_finite_log_probabilities_and_gradients(kind, spacing):
@@ -153,6 +164,9 @@ def test_a_zero_snr_schedule_has_finite_log_probabilities_and_gradients(kind, sp
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000},
         {"_class_name": "IPNDMScheduler", "trained_betas": None},
+        # As diffusers saves them when they were made from the config of another one.
+        SD | {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0},
+        SD | {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5},
         {"_class_name": "UnCLIPScheduler", "variance_type": "fixed_small_log"},
     ],
 )

@@ -10,7 +10,14 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
 from spo_jax.checkpoints.pipeline import read_pipeline
-from spo_jax.checkpoints.tokenizers import cut_off, cut_warning, read_tokenizer, tokenize, tokenize_prompts
+from spo_jax.checkpoints.tokenizers import (
+    check_lengths,
+    cut_off,
+    cut_warning,
+    read_tokenizer,
+    tokenize,
+    tokenize_prompts,
+)
 from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.models import CLIPTextModel
@@ -98,6 +105,14 @@ def test_a_pipeline_with_a_tokenizer_without_a_length_encodes_as_with_one(tmp_pa
         encode = make_encode(pipeline, scorer=None)
         embeddings.append(encode_prompts(encode, pipeline.params, pipeline, None, [LONG]).embeddings)
     np.testing.assert_array_equal(*embeddings)
+
+
+def test_tokenizers_of_different_lengths_do_not_make_a_pipeline(changed):
+    first, second = read_tokenizer(EMOJI), read_tokenizer(changed(model_max_length=9))
+    check_lengths({"tokenizer": first})
+    check_lengths({"tokenizer": first, "tokenizer_2": first})
+    with pytest.raises(UserError, match="different lengths, tokenizer 16 and tokenizer_2 9; set model_max_length"):
+        check_lengths({"tokenizer": first, "tokenizer_2": second})
 
 
 def test_a_judge_with_fewer_positions_has_a_tokenizer_of_its_own():

@@ -14,14 +14,13 @@ import optax
 import pytest
 
 from configs import common, tiny
-from spo_jax.checkpoints.pipeline import read_pipeline, with_vae
+from spo_jax.checkpoints.pipeline import read_pipeline
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import batch_sharding, make_mesh, replicated
 from spo_jax.distributed.offload import to_device, weight_placement
 from spo_jax.distributed.pieces import map_in_pieces, piece_size
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.emoji import resolve
-from spo_jax.errors import UserError
 from spo_jax.models import UNet2DConditionModel
 from spo_jax.models.lora import init_lora
 from spo_jax.preference.scorers import Scorer
@@ -34,7 +33,6 @@ from spo_jax.training.programs import collect, compile_programs, run_updates, st
 from spo_jax.training.rollout import make_encode, make_score_latents, shard_prompts
 from spo_jax.training.update import make_update
 from spo_jax.types import PreferencePairs, PromptBatch, TrainState
-from tests.golden_data import FOLDER
 from tests.small_pipeline import small_pipeline
 
 
@@ -181,14 +179,6 @@ def test_weights_that_are_seldom_used_wait_in_the_hosts_memory():
         assert {x.sharding.memory_kind for x in jax.tree.leaves(visiting)} == {"device"}
     assert kinds[False] == {name: {"device"} for name in ("unet", "vae", "text_encoder")}
     assert kinds[True] == kinds[False] | {"text_encoder": {"pinned_host"}}
-
-
-def test_an_autoencoder_of_other_latents_is_refused():
-    pipeline = read_pipeline(resolve("emoji:model"))
-    same = with_vae(pipeline, resolve("emoji:model/vae"))
-    chex.assert_trees_all_equal(same.params["vae"], pipeline.params["vae"])
-    with pytest.raises(UserError, match="needs 4 at 1/4"):
-        with_vae(pipeline, FOLDER / "vae")
 
 
 # --------------------------------------------------------------------------------------------------------- optimizer

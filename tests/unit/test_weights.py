@@ -78,13 +78,16 @@ def lay_out(name, folder, layout, variant):
 @pytest.mark.parametrize("name", STEMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_every_layout_gives_the_same_parameters(tmp_path, name, layout, variant):
+def test_every_layout_gives_the_same_parameters(tmp_path, capsys, name, layout, variant):
     lay_out(name, tmp_path / "m", layout, variant)
     _, params = READERS[name](tmp_path / "m", variant=variant)
     chex.assert_trees_all_equal(params, golden(name))
-    other = None if variant else "fp16"
-    with pytest.raises(UserError, match=re.escape(STEMS[name])):
-        READERS[name](tmp_path / "m", variant=other)
+    if variant:  # the only one that is there need not be named
+        chex.assert_trees_all_equal(READERS[name](tmp_path / "m")[1], golden(name))
+        assert f"{tmp_path / 'm'}: only fp16 weights are there" in capsys.readouterr().err
+    else:
+        with pytest.raises(UserError, match=re.escape(STEMS[name])):
+            READERS[name](tmp_path / "m", variant="fp16")
 
 
 def test_newer_name_of_a_variants_index_is_read(tmp_path):
@@ -111,8 +114,11 @@ def test_layouts_are_preferred_in_the_order_of_the_list(tmp_path):
 
 
 def test_other_variant_is_named_when_the_one_asked_for_is_missing(tmp_path):
-    lay_out("unet", tmp_path / "m", "safetensors", "fp16")
-    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors does not exist.*fp16\.safetensors"):
+    for variant in ("fp16", "non_ema"):
+        lay_out("unet", tmp_path / variant, "safetensors", variant)
+        shutil.copytree(tmp_path / variant, tmp_path / "m", dirs_exist_ok=True)
+    words = r"diffusion_pytorch_model\.safetensors does not exist.*fp16\.safetensors.*non_ema\.safetensors.*--variant"
+    with pytest.raises(UserError, match=words):
         read_unet(tmp_path / "m")
 
 

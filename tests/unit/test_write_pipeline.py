@@ -29,7 +29,8 @@ def source(tmp_path):
     """A folder with the files of a download: variants, the old UNet in several formats, a single-file checkpoint."""
     folder = tmp_path / "source"
     files = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin"]
-    files += ["unet/diffusion_pytorch_model.fp16.safetensors", "vae/config.json", "vae/model.fp16.safetensors"]
+    files += ["unet/diffusion_pytorch_model.fp16.safetensors", "vae/config.json"]
+    files += ["vae/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.bin"]
     files += ["tokenizer/vocab.json", "feature_extractor/preprocessor_config.json", "v1-5-pruned.ckpt"]
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -47,9 +48,16 @@ def test_all_parts_are_copied_and_the_unet_is_the_new_one_alone(tmp_path, source
     before = files_in(source)
     write_pipeline(tmp_path / "new", source, PARAMS, dtype=dtype)
     weights = "unet/diffusion_pytorch_model.safetensors"
-    copied = {"unet/config.json", "vae/config.json", "vae/model.fp16.safetensors", "tokenizer/vocab.json"}
-    copied |= {"feature_extractor/preprocessor_config.json"}
-    assert files_in(tmp_path / "new") == copied | {weights, "model_index.json"}
+    copied = {
+        "unet/config.json",
+        "vae/config.json",
+        "tokenizer/vocab.json",
+        "feature_extractor/preprocessor_config.json",
+    }
+    autoencoder = "vae/diffusion_pytorch_model.safetensors"
+    assert files_in(tmp_path / "new") == copied | {weights, autoencoder, "model_index.json"}
+    only_form = (source / "vae" / "diffusion_pytorch_model.fp16.safetensors").read_bytes()
+    assert (tmp_path / "new" / autoencoder).read_bytes() == only_form
     for name in copied:
         assert (tmp_path / "new" / name).read_bytes() == (source / name).read_bytes()
     tensors = read_tensors(tmp_path / "new" / weights)
