@@ -28,8 +28,9 @@ def get_config() -> ConfigDict:
     c.variant = ""  # of the weight files, such as "fp16"
     c.unet = ""  # UNet to use instead of the pipeline's, a folder as trainers save it; empty: the pipeline's
     c.vae = ""  # autoencoder to use instead of the pipeline's, named as the model is; empty: the pipeline's
-    # Text lines, a JSON list of {"caption": ...}, or tfds:NAME@SPLIT; a local file, github:owner/repo@commit/path, or
-    # org/name@commit/path of the hub, each with #sha256=... behind it if its content is to be checked.
+    # Text lines, a JSON list of {"caption": ...}, JSON lines (.jsonl) or a table (.csv, .tsv) with such a column, or
+    # tfds:NAME@SPLIT; a local file, github:owner/repo@commit/path, or org/name@commit/path of the hub, each with
+    # #sha256=... behind it if its content is to be checked.
     c.prompts = TRAINING_PROMPTS
     c.num_batches = 1000  # batches of prompts to train on
     c.prompts_per_batch = 40  # over all devices together

@@ -93,7 +93,7 @@ def process_flags() -> tuple[flags.FlagHolder, ...]:
         flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for a run of several processes."),
         whole("num_processes", None, "How many there are; from SLURM, GKE or the TPU by default, else 1."),
         whole("process_id", None, "Which of them this one is, from 0."),
-        whole("initialization_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1),
+        whole("initialization_timeout", 300, "Seconds to wait for the others.", lower_bound=1, upper_bound=10**6),
     )
 
 

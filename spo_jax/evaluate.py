@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from absl import flags
@@ -74,7 +76,8 @@ def main() -> None:
     from spo_jax.checkpoints.base import Base, read_base
     from spo_jax.checkpoints.hub import resolve_model
     from spo_jax.checkpoints.pipeline import with_image_size
-    from spo_jax.data.preferences import PairLoader, open_pairs
+    from spo_jax.checkpoints.tokenizers import cut_warning, tokenizers_of
+    from spo_jax.data.preferences import PairBatch, PairLoader, open_pairs
     from spo_jax.diffusion.schedule import make_schedule
     from spo_jax.distributed.mesh import check_divisible, make_mesh, replicated
     from spo_jax.distributed.processes import is_main_process
@@ -125,7 +128,14 @@ def main() -> None:
     with contextlib.closing(PairLoader(source, batch_size=local_size, size=pipeline.image_size, **once)) as loader:
         bar = {"unit": "batch", "dynamic_ncols": True, "disable": not is_main_process()}
         num_batches = -(-num_pairs // BATCH_SIZE.value)
-        batches = tqdm(first_pairs(loader, num_pairs), "pairs", num_batches, **bar)
+        captions: dict[str, None] = {}  # of this process, in order
+
+        def noted(batches: Iterable[PairBatch]) -> Iterator[PairBatch]:
+            for batch in batches:
+                captions.update(dict.fromkeys(caption for caption in batch.captions if caption))
+                yield batch
+
+        batches = noted(tqdm(first_pairs(loader, num_pairs), "pairs", num_batches, **bar))
         key = rng.stream(jax.random.key(SEED.value), "accuracy")
         measured = measure({**pipeline.params, "judges": params}, batches, timesteps, key)
         counts = total_state(loader.state())["counts"]
@@ -136,6 +146,8 @@ def main() -> None:
         raise UserError(f"--pairs={PAIRS.value} has no pair with a preferred picture among the first {num_pairs}.")
     if not is_main_process():
         return
+    if warning := cut_warning([*tokenizers_of(pipeline), tokenizer], list(captions), "captions"):
+        print(f"spo_jax: {warning}", file=sys.stderr)
     print(accuracy_table(measured, list(judges)))
     left_out = {"ties": int(some.ties)} if some.ties else {}
     said = "".join(f", {name} left out: {count}" for name, count in (left_out | skipped).items())
@@ -155,7 +167,7 @@ def main() -> None:
 
 def parse_timesteps(texts: list[str]) -> list[int]:
     """Timesteps in ascending order, each once; UserError if one is no number from 0."""
-    if not texts or not all(text.strip().isdecimal() for text in texts):
+    if not texts or not all(text.strip().isdecimal() and len(text) < 10 for text in texts):
         raise UserError(f"--timesteps={','.join(texts)} must be numbers from 0 with commas between, such as 0,251,501.")
     return sorted({int(text) for text in texts})
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from spo_jax.checkpoints.hub import missing, resolve_model
 from spo_jax.checkpoints.parts import check_parts, check_vae, mended_unet, scheduler_of
 from spo_jax.checkpoints.safetensors_io import param_shapes
-from spo_jax.checkpoints.tokenizers import read_tokenizer
+from spo_jax.checkpoints.tokenizers import check_lengths, read_tokenizer
 from spo_jax.checkpoints.weights import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
@@ -298,6 +298,7 @@ def read_pipeline(
     for name in names[2:]:
         tokenizer = name.replace("text_encoder", "tokenizer")
         tokenizers[tokenizer] = read_tokenizer(folder / tokenizer, parts[name].tower)
+    check_lengths(tokenizers)
 
     chosen = choose_variants(folders, variant)
     weights = {name: open_weights(folders[name], STEMS[name], chosen[name]) for name in names}

@@ -23,7 +23,7 @@ from spo_jax.checkpoints.pipeline import Pipeline, read_json, replaced_parts
 from spo_jax.checkpoints.pipeline_files import PipelineFiles, is_xl, stem_of, tokenizer_names, with_parts, write_configs
 from spo_jax.checkpoints.safetensors_io import index_safetensors, read_metadata, write_params
 from spo_jax.checkpoints.stored import StoredArray
-from spo_jax.checkpoints.tokenizers import read_tokenizer
+from spo_jax.checkpoints.tokenizers import check_lengths, read_tokenizer
 from spo_jax.checkpoints.torch_bin import index_training_checkpoint
 from spo_jax.checkpoints.weights import TORCH_SUFFIXES, Placement, Weights, read_params
 from spo_jax.errors import UserError, notice
@@ -125,6 +125,7 @@ def read_single_file(
         if part.startswith("text_encoder"):
             (name,) = tokenizer_names([part])
             tokenizers[name] = read_tokenizer(files.tokenizers[name], models[part].tower)
+    check_lengths(tokenizers)
     shapes = {part: files.shapes(part, dtype) for part in models}
     weights = {part: files.find(part, shapes[part]) for part in models}  # all keys are checked before one is read
     params = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,15 @@ def fitted(tokenizer: Any, tower: CLIPTextTransformer) -> Any:
     return tokenizer
 
 
+def check_lengths(tokenizers: Mapping[str, Any]) -> None:
+    """Raises UserError if the text encoders of a pipeline would give sequences of different lengths."""
+    lengths = {name: tokenizer.model_max_length for name, tokenizer in tokenizers.items()}
+    if len(set(lengths.values())) > 1:
+        told = " and ".join(f"{name} {length}" for name, length in lengths.items())
+        first = next(iter(tokenizers.values())).name_or_path
+        raise UserError(f"Tokenizer {first}: texts are of different lengths, {told}; set model_max_length in both.")
+
+
 def tokenize(tokenizer: Any, texts: list[str]) -> Any:
     """Token ids int32 [B, model_max_length], padded and truncated as Stable Diffusion does."""
     ids = tokenizer(
@@ -109,7 +118,9 @@ def cut_warning(tokenizers: Sequence[Any], texts: Sequence[str], what: str = "pr
     if not cut:
         return None
     length = min(tokenizer.model_max_length for tokenizer in tokenizers)
-    named = ", ".join(repr(part) for part in cut[:_NAMED]) + (", ..." if len(cut) > _NAMED else "")
+    named = ", ".join(repr(part) for part in cut[:_NAMED]) + (
+        f" and {len(cut) - _NAMED} more" if len(cut) > _NAMED else ""
+    )
     return (
         f"warning: {len(cut)} of {len(different)} {what} are longer than the {length} tokens that the text encoder "
         f"reads; their ends are not seen: {named}."

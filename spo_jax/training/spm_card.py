@@ -102,6 +102,7 @@ def _settings(config: Mapping[str, Any]) -> str:
     train, (first, end) = config["train"], config["timesteps"]
     rows = [
         ("optimizer steps, of them warm-up", f"{code(config['num_steps'])}, {code(train['warmup_steps'])}"),
+        ("shape of the warm-up", code(train["warmup"])),
         (
             "pairs a minibatch, minibatches a step",
             f"{code(train['batch_size'])}, {code(train['accumulation_steps'])}",

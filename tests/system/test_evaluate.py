@@ -26,7 +26,10 @@ def data(tmp_path_factory):
         for name, picture in zip("ab", pictures if label else pictures[::-1], strict=True):
             write_png(folder / f"{i}{name}.png", np.broadcast_to(picture, (40, 40, 3)).astype(np.uint8))
         label = 0.5 if i == NUM_PAIRS - 1 else label
-        line = {"caption": "a red apple", "image_a": f"{i}a.png", "image_b": f"{i}b.png", "label": label}
+        caption = (
+            "a red apple" if i else "a red apple and many more words than the text encoder has room for in its table"
+        )
+        line = {"caption": caption, "image_a": f"{i}a.png", "image_b": f"{i}b.png", "label": label}
         lines.append(json.dumps(line))
     (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     out = folder / "prepared"
@@ -37,7 +40,9 @@ def data(tmp_path_factory):
 
 
 def evaluate(data, *arguments, split="test", num_devices=1):
+    given = {argument.partition("=")[0] for argument in arguments}
     common = [f"--pairs={data}@{split}", "--model=emoji:model", "--guidance_scale=2", "--num_workers=0"]
+    common = [argument for argument in common if argument.partition("=")[0] not in given]
     env = environment(num_devices) | {"PYTHONPATH": f"{ROOT}:{data.parent}"}
     return run([sys.executable, "-m", "spo_jax.evaluate", *common, *arguments], env)
 
@@ -65,6 +70,7 @@ def test_a_step_aware_model_beside_itself_kept_from_knowing_the_timestep(data):
     labels = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("|")]
     assert [labels[0], *labels[2:]] == ["pairwise accuracy", "scorer", "told_0", "gain over told_0"]
     assert "8 pairs, ties left out: 1." in result.stdout
+    assert "warning: 1 of 2 captions are longer than the 16 tokens" in result.stderr
 
 
 @pytest.mark.parametrize(
