@@ -29,7 +29,7 @@ OUT = flags.DEFINE_string("out", None, "A .safetensors file; a new folder for --
 
 def main() -> None:
     """Checks the flags, reads the adapters and writes them."""
-    if not LORA.value:
+    if not LORA.value or not all(LORA.value):
         raise UserError("--lora is missing; for example --lora=runs/tiny.")
     if not OUT.value:
         raise UserError("--out is missing; for example --out=spo.safetensors.")

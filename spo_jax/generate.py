@@ -53,7 +53,7 @@ def main() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from spo_jax.checkpoints.lora import read_adapters
+    from spo_jax.checkpoints.lora import check_lora_files, read_adapters
     from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size, with_vae
     from spo_jax.data.prompts import read_prompts
     from spo_jax.diffusion.dpm_solver import make_dpm_schedule
@@ -64,6 +64,7 @@ def main() -> None:
     from spo_jax.training.rollout import make_encode, make_generate
 
     prompts = PROMPT.value or read_prompts(resolve(PROMPTS_FILE.value))
+    check_lora_files(LORA.value)
     dtype = jnp.dtype(DTYPE.value)
     pipeline = read_pipeline(resolve(MODEL.value), dtype, variant=VARIANT.value)
     if VAE.value is not None:

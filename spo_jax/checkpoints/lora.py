@@ -76,6 +76,16 @@ def read_adapters(lora_names: Iterable[str], shapes: Mapping[str, Any]) -> dict[
     )
 
 
+def check_lora_files(lora_names: Iterable[str]) -> None:
+    """Refuses names, strengths and files that no model can use, before one is read: of the files the headers are.
+
+    Raises:
+      UserError: as ``read_lora``, of what can be told without a model and without the values.
+    """
+    for lora_name in lora_names:
+        _open(resolve(with_strength(lora_name)[0]))
+
+
 def starting_lora(key: jax.Array, params: Any, rank: int, lora_name: str | None) -> Any:
     """Adapters of the UNet to start training from: those of a file, and fresh ones where it has none.
 

@@ -12,13 +12,17 @@ import numpy as np
 import peft
 import pytest
 import torch
+from absl import flags
+from absl.testing import flagsaver
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from PIL import Image
 
-from spo_jax import models
+from spo_jax import generate, models
+from spo_jax.checkpoints.hub import with_strength
 from spo_jax.checkpoints.lora import read_adapters, read_lora, starting_lora
 from spo_jax.checkpoints.lora_write import KOHYA_FILE_NAME, write_kohya, write_lora
 from spo_jax.checkpoints.pipeline import text_encoder_shapes, unet_shapes
@@ -310,11 +314,6 @@ def some_adapters(draw):
     return flax.traverse_util.unflatten_dict(lora)
 
 
-def products(lora):
-    found = flat(jax.tree.map(lambda x: np.asarray(x, np.float64), lora))
-    return {p[:-1]: a @ found[(*p[:-1], "B")] for p, a in found.items() if p[-1] == "A"}
-
-
 @settings(max_examples=15)
 @given(
     lora=some_adapters(),
@@ -333,7 +332,7 @@ def test_what_is_written_is_read_as_the_same_product(tmp_path_factory, lora, for
         lora,
     )
     form(file, lora, *([emoji["unet"]] if form is write_kohya else []), dtype=dtype)
-    read, expected = products(read_lora(file, emoji)), products(lora)
+    read, expected = lora_files.products(read_lora(file, emoji)), lora_files.products(lora)
     assert read.keys() == expected.keys()
     for path, product in expected.items():
         error = np.linalg.norm(read[path] - product) / np.linalg.norm(product)
@@ -354,7 +353,7 @@ def test_a_small_alpha_survives_float16(tmp_path, form):
     write_tensors(tmp_path / "theirs.safetensors", {k: v.astype(np.float16) for k, v in tensors.items()})
     read = read_lora(tmp_path / "theirs.safetensors", emoji)
     form(tmp_path / "ours.safetensors", read, *([emoji["unet"]] if form is write_kohya else []), dtype=np.float16)
-    again, expected = products(read_lora(tmp_path / "ours.safetensors", emoji)), products(read)
+    again, expected = lora_files.products(read_lora(tmp_path / "ours.safetensors", emoji)), lora_files.products(read)
     for path, product in expected.items():
         assert np.linalg.norm(again[path] - product) <= 2**-10 * np.linalg.norm(product), path
 
@@ -446,3 +445,58 @@ def test_a_start_with_a_text_encoder_is_refused_and_told_the_way(tmp_path):
     write_lora(tmp_path, lora)
     with pytest.raises(UserError, match=r"adapts the text encoder too .* --format=pipeline, and train on that model"):
         starting_lora(jax.random.key(0), emoji["unet"], 4, str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("a.safetensors:0.7", ("a.safetensors", 0.7)),
+        ("a.safetensors:-1e1", ("a.safetensors", -10.0)),
+        ("a.safetensors:0", ("a.safetensors", 0.0)),
+        ("not here:2", ("not here", 2.0)),
+        ("b:0.5", ("b:0.5", 1.0)),
+        ("b:0.5:0.25", ("b:0.5", 0.25)),
+        ("emoji:model", ("emoji:model", 1.0)),
+        ("emoji:model:3", ("emoji:model", 3.0)),
+        (f"github:a/b@{'0' * 40}/c.safetensors", (f"github:a/b@{'0' * 40}/c.safetensors", 1.0)),
+        (f"org/name@{'0' * 40}:0.5", (f"org/name@{'0' * 40}", 0.5)),
+    ],
+)
+def test_a_strength_stands_behind_the_last_colon(tmp_path, monkeypatch, name, expected):
+    monkeypatch.chdir(tmp_path)
+    for file in ("a.safetensors", "b:0.5"):
+        (tmp_path / file).touch()
+    assert with_strength(name) == expected
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "-inf", "strong", ""])
+def test_a_strength_that_is_no_number_is_refused(tmp_path, strength):
+    with pytest.raises(UserError, match=r"the strength, a number such as .*:0\.7"):
+        with_strength(f"{tmp_path}:{strength}")
+
+
+def test_generate_sums_adapters_and_says_when_a_picture_is_not_finite(tmp_path):
+    emoji = pictures.emoji_pipeline().params
+    only = {
+        "unet": lambda part, path: part == "unet" and path[-1] == "to_q",
+        "both": lambda part, path: "attn1" in path,
+    }
+    for seed, (name, some) in enumerate(only.items()):
+        write_lora(tmp_path / f"{name}.safetensors", lora_files.random_adapters(emoji, seed=seed, only=some))
+    names = [f"{tmp_path}/unet.safetensors:-1.5", f"{tmp_path}/both.safetensors"]
+    write_lora(tmp_path / "sum.safetensors", read_adapters(names, emoji))
+
+    def picture(lora):
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        given = {"lora": lora, "prompt": ["a fox"], "steps": 1, "out": str(tmp_path / "x.png")}
+        with flagsaver.flagsaver(**given):
+            generate.main()
+        return np.asarray(Image.open(tmp_path / "x.png")).astype(int)
+
+    summed = picture(names)
+    assert np.abs(summed - picture([str(tmp_path / "sum.safetensors")])).max() <= 1
+    assert np.abs(summed - picture([names[0].replace("-1.5", "1.5"), names[1]])).max() > 2
+    with pytest.raises(UserError, match="not finite"):
+        picture([f"{name.split(':')[0]}:1e38" for name in names])
