@@ -22,7 +22,6 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from spo_jax import generate, models
-from spo_jax.checkpoints.hub import with_strength
 from spo_jax.checkpoints.lora import read_adapters, read_lora, starting_lora
 from spo_jax.checkpoints.lora_write import KOHYA_FILE_NAME, write_kohya, write_lora
 from spo_jax.checkpoints.pipeline import text_encoder_shapes, unet_shapes
@@ -445,35 +444,6 @@ def test_a_start_with_a_text_encoder_is_refused_and_told_the_way(tmp_path):
     write_lora(tmp_path, lora)
     with pytest.raises(UserError, match=r"adapts the text encoder too .* --format=pipeline, and train on that model"):
         starting_lora(jax.random.key(0), emoji["unet"], 4, str(tmp_path))
-
-
-# ------------------------------------------------------------------------------------------------------------- names
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("a.safetensors:0.7", ("a.safetensors", 0.7)),
-        ("a.safetensors:-1e1", ("a.safetensors", -10.0)),
-        ("a.safetensors:0", ("a.safetensors", 0.0)),
-        ("not here:2", ("not here", 2.0)),
-        ("b:0.5", ("b:0.5", 1.0)),
-        ("b:0.5:0.25", ("b:0.5", 0.25)),
-        ("emoji:model", ("emoji:model", 1.0)),
-        ("emoji:model:3", ("emoji:model", 3.0)),
-        (f"github:a/b@{'0' * 40}/c.safetensors", (f"github:a/b@{'0' * 40}/c.safetensors", 1.0)),
-        (f"org/name@{'0' * 40}:0.5", (f"org/name@{'0' * 40}", 0.5)),
-    ],
-)
-def test_a_strength_stands_behind_the_last_colon(tmp_path, monkeypatch, name, expected):
-    monkeypatch.chdir(tmp_path)
-    for file in ("a.safetensors", "b:0.5"):
-        (tmp_path / file).touch()
-    assert with_strength(name) == expected
-
-
-@pytest.mark.parametrize("strength", ["nan", "inf", "-inf", "strong", ""])
-def test_a_strength_that_is_no_number_is_refused(tmp_path, strength):
-    with pytest.raises(UserError, match=r"the strength, a number such as .*:0\.7"):
-        with_strength(f"{tmp_path}:{strength}")
 
 
 def test_generate_sums_adapters_and_says_when_a_picture_is_not_finite(tmp_path):
