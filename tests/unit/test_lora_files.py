@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from transformers import CLIPTextModel
 
 from spo_jax import generate, models
 from spo_jax.checkpoints.lora import read_adapters, read_lora, starting_lora
@@ -272,6 +273,29 @@ def test_adapters_of_peft_have_its_strength(tmp_path, torch_unet, form, config):
         (tmp_path / "adapter_config.json").unlink()
         with pytest.raises(UserError, match=r"adapter_config\.json is not beside it"):
             read_lora(tmp_path, shapes)
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_a_folder_of_pefts_folders_adapts_each_part(tmp_path, torch_unet):
+    """As peft's own examples save them, each with an alpha of its own."""
+    text_encoder = CLIPTextModel.from_pretrained(resolve("emoji:model"), subfolder="text_encoder")
+    for part, model, alpha in (("unet", torch_unet, 6), ("text_encoder", text_encoder, 3)):
+        config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["to_q", "q_proj", "fc1"])
+        adapted = peft.get_peft_model(model, config)
+        randomize(adapted, 3).save_pretrained(tmp_path / part)
+    read = read_lora(tmp_path, pictures.emoji_pipeline().params)
+    assert set(read) == {"unet", "text_encoder"}
+    check_against_peft(read["unet"], torch_unet)
+    ours = {
+        module.removeprefix("text_model."): x
+        for (_, module), x in lora_files.matrices({"t": read["text_encoder"]}).items()
+    }
+    theirs = scaled(text_encoder)
+    assert ours.keys() == theirs.keys()
+    for module, (down, up) in ours.items():
+        np.testing.assert_array_equal(down, theirs[module].lora_A["default"].weight.detach().numpy())
+        expected = theirs[module].lora_B["default"].weight.detach().numpy() * np.float32(1.5)
+        np.testing.assert_allclose(up, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
