@@ -42,7 +42,7 @@ OUT = flags.DEFINE_string("out", None, "A .safetensors file; a new folder for --
 def main() -> None:
     """Checks the flags, reads the adapters and writes them."""
     whole = FORMAT.value in ("pipeline", "checkpoint")
-    if not LORA.value and not (whole and MODEL.value):
+    if not all(LORA.value) or not (LORA.value or (whole and MODEL.value)):
         raise UserError("--lora is missing; for example --lora=runs/tiny.")
     if not OUT.value:
         raise UserError("--out is missing; for example --out=spo.safetensors.")

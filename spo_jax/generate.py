@@ -74,7 +74,7 @@ def main() -> None:
     import numpy as np
 
     from spo_jax.checkpoints.base import base_of, read_base
-    from spo_jax.checkpoints.lora import read_adapters
+    from spo_jax.checkpoints.lora import check_lora_files, read_adapters
     from spo_jax.checkpoints.pipeline import with_image_size
     from spo_jax.checkpoints.tokenizers import cut_warning, tokenizers_of
     from spo_jax.data.prompts import read_prompts
@@ -87,6 +87,7 @@ def main() -> None:
 
     prompts = PROMPT.value or read_prompts(resolve(PROMPTS_FILE.value))
     check_place(OUT.value)
+    check_lora_files(LORA.value)
     dtype = jnp.dtype(DTYPE.value)
     flags_of_base = {"model": MODEL.value, "variant": VARIANT.value, "unet": UNET.value, "vae": VAE.value}
     pipeline = read_base(base_of(LORA.value, **flags_of_base, default="emoji:model"), dtype)

@@ -6,6 +6,7 @@ The names are spelled with nothing of the reader's.
 import re
 
 import flax.traverse_util
+import jax
 import numpy as np
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -41,6 +42,12 @@ def matrices(lora):
             down, up = (a.T, b.T) if a.ndim == 2 else (a.transpose(3, 2, 0, 1), b.T[:, :, None, None])
             found[(part, module)] = np.ascontiguousarray(down), np.ascontiguousarray(up)
     return found
+
+
+def products(lora):
+    """What the matrices of each layer make together, float64, by part and path."""
+    found = flax.traverse_util.flatten_dict(jax.tree.map(lambda x: np.asarray(x, np.float64), lora))
+    return {p[:-1]: a @ found[(*p[:-1], "B")] for p, a in found.items() if p[-1] == "A"}
 
 
 def original(module, layers_per_block, first_attends):

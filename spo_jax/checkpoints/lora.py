@@ -20,7 +20,7 @@ import numpy as np
 
 from spo_jax.checkpoints import lora_keys
 from spo_jax.checkpoints.hub import fetched, with_strength
-from spo_jax.checkpoints.lora_config import PeftConfigs, read_configs
+from spo_jax.checkpoints.lora_config import CONFIG_FILE, PeftConfigs, read_configs
 from spo_jax.checkpoints.lora_keys import Layer
 from spo_jax.checkpoints.stored import StoredArray
 from spo_jax.checkpoints.weights import TORCH_SUFFIXES, open_file
@@ -76,6 +76,16 @@ def read_adapters(lora_names: Iterable[str], shapes: Mapping[str, Any]) -> dict[
     )
 
 
+def check_lora_files(lora_names: Iterable[str]) -> None:
+    """Refuses names, strengths and files that no model can use, before one is read: of the files the headers are.
+
+    Raises:
+      UserError: as ``read_lora``, of what can be told without a model and without the values.
+    """
+    for lora_name in lora_names:
+        _open(resolve(with_strength(lora_name)[0]))
+
+
 def starting_lora(key: jax.Array, params: Any, rank: int, lora_name: str | None) -> Any:
     """Adapters of the UNet to start training from: those of a file, and fresh ones where it has none.
 
@@ -126,6 +136,13 @@ def _say_what_differs(path: Path, read: Mapping[tuple[str, ...], jax.Array], ran
 def _open(path: str | Path) -> _File:
     """The file that a name of adapters stands for, without its values; refuses other kinds of adapters."""
     path = fetched(path)
+    folders = {part: path / part for part in lora_keys.PARTS if (path / part / CONFIG_FILE).is_file()}
+    if folders and not any((path / name).is_file() for name in _FILE_NAMES):
+        # As peft's own examples save a UNet and its text encoder: a folder for each, whose keys do not name it.
+        files = {part: _open(folder) for part, folder in folders.items()}
+        arrays = {f"{part}.{key}": array for part, file in files.items() for key, array in file.arrays.items()}
+        found = {part: config for part, file in files.items() if (config := file.configs.of(part)) is not None}
+        return _File(path, arrays, PeftConfigs(found))
     path = _file_in(path) if path.is_dir() else path
     arrays = open_file(path).arrays
     if not arrays:

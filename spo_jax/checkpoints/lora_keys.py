@@ -142,7 +142,8 @@ def parse_key(key: str) -> Key | None:
     if match is not None:
         return Key(_plain(match[1]), _ROLES[match[2]])
     if key.endswith(".alpha"):
-        return Key(_plain(key.removesuffix(".alpha").removesuffix(".lora").removesuffix("_lora")), "alpha")
+        module = re.sub(r"(\.lora|\.lora_linear_layer|_lora)$", "", key.removesuffix(".alpha"))
+        return Key(_plain(module), "alpha")
     return None
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from spo_jax import rng
 from spo_jax.checkpoints.artifacts import ready
 from spo_jax.checkpoints.base import base_of_config, read_base
+from spo_jax.checkpoints.lora import check_lora_files
 from spo_jax.checkpoints.lora_write import write_kohya, write_lora
 from spo_jax.checkpoints.pipeline import (
     Pipeline,
@@ -98,6 +99,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     # ---------------------------------------------------------------------------------------------------------- data
     config, pins = ready(config, workdir)
     prompts = read_prompts(resolve(config.prompts))
+    check_lora_files([config.lora.init] if config.lora.init else [])
     held_out = read_prompts(resolve(config.evaluation.prompts))[: config.evaluation.num_prompts]
 
     # -------------------------------------------------------------------------------------------------------- models

@@ -8,6 +8,7 @@ import safetensors.numpy
 
 from spo_jax.checkpoints.lora_write import write_lora
 from tests import pictures
+from tests.lora_files import random_adapters
 from tests.system.commands import ROOT, command, environment, mistake, run
 
 MODEL = ROOT / "spo_jax" / "emoji" / "model"
@@ -83,11 +84,17 @@ def test_left_over_key(tmp_path, model):
     refused(command(tmp_path / "w", model=model), WEIGHTS, "conv_between.weight")
 
 
-def test_start_from_adapters_of_another_rank(tmp_path):
-    (tmp_path / "start").mkdir()
-    write_lora(tmp_path / "start", pictures.strong_adapters(rank=3))
+def test_start_from_adapters_of_a_text_encoder(tmp_path):
     start = tmp_path / "start"
-    refused(command(tmp_path / "w", lora__init=start, lora__rank=2), start, "rank 3", "config.lora.rank is 2")
+    write_lora(start, random_adapters(pictures.emoji_pipeline().params))
+    refused(command(tmp_path / "w", lora__init=start), start, "the text encoder too", "--format=pipeline")
+    assert not (tmp_path / "w").exists()
+
+
+def test_start_with_a_strength_that_is_no_number(tmp_path):
+    start = tmp_path / "start"
+    start.mkdir()
+    refused(command(tmp_path / "w", lora__init=f"{start}:strong"), f"{start}:strong", "strength, a number")
     assert not (tmp_path / "w").exists()
 
 

@@ -17,24 +17,26 @@ from spo_jax.checkpoints.write_checkpoint import write_checkpoint
 from spo_jax.diffusion.schedule import FILE
 from spo_jax.models.lora import merge_lora
 from tests import pictures
+from tests.lora_files import random_adapters
 from tests.system.commands import ROOT, environment, run
 
+STEPS = 2
 MODEL = ROOT / "spo_jax" / "emoji" / "model"
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """What the command needs of a training run: the adapters, and the config with the model."""
+    """What the command needs of a training run: adapters, here of all layers, and the config with the model."""
     folder = tmp_path_factory.mktemp("run")
-    write_lora(folder, pictures.strong_adapters())
+    write_lora(folder, random_adapters(pictures.emoji_pipeline().params))
     (folder / "config.json").write_text(json.dumps({"model": "emoji:model"}), encoding="utf-8")
     return folder
 
 
 @pytest.fixture(scope="module")
 def with_adapters():
-    picture = pictures.ours(pictures.strong_adapters())
-    assert np.abs(picture - pictures.ours()).max() > 10, "the adapters should show"
+    picture = pictures.ours(random_adapters(pictures.emoji_pipeline().params), steps=STEPS)
+    assert np.abs(picture - pictures.ours(steps=STEPS)).max() > 10, "the adapters should show"
     return picture
 
 
@@ -51,10 +53,11 @@ def test_diffusers_makes_our_picture(workdir, with_adapters, tmp_path, form):
     # The shipped model's sizes are not those of a published one: its configs and tokenizer go beside the single file.
     assert {p.name for p in out.parent.iterdir()} == {out.name} | ({"spo.config"} if form == "checkpoint" else set())
     if form == "checkpoint":
-        theirs = pictures.theirs(single_file=out)
+        source = {"single_file": out}
         assert {value.dtype for value in safetensors.numpy.load_file(out).values()} == {np.dtype(np.float16)}
     else:
-        theirs = pictures.theirs(folder=out) if form == "pipeline" else pictures.theirs(lora_file=out)
+        source = {"folder": out} if form == "pipeline" else {"lora_file": out}
+    theirs = pictures.theirs(**source, steps=STEPS)
     assert np.abs(theirs - with_adapters).max() <= 2
 
 
@@ -71,8 +74,8 @@ def test_the_same_picture_from_one_file(tmp_path, dtype, tolerance):
 
 
 def test_kohya_to_diffusers_is_bit_exact(workdir, tmp_path):
-    lora, params = pictures.strong_adapters(), pictures.emoji_pipeline().params["unet"]
-    write_kohya(tmp_path / "theirs.safetensors", lora, params)
+    params = pictures.emoji_pipeline().params
+    write_kohya(tmp_path / "theirs.safetensors", random_adapters(params), params["unet"])
     result = export(lora=tmp_path / "theirs.safetensors", model=MODEL, out=tmp_path / "o.safetensors")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "o.safetensors").read_bytes() == next(workdir.glob("*.safetensors")).read_bytes()
@@ -128,6 +131,8 @@ def test_dpm_solver_makes_the_picture_of_diffusers(steps):
     [
         ({"out": "{}/o.safetensors"}, ["--lora is missing"]),
         ({"lora": "{run}"}, ["--out is missing"]),
+        ({"lora": "{run}:x", "out": "{}/o.safetensors"}, ["{run}:x", "the strength, a number"]),
+        ({"lora": "{run}:nan", "out": "{}/o.safetensors"}, ["{run}:nan", "the strength, a number"]),
         ({"lora": "{run}", "out": "{}/folder"}, ["--out=", "safetensors", "--format=diffusers"]),
         ({"lora": "{run}", "out": "{}/o.safetensors", "format": "pipeline"}, ["new folder"]),
         ({"lora": "{run}", "out": "{}/full", "format": "pipeline"}, ["full", "not an empty folder"]),
@@ -143,6 +148,6 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(workdir, tmp_path, fla
     assert result.returncode == 2, result.stderr
     (line,) = result.stderr.strip().splitlines()
     for word in words:
-        assert word in line
+        assert word.replace("{run}", str(workdir)) in line
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["file"]

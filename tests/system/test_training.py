@@ -3,11 +3,17 @@
 import json
 import re
 
+import chex
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from spo_jax.checkpoints.lora import read_adapters, read_lora
+from spo_jax.checkpoints.lora_write import KOHYA_FILE_NAME, write_kohya
+from spo_jax.checkpoints.pipeline import read_unet
 from spo_jax.training.metrics import read_metrics
+from tests.lora_files import products, random_adapters
 from tests.small_pipeline import small_pipeline
 from tests.system.commands import ROOT, command, environment, kill_after, run, signal_after
 
@@ -116,11 +122,28 @@ def test_a_run_that_starts_from_adapters_and_finds_no_pair_writes_the_same(undis
     assert (tmp_path / LORA).read_bytes() == (workdir / LORA).read_bytes()
 
 
+def test_a_run_from_adapters_of_all_layers_trains_all_of_them_and_goes_on(tmp_path, prompts):
+    """Each with the file's own rank, split over two devices; and both files of the run hold the same."""
+    params = {"unet": read_unet(small_pipeline() / "unet")[1]}
+    start = write_kohya(tmp_path / "start.safetensors", random_adapters(params), params["unet"])
+    workdir = tmp_path / "w"
+    changes = {"lora__init": f"{start}:0.5", "num_batches": 2, "mesh__data": 1, "mesh__fsdp": 2}
+    arguments, env = train_command(workdir, prompts, **changes), environment(num_devices=2)
+    code, output, errors = signal_after(1, workdir, arguments, env)
+    assert code == 0 and "after batch 1;" in output, errors
+    assert "its layers keep rank 2 and 3, where config.lora.rank is 4; " in errors
+    result = run(arguments, env)
+    assert result.returncode == 0, result.stderr
+    before, after = read_adapters([f"{start}:0.5"], params), read_lora(workdir / KOHYA_FILE_NAME, params)
+    chex.assert_trees_all_equal_shapes(before, after)
+    same = jax.tree_util.tree_map_with_path(lambda path, x, y: np.array_equal(x, y) and str(path), before, after)
+    assert not [path for path in jax.tree.leaves(same) if path], "all of them are trained"
+    chex.assert_trees_all_equal(products(after), products(read_lora(workdir, params)))
+
+
 @pytest.mark.parametrize("strength", [1.0, 100.0])
 def test_diffusers_and_peft_make_the_same_picture_with_the_adapters(undisturbed, tmp_path, strength):
     """From the same latents, at most 2/255 apart; also with adapters a hundred times as strong."""
-    from spo_jax.checkpoints.lora import read_lora
-    from spo_jax.checkpoints.pipeline import read_unet
     from tests import pictures
 
     workdir, _ = undisturbed

@@ -55,6 +55,13 @@ def test_a_run_keeps_the_commit_that_it_began_with(hub, tmp_path, capsys):
     assert json.loads((tmp_path / "w" / "config.json").read_text())["model"] == f"org/sd@{COMMIT}"
 
 
+def test_the_strength_of_adapters_stays_behind_their_commit(hub, tmp_path):
+    config, _ = ready(config_with(lora__init="org/judge@main:0.5"), tmp_path / "w")
+    assert config.lora.init == f"org/judge@{COMMIT}:0.5"
+    (artifact,) = (artifact for artifact in artifacts_of(config) if artifact.key == "lora.init")
+    assert artifact.name == f"org/judge@{COMMIT}"
+
+
 def test_another_branch_is_another_config(hub, tmp_path):
     config, pins = ready(config_with(model="org/sd"), tmp_path / "w")
     check_workdir(tmp_path / "w", config.to_dict(), pins)

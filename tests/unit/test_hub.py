@@ -10,7 +10,7 @@ import chex
 import huggingface_hub.constants
 import pytest
 
-from spo_jax.checkpoints.hub import missing, resolve_model
+from spo_jax.checkpoints.hub import missing, resolve_model, with_strength
 from spo_jax.checkpoints.pipeline import read_clip, read_pipeline
 from spo_jax.checkpoints.tokenizers import read_tokenizer
 from spo_jax.emoji import resolve
@@ -134,3 +134,31 @@ def test_environment_of_the_hub_is_respected(tmp_path):
 
 def test_missing_file_outside_the_cache_has_no_command(tmp_path):
     assert missing(tmp_path / "a") == f"File {tmp_path / 'a'} does not exist; is {tmp_path} a complete model folder?"
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("a.safetensors:0.7", ("a.safetensors", 0.7)),
+        ("a.safetensors:-1e1", ("a.safetensors", -10.0)),
+        ("a.safetensors:0", ("a.safetensors", 0.0)),
+        ("not here:2", ("not here", 2.0)),
+        ("b:0.5", ("b:0.5", 1.0)),
+        ("b:0.5:0.25", ("b:0.5", 0.25)),
+        ("emoji:model", ("emoji:model", 1.0)),
+        ("emoji:model:3", ("emoji:model", 3.0)),
+        (f"github:a/b@{'0' * 40}/c.safetensors", (f"github:a/b@{'0' * 40}/c.safetensors", 1.0)),
+        (f"org/name@{'0' * 40}:0.5", (f"org/name@{'0' * 40}", 0.5)),
+    ],
+)
+def test_a_strength_stands_behind_the_last_colon(tmp_path, monkeypatch, name, expected):
+    monkeypatch.chdir(tmp_path)
+    for file in ("a.safetensors", "b:0.5"):
+        (tmp_path / file).touch()
+    assert with_strength(name) == expected
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "-inf", "strong", ""])
+def test_a_strength_that_is_no_number_is_refused(tmp_path, strength):
+    with pytest.raises(UserError, match=r"the strength, a number such as .*:0\.7"):
+        with_strength(f"{tmp_path}:{strength}")

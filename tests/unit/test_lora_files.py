@@ -12,13 +12,17 @@ import numpy as np
 import peft
 import pytest
 import torch
+from absl import flags
+from absl.testing import flagsaver
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from transformers import CLIPTextModel
 
-from spo_jax import models
+from spo_jax import generate, models
 from spo_jax.checkpoints.lora import read_adapters, read_lora, starting_lora
 from spo_jax.checkpoints.lora_write import KOHYA_FILE_NAME, write_kohya, write_lora
 from spo_jax.checkpoints.pipeline import text_encoder_shapes, unet_shapes
@@ -271,6 +275,29 @@ def test_adapters_of_peft_have_its_strength(tmp_path, torch_unet, form, config):
             read_lora(tmp_path, shapes)
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_a_folder_of_pefts_folders_adapts_each_part(tmp_path, torch_unet):
+    """As peft's own examples save them, each with an alpha of its own."""
+    text_encoder = CLIPTextModel.from_pretrained(resolve("emoji:model"), subfolder="text_encoder")
+    for part, model, alpha in (("unet", torch_unet, 6), ("text_encoder", text_encoder, 3)):
+        config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["to_q", "q_proj", "fc1"])
+        adapted = peft.get_peft_model(model, config)
+        randomize(adapted, 3).save_pretrained(tmp_path / part)
+    read = read_lora(tmp_path, pictures.emoji_pipeline().params)
+    assert set(read) == {"unet", "text_encoder"}
+    check_against_peft(read["unet"], torch_unet)
+    ours = {
+        module.removeprefix("text_model."): x
+        for (_, module), x in lora_files.matrices({"t": read["text_encoder"]}).items()
+    }
+    theirs = scaled(text_encoder)
+    assert ours.keys() == theirs.keys()
+    for module, (down, up) in ours.items():
+        np.testing.assert_array_equal(down, theirs[module].lora_A["default"].weight.detach().numpy())
+        expected = theirs[module].lora_B["default"].weight.detach().numpy() * np.float32(1.5)
+        np.testing.assert_allclose(up, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [
@@ -310,11 +337,6 @@ def some_adapters(draw):
     return flax.traverse_util.unflatten_dict(lora)
 
 
-def products(lora):
-    found = flat(jax.tree.map(lambda x: np.asarray(x, np.float64), lora))
-    return {p[:-1]: a @ found[(*p[:-1], "B")] for p, a in found.items() if p[-1] == "A"}
-
-
 @settings(max_examples=15)
 @given(
     lora=some_adapters(),
@@ -333,7 +355,7 @@ def test_what_is_written_is_read_as_the_same_product(tmp_path_factory, lora, for
         lora,
     )
     form(file, lora, *([emoji["unet"]] if form is write_kohya else []), dtype=dtype)
-    read, expected = products(read_lora(file, emoji)), products(lora)
+    read, expected = lora_files.products(read_lora(file, emoji)), lora_files.products(lora)
     assert read.keys() == expected.keys()
     for path, product in expected.items():
         error = np.linalg.norm(read[path] - product) / np.linalg.norm(product)
@@ -354,7 +376,7 @@ def test_a_small_alpha_survives_float16(tmp_path, form):
     write_tensors(tmp_path / "theirs.safetensors", {k: v.astype(np.float16) for k, v in tensors.items()})
     read = read_lora(tmp_path / "theirs.safetensors", emoji)
     form(tmp_path / "ours.safetensors", read, *([emoji["unet"]] if form is write_kohya else []), dtype=np.float16)
-    again, expected = products(read_lora(tmp_path / "ours.safetensors", emoji)), products(read)
+    again, expected = lora_files.products(read_lora(tmp_path / "ours.safetensors", emoji)), lora_files.products(read)
     for path, product in expected.items():
         assert np.linalg.norm(again[path] - product) <= 2**-10 * np.linalg.norm(product), path
 
@@ -446,3 +468,29 @@ def test_a_start_with_a_text_encoder_is_refused_and_told_the_way(tmp_path):
     write_lora(tmp_path, lora)
     with pytest.raises(UserError, match=r"adapts the text encoder too .* --format=pipeline, and train on that model"):
         starting_lora(jax.random.key(0), emoji["unet"], 4, str(tmp_path))
+
+
+def test_generate_sums_adapters_and_says_when_a_picture_is_not_finite(tmp_path):
+    emoji = pictures.emoji_pipeline().params
+    only = {
+        "unet": lambda part, path: path[-1] == "conv_in",
+        "both": lambda part, path: "attn1" in path,
+    }
+    for seed, (name, some) in enumerate(only.items()):
+        write_lora(tmp_path / f"{name}.safetensors", lora_files.random_adapters(emoji, seed=seed, only=some))
+    names = [f"{tmp_path}/unet.safetensors:-1.5", f"{tmp_path}/both.safetensors"]
+    write_lora(tmp_path / "sum.safetensors", read_adapters(names, emoji))
+
+    def picture(lora):
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        given = {"lora": lora, "prompt": ["a fox"], "steps": 1, "out": str(tmp_path / "x.png")}
+        with flagsaver.flagsaver(**given):
+            generate.main()
+        return np.asarray(Image.open(tmp_path / "x.png")).astype(int)
+
+    summed = picture(names)
+    assert np.abs(summed - picture([str(tmp_path / "sum.safetensors")])).max() <= 1
+    assert np.abs(summed - picture([names[0].replace("-1.5", "1.5"), names[1]])).max() > 2
+    with pytest.raises(UserError, match="not finite"):
+        picture([f"{name.split(':')[0]}:1e38" for name in names])

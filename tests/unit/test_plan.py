@@ -11,8 +11,12 @@ from ml_collections import ConfigDict
 
 from configs import common, common_spm, sd15, sdxl, spm_sd15, tiny
 from spo_jax.checkpoints.base import Base, base_of_config
+from spo_jax.checkpoints.lora import starting_lora
+from spo_jax.checkpoints.lora_write import write_kohya
+from spo_jax.checkpoints.pipeline import read_unet
 from spo_jax.distributed.mesh import make_mesh, replicated
 from spo_jax.distributed.sharding import weight_sharding
+from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.planning import compile as compiling
 from spo_jax.planning import planner
@@ -23,6 +27,7 @@ from spo_jax.planning.report import Need, overrides, table
 from spo_jax.planning.shapes import clip_shapes, device_bytes, num_parameters, pipeline_shapes
 from spo_jax.planning.targets import GIB, Target, parse_target
 from spo_jax.planning.walk import walk
+from tests.lora_files import random_adapters
 
 V5E = parse_target("v5e:2x4")
 
@@ -207,6 +212,19 @@ def test_what_stays_on_a_device_is_split_by_fsdp():
     assert whole["texts"] == split["texts"]
     for name in ("unet", "scorer"):
         assert split[name] == pytest.approx(whole[name] / 8, rel=0.05)
+
+
+def test_adapters_to_start_from_are_counted_where_they_are_here(tmp_path):
+    unet = read_unet(resolve("emoji:model/unet"))[1]
+    file = write_kohya(tmp_path, random_adapters({"unet": unet}), unet)
+    config = tiny.get_config()
+    fresh = resident_bytes(abstract_run(config, V5E))["trained"]
+    config.lora.init = f"{file}:0.5"
+    start = starting_lora(jax.random.key(0), unet, config.lora.rank, config.lora.init)
+    counted = resident_bytes(abstract_run(config, V5E))["trained"]
+    assert counted == sum(x.nbytes for x in jax.tree.leaves(start)) > fresh
+    config.lora.init = "not/here"
+    assert resident_bytes(abstract_run(config, V5E))["trained"] == fresh
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ After a change that is meant: ``python -m tests.unit.test_shardings`` writes the
 import difflib
 from pathlib import Path
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import pytest
@@ -59,6 +60,25 @@ def test_a_split_that_does_not_come_out_even_is_refused_with_the_numbers():
         20,
         64,
     )
+
+
+@pytest.mark.parametrize("config", [sd15, sdxl], ids=["sd15", "sdxl"])
+def test_adapters_of_every_layer_have_a_place_on_eight_devices(config):
+    """Also of the convolutions from and to a few channels, which no eight devices can split."""
+    config = config.get_config()
+    unet = make_run(config, make_mesh(1, 8)).resident["unet"]
+    flat = flax.traverse_util.flatten_dict(unet)
+    adapters = {}
+    for path, kernel in flat.items():
+        if path[-1] == "kernel":
+            *inputs, fan_out = kernel.shape
+            adapters[(*path[:-1], "A")] = jax.ShapeDtypeStruct((*inputs, 3), jnp.float32)
+            adapters[(*path[:-1], "B")] = jax.ShapeDtypeStruct((3, fan_out), jnp.float32)
+    adapters = flax.traverse_util.unflatten_dict(adapters)
+    state = jax.eval_shape(make_optimizer(config.train).init, {"lora": adapters})
+    shardings = weight_shardings(make_mesh(1, 8), ({"lora": adapters}, state))
+    split = [sharding.spec != P() for sharding in jax.tree.leaves(shardings)]
+    assert sum(split) > 0.95 * len(split)
 
 
 def count_constraints(jaxpr):
