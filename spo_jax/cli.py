@@ -18,7 +18,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 from spo_jax.files import cache_folder
 from spo_jax.rng import MAX_SEED
 
@@ -143,7 +143,10 @@ def _with_home(argument: str) -> str:
 
 
 def _check_given_once(argv: Sequence[str]) -> None:
-    """A flag that takes one value has one: of two, absl would take the last without a word."""
+    """A flag that takes one value has one: of two, absl would take the last without a word.
+
+    Of a config's key the last counts, as scripts let their callers override it; that is said.
+    """
     values: dict[str, list[str]] = {}
     arguments = iter(argv[1:])
     for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
@@ -156,8 +159,11 @@ def _check_given_once(argv: Sequence[str]) -> None:
             continue
         values.setdefault(flag.name, []).append(value)
     for name, several in values.items():
-        if len(several) > 1:
-            _fail(f"--{name} is given {len(several)} times ({', '.join(several)}), but takes one value; leave one.")
+        given = f"--{name} is given {len(several)} times ({', '.join(several)})"
+        if len(several) > 1 and name.startswith("config."):
+            notice(f"{given}; the last one counts.")
+        elif len(several) > 1:
+            _fail(f"{given}, but takes one value; leave one.")
 
 
 def _one_line(error: BaseException) -> str:

@@ -129,12 +129,24 @@ def test_an_unknown_key_is_quoted_once(parse, override):
         (("--noconfirm", "--confirm"), "--confirm is given 2 times (false, true)"),
         (("--scale=1", "--prompt=x", "--scale", "2"), "--scale is given 2 times (1, 2)"),
         ((TINY, "--config=configs/sd15.py"), "--config is given 2 times"),
-        ((TINY, "--config.seed=1", "--config.seed=2"), "--config.seed is given 2 times (1, 2)"),
-        ((TINY, "--config.remat", "--noconfig.remat"), "--config.remat is given 2 times"),
     ],
 )
 def test_a_flag_with_one_value_is_given_once(parse, arguments, words):
     assert words in parse.refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "seed", "remat"),
+    [
+        (("--config.seed=1", "--config.seed=2"), "--config.seed is given 2 times (1, 2)", 2, False),
+        (("--config.remat", "--noconfig.remat", "--config.remat"), "--config.remat is given 3 times", 0, True),
+    ],
+)
+def test_the_last_value_of_a_config_key_counts_and_is_said(parse, capsys, arguments, words, seed, remat):
+    config = parse(TINY, *arguments)["config"].value
+    assert (config.seed, config.remat) == (seed, remat)
+    error = capsys.readouterr().err
+    assert words in error and "the last one counts" in error
 
 
 def test_flags_of_several_values_and_values_that_look_like_flags(parse):
