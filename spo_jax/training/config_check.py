@@ -22,7 +22,7 @@ def check_config(config: ConfigDict) -> None:
     rules = [
         ("dtype", config.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
         ("sampling.num_plain_steps", num_pool_steps > 0, "from 0 to num_steps - 1"),
-        ("sampling.num_inner_steps", sampling.num_inner_steps < num_pool_steps, "below num_steps - num_plain_steps"),
+        ("sampling.num_inner_steps", sampling.num_inner_steps < sampling.num_steps, "below num_steps"),
         ("sampling.continuation", sampling.continuation in ("random", "win"), "random or win"),
         ("lora.init", not (config.lora.init and config.lora.rank == 0), "empty where lora.rank is 0"),
         ("train.optimizer", config.train.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
