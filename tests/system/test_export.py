@@ -1,5 +1,6 @@
 """What the export command writes, loaded by diffusers and peft: the same picture as ours, at most 2/255 apart."""
 
+import functools
 import json
 import shutil
 import sys
@@ -38,6 +39,13 @@ def with_adapters():
     picture = pictures.ours(random_adapters(pictures.emoji_pipeline().params), steps=STEPS)
     assert np.abs(picture - pictures.ours(steps=STEPS)).max() > 10, "the adapters should show"
     return picture
+
+
+@pytest.fixture(scope="module")
+def merged():
+    """The parameters of each part that the workdir's adapters are for, with these."""
+    params = pictures.emoji_pipeline().params
+    return {part: merge_lora(params[part], lora) for part, lora in random_adapters(params).items()}
 
 
 def export(**flags):
@@ -81,19 +89,19 @@ def test_kohya_to_diffusers_is_bit_exact(workdir, tmp_path):
     assert (tmp_path / "o.safetensors").read_bytes() == next(workdir.glob("*.safetensors")).read_bytes()
 
 
-def test_a_single_file_takes_the_place_of_a_folder(workdir, tmp_path):
+def test_a_single_file_takes_the_place_of_a_folder(workdir, merged, tmp_path):
     model, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
     write_checkpoint(model, MODEL, {}, dtype=np.dtype(np.float32))
     result = export(lora=workdir, model=model, format="checkpoint", dtype="float32", out=out)
     assert result.returncode == 0 and f"Wrote {out}." in result.stdout, result.stderr
     theirs = safetensors.numpy.load_file(out)
-    merged = merge_lora(pictures.emoji_pipeline().params["unet"], pictures.strong_adapters()["unet"])
-    write_checkpoint(tmp_path / "ours.safetensors", MODEL, {"unet": lambda: merged}, dtype=np.dtype(np.float32))
+    parts = {part: functools.partial(merged.get, part) for part in merged}
+    write_checkpoint(tmp_path / "ours.safetensors", MODEL, parts, dtype=np.dtype(np.float32))
     for key, value in safetensors.numpy.load_file(tmp_path / "ours.safetensors").items():
         np.testing.assert_array_equal(theirs[key], value)
 
 
-def test_what_a_run_recorded_of_its_base_model_is_in_the_export(workdir, tmp_path):
+def test_what_a_run_recorded_of_its_base_model_is_in_the_export(workdir, merged, tmp_path):
     """Half-precision names, another UNet as a trainer saves it, and another autoencoder."""
     model, run_folder, out = tmp_path / "model", tmp_path / "run", tmp_path / "out"
     shutil.copytree(MODEL, model)
@@ -112,8 +120,8 @@ def test_what_a_run_recorded_of_its_base_model_is_in_the_export(workdir, tmp_pat
     assert result.returncode == 0, result.stderr
     ours = read_pipeline(out)
     np.testing.assert_array_equal(ours.params["vae"]["decoder"]["conv_out"]["bias"], np.full(3, 0.125, np.float32))
-    merged = merge_lora(pictures.emoji_pipeline().params["unet"], pictures.strong_adapters()["unet"])
-    chex.assert_trees_all_equal(ours.params["unet"], merged)
+    for part, params in merged.items():
+        chex.assert_trees_all_equal(ours.params[part], params)
     assert not list(out.rglob("*fp16*"))
     pipeline = StableDiffusionPipeline.from_pretrained(out, local_files_only=True)
     assert {p.dtype for p in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
