@@ -116,7 +116,7 @@ def start_processes() -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        given = [_with_home(argument) for argument in flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)]
+        given = _with_home(flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False))
         rest = flags.FLAGS(given, known_only=False)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # ml_collections reports an unknown key or a value of the wrong type with Python's own exceptions.
@@ -135,11 +135,19 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _with_home(argument: str) -> str:
-    """The argument with ``--name=~/path`` written out, which a shell leaves to the program; texts stay as they are."""
-    name, equals, value = argument.partition("=")
-    is_text = name.lstrip("-") in ("prompt", "negative_prompt")
-    return argument if is_text or not name.startswith("-") else name + equals + os.path.expanduser(value)
+def _with_home(argv: Sequence[str]) -> list[str]:
+    """The arguments with ``--name=~/path`` and ``--name ~/path`` written out; texts stay as they are."""
+    written, last = [], ""
+    for argument in argv:
+        name, equals, value = argument.partition("=") if argument.startswith("-") else (last, "", argument)
+        if value.startswith("~") and name.lstrip("-") not in ("prompt", "negative_prompt"):
+            home = os.path.expanduser(value)
+            if home == value and "/" in value:
+                _fail(f"{name}={value}: there is no such home folder here; write the path out.")
+            argument = argument[: len(argument) - len(value)] + home
+        written.append(argument)
+        last = "" if equals else name
+    return written
 
 
 def _check_given_once(argv: Sequence[str]) -> None:

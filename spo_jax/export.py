@@ -96,11 +96,17 @@ def main() -> None:
 
 def merged_part(files: PipelineFiles, part: str, lora: Mapping[str, Any]) -> Any:
     """The parameters of a part, float32, with its adapters merged into them."""
+    import flax.traverse_util
     import jax.numpy as jnp
+    import numpy as np
 
     from spo_jax.models.lora import merge_lora
 
-    return merge_lora(files.read(part, jnp.float32), lora.get(part, {}))
+    merged = merge_lora(files.read(part, jnp.float32), lora.get(part, {}))
+    for path, adapted in flax.traverse_util.flatten_dict(merged).items():
+        if isinstance(adapted, np.ndarray) and not np.isfinite(adapted).all():
+            raise UserError(f"The adapters make {'.'.join((part, *path))} not finite; give --lora less strength.")
+    return merged
 
 
 def known_of(files: PipelineFiles) -> dict[str, Any]:

@@ -66,6 +66,11 @@ def main() -> None:
         raise UserError("--out must name a PNG file, for example --out=picture.png.")
     if bool(PROMPT.value) == (PROMPTS_FILE.value is not None):
         raise UserError("Give either --prompt (once or more) or --prompts_file.")
+    for text in (*PROMPT.value, NEGATIVE_PROMPT.value):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"The prompt {text!r} is not valid UTF-8; save the script that has it with UTF-8 encoding.")
+    if MODEL.value == "" or not all(LORA.value):
+        raise UserError("--model or --lora is empty, as that of a variable that is not set; name one, or leave it out.")
     if SOLVER.value != "ddim" and ETA.value > 0:
         raise UserError(f"--eta belongs to --solver=ddim; leave it out with --solver={SOLVER.value}.")
 

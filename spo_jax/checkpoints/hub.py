@@ -18,6 +18,7 @@ from spo_jax.checkpoints import download
 from spo_jax.checkpoints.remote import RemoteName, parse_remote
 from spo_jax.errors import UserError
 
+MAX_STRENGTH = 1000  # of adapters; what is meant lies between -2 and 2
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -90,8 +91,10 @@ def with_strength(name: str) -> tuple[str, float]:
         if not exists(head):
             return name, 1.0
         strength = math.nan
-    if not math.isfinite(strength):
-        raise UserError(f"{name!r}: behind the last colon stands the strength, a number such as {head}:0.7.")
+    if not abs(strength) <= MAX_STRENGTH:
+        raise UserError(
+            f"{name!r}: behind the last colon stands the strength, a number such as {head}:0.7, at most {MAX_STRENGTH}."
+        )
     return head, strength
 
 

@@ -144,6 +144,8 @@ def _open(path: str | Path) -> _File:
         found = {part: config for part, file in files.items() if (config := file.configs.of(part)) is not None}
         return _File(path, arrays, PeftConfigs(found))
     path = _file_in(path) if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"LoRA file {path} does not exist; give a LoRA file, or the --workdir of a training run.")
     arrays = open_file(path).arrays
     if not arrays:
         raise UserError(f"LoRA file {path} is empty; it was not saved properly.")
@@ -212,6 +214,12 @@ def _matrices(
             )
             raise UserError(f"LoRA file {file.path} has {other}; the file is incomplete.")
     down, up = file.arrays[keys["down"]], file.arrays[keys["up"]]
+    for key, array in ((keys["down"], down), (keys["up"], up)):
+        if array.dtype.kind in "iub":
+            raise UserError(
+                f"LoRA file {file.path}: {key!r} holds {array.dtype} numbers; quantised adapters are not supported, "
+                "get them as float16 or float32."
+            )
     *window, fan_in, fan_out = kernel
     rank = down.shape[0] if len(down.shape) in (2, 4) else 0
     # Kernels of 1x1 are kept as those of linear layers by some, and the other way round.
@@ -225,13 +233,22 @@ def _matrices(
     a = _read(file, keys["down"]).reshape(rank, fan_in, *window).T
     a = a.swapaxes(0, 1) if window else a  # [w, h, in, rank] before
     b = _read(file, keys["up"]).reshape(fan_out, rank).T
+    scale = 1.0
     if "alpha" in keys:
         alpha = file.arrays[keys["alpha"]]
         if math.prod(alpha.shape) != 1:
             raise UserError(f"LoRA file {file.path}: {keys['alpha']!r} has shape {alpha.shape}, not a single number.")
-        b = b * np.float32(float(_read(file, keys["alpha"]).reshape(())) / rank)
+        scale = float(_read(file, keys["alpha"]).reshape(())) / rank
     elif (config := file.configs.of(layer.part)) is not None:
-        b = b * np.float32(config.scale(lora_keys.module_name(layer.path), rank))
+        scale = config.scale(lora_keys.module_name(layer.path), rank)
+    with np.errstate(over="ignore", invalid="ignore"):
+        b = b * np.float32(scale)
+        largest = np.abs(a).max() * np.abs(b).max() * np.float32(rank)
+    if not np.isfinite(largest):
+        raise UserError(
+            f"LoRA file {file.path}: {keys['down']!r} and {keys['up']!r} with their scale {scale:g} make weights that "
+            "are not finite in float32; the file is damaged: use another one."
+        )
     return jnp.asarray(a), jnp.asarray(b)
 
 

@@ -85,7 +85,7 @@ def _beside(file: Path) -> str:
         )
     if config.stat().st_size > _MAX_CONFIG_BYTES:
         raise UserError(f"File {config} is larger than {_MAX_CONFIG_BYTES} bytes, which no config is.")
-    return config.read_text(encoding="utf-8")
+    return config.read_text(encoding="utf-8-sig")
 
 
 def _in_header(file: Path) -> str | None:

@@ -110,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise UserError(f"File {path} is larger than {_MAX_JSON_BYTES} bytes, which no config is; refusing to read it.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"File {path} is not valid JSON ({error}); download or copy it again.") from error
     if not isinstance(value, dict):

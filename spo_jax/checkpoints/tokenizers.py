@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spo_jax.checkpoints.pipeline import Pipeline
 
 _NAMED = 3  # texts that a warning quotes
+_QUOTED = 200  # characters of each
 
 
 def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None) -> Any:
@@ -60,7 +61,8 @@ def fitted(tokenizer: Any, tower: CLIPTextTransformer) -> Any:
             f"{tower.vocab_size - 1} only; they do not belong together."
         )
     length = tokenizer.model_max_length
-    if not isinstance(length, int | float) or not length >= 2:
+    is_whole = isinstance(length, int) or (isinstance(length, float) and length > tower.max_position_embeddings)
+    if not is_whole or not length >= 2:
         raise UserError(f"Tokenizer {name}: model_max_length is {length!r}; it must be a number of tokens from 2.")
     # Missing, it is a huge number in transformers.
     if length <= tower.max_position_embeddings:
@@ -118,9 +120,8 @@ def cut_warning(tokenizers: Sequence[Any], texts: Sequence[str], what: str = "pr
     if not cut:
         return None
     length = min(tokenizer.model_max_length for tokenizer in tokenizers)
-    named = ", ".join(repr(part) for part in cut[:_NAMED]) + (
-        f" and {len(cut) - _NAMED} more" if len(cut) > _NAMED else ""
-    )
+    short = (part if len(part) <= _QUOTED else f"{part[:_QUOTED]}..." for part in cut[:_NAMED])
+    named = ", ".join(map(repr, short)) + (f" and {len(cut) - _NAMED} more" if len(cut) > _NAMED else "")
     return (
         f"warning: {len(cut)} of {len(different)} {what} are longer than the {length} tokens that the text encoder "
         f"reads; their ends are not seen: {named}."

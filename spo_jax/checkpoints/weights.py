@@ -56,9 +56,10 @@ def open_file(path: Path) -> Weights:
     if not path.is_file():
         raise UserError(missing(path, "Weight file"))
     with path.open("rb") as file:
-        zipped = file.read(len(_ZIP)) == _ZIP
-    index = index_torch_bin if zipped or path.suffix in TORCH_SUFFIXES else index_safetensors
-    return Weights(path, index(path))
+        start = file.read(9)
+    # The content decides, and the name where it does not: safetensors begin with the length of a JSON text.
+    is_torch = start.startswith(_ZIP) or (path.suffix in TORCH_SUFFIXES and start[8:] != b"{")
+    return Weights(path, index_torch_bin(path) if is_torch else index_safetensors(path))
 
 
 def open_weights(folder: Path, stem: str, variant: str | None = None) -> Weights:
@@ -186,6 +187,11 @@ def read_params(source: Path | Weights, shapes: Any, *, prefix: str = "", shardi
             raise UserError(
                 f"Weight file {weights.path}: {key!r} has shape {stored.shape}, but its config.json asks for "
                 f"{expected}."
+            )
+        if stored.dtype.kind in "iub":
+            raise UserError(
+                f"Weight file {weights.path}: {key!r} holds {stored.dtype} numbers; quantised models are not "
+                "supported, get the model in float16, bfloat16 or float32."
             )
     if left:
         listed = ", ".join(sorted(left)[:3])

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ _WHAT = (
 _OTHERS = (
     *(".parquet", ".arrow", ".feather", ".xls", ".xlsx", ".ods", ".yaml", ".yml", ".toml", ".xml", ".html", ".pkl"),
     *(".npy", ".npz", ".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz"),
+    *(".rtf", ".doc", ".docx", ".odt", ".pdf", ".py", ".ipynb", ".db", ".sqlite"),
 )
+# How JSON begins, and no prompt: an object or a list that goes on with a string, or ends the line.
+_JSON = re.compile(r'\s*(\[\s*)?\{\s*("|[\r\n])|\s*\[[^\S\r\n]*("|[\r\n])')
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 _MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # behind UTF-32's, which begin with them
 
@@ -38,9 +42,10 @@ def read_file(path: Path) -> list[str]:
         prompts = _from_table(path, text, "\t" if suffix == ".tsv" else ",")
     elif suffix in (".jsonl", ".ndjson") or _is_json_lines(text, suffix):
         prompts = _from_json_lines(path, text)
-    elif suffix == ".json" or _is_json_list(text):
+    elif suffix == ".json" or _is_json_list(text) or _JSON.match(text):
         prompts = _from_json(path, text)
     else:
+        _refuse_table(path, text)
         prompts = [line.strip() for line in _lines(text)]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
@@ -137,6 +142,17 @@ def _caption(path: Path, where: str, entry: Any) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
+def _refuse_table(path: Path, text: str) -> None:
+    """Refuses lines of text that are those of a table: the first one names a caption, and all have a delimiter."""
+    lines = [line for line in _lines(text) if line.strip()]
+    for sign, suffix in {"\t": ".tsv", ",": ".csv", ";": ".csv"}.items():
+        if len(lines) > 1 and all(sign in line for line in lines) and _feature(lines[0].split(sign)) is not None:
+            raise UserError(
+                f"Prompt file {path} looks like a table: its first line, {lines[0][:80]!r}, names columns; "
+                f"name the file {path.stem}{suffix}."
+            )
+
+
 def _from_table(path: Path, text: str, delimiter: str) -> list[str]:
     """The column of a table; one with semicolons, as spreadsheets write it in half of Europe, is told by its header."""
     text = text.lstrip("\r\n")
@@ -151,6 +167,8 @@ def _from_table(path: Path, text: str, delimiter: str) -> list[str]:
                 f"Prompt file {path} has no column {', '.join(FEATURES[:-1])} or {FEATURES[-1]}, only "
                 f"{_listed(headers[sign])}; name the one with the prompts in the first line."
             )
+        if sum(_plain(name) == _plain(column) for name in headers[sign]) > 1:
+            raise UserError(f"Prompt file {path} has several columns {column!r}; leave one.")
         try:
             return list(_column(path, text, column, delimiter=sign, strict=True))
         except csv.Error:
@@ -175,8 +193,12 @@ def _column(path: Path, text: str, column: str, **dialect: Any) -> Iterator[str]
 
 def _feature(names: Any) -> str | None:
     """The first of the names that is a caption's, in whatever case, and also in the plural."""
-    plain = {str(name).strip().lower().removesuffix("s"): name for name in reversed(list(names))}
+    plain = {_plain(name): name for name in reversed(list(names))}
     return next((plain[feature] for feature in FEATURES if feature in plain), None)
+
+
+def _plain(name: Any) -> str:
+    return str(name).strip().lower().removesuffix("s")
 
 
 def _listed(names: Any) -> str:

@@ -10,6 +10,7 @@ import collections
 import csv
 import dataclasses
 import glob
+import itertools
 import json
 import math
 import os
@@ -172,6 +173,8 @@ def _open_table(path: Path) -> Source:
                     f"File {path}, record {number}: {key} is {name!r}, which lies outside of {path.parent}; "
                     "put the pictures below the file and name them relative to it."
                 )
+    if not captions:
+        raise UserError(f"File {path} has no records; every record has {', '.join(KEYS)}.")
     for key in KEYS:
         if key not in keys:
             raise UserError(f"File {path} has no {key!r}; every record has {', '.join(KEYS)}.")
@@ -196,7 +199,10 @@ def _open_table(path: Path) -> Source:
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     lines = _lines(path)
     if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(lines, strict=True)
+        header = next(lines, "")
+        # As spreadsheets write it in half of Europe.
+        sign = ";" if ";" in header and "," not in header else ","
+        reader = csv.DictReader(itertools.chain([header], lines), strict=True, delimiter=sign)
         try:
             yield from reader
         except csv.Error as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -23,7 +24,8 @@ def check_fields(
       config: the parsed ``config.json``.
       used: fields that the model reads.
       fixed: fields of which only the listed values are implemented.
-      inert: fields that do not change what the model computes. Names that start with ``_`` are inert too.
+      inert: fields that do not change what the model computes. Names that start with ``_`` are inert too, and so are
+        unknown switches that are off (False, None), which newer versions write.
 
     Raises:
       UserError: a field is unknown, or has a value that is not implemented.
@@ -33,18 +35,32 @@ def check_fields(
         if name in used:
             taken[name] = tuple(value) if isinstance(value, list) else value
         elif name in fixed:
-            if value not in fixed[name]:
+            if value not in fixed[name] and not (_is_off(value) and any(map(_is_off, fixed[name]))):
                 allowed = " or ".join(repr(v) for v in fixed[name])
                 raise UserError(
                     f"{component} config: {name} = {value!r} is not supported (only {allowed}); "
                     "use a checkpoint without this feature."
                 )
-        elif not name.startswith("_") and name not in inert:
+        elif not name.startswith("_") and name not in inert and not _is_off(value):
             raise UserError(
                 f"{component} config: the field {name!r} (= {value!r}) is not known to this version; "
                 "it is refused because ignoring it could change the model."
             )
     return taken
+
+
+def _is_off(value: Any) -> bool:
+    return (
+        value is None
+        or value is False
+        or (isinstance(value, list | tuple) and bool(value) and all(map(_is_off, value)))
+    )
+
+
+def check_positive(component: str, name: str, value: Any) -> None:
+    """Raises UserError if the value of a field is no finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{component} config: {name} = {value!r} must be a finite number above 0.")
 
 
 def per_block(value: int | tuple[int, ...], num_blocks: int, component: str, name: str) -> tuple[int, ...]:

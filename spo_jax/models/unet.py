@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Num
 
 from spo_jax.errors import UserError
 from spo_jax.models.attention import Transformer2DModel
-from spo_jax.models.config import check_fields, per_block
+from spo_jax.models.config import check_fields, check_positive, per_block
 from spo_jax.models.layers import (
     Downsample2D,
     GroupNorm,
@@ -142,6 +142,11 @@ class UNet2DConditionModel(nn.Module):
                     f"{', '.join(allowed)}."
                 )
         fields |= _addition_sizes(name, fields)
+        check_positive(name, "norm_eps", fields.get("norm_eps", cls.norm_eps))
+        size = fields.get("sample_size", cls.sample_size)
+        sides = size if isinstance(size, tuple) else (size, size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+            raise UserError(f"{name} config: sample_size = {size!r} must be a whole number from 1, or two of them.")
         return cls(dtype=dtype, **fields)
 
     @property

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from spo_jax.models.attention import multi_head_attention
-from spo_jax.models.config import check_fields
+from spo_jax.models.config import check_fields, check_positive
 from spo_jax.models.layers import Conv, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv3x3
 
 _USED = [
@@ -63,7 +63,9 @@ class AutoencoderKL(nn.Module):
         }
         lists = {k: list(config[k]) for k in fixed if k in config}
         check_fields("AutoencoderKL", lists, used=(), fixed=fixed)
-        return cls(dtype=dtype, **check_fields("AutoencoderKL", config, used=_USED, fixed=_FIXED, inert=_INERT))
+        fields = check_fields("AutoencoderKL", config, used=_USED, fixed=_FIXED, inert=_INERT)
+        check_positive("AutoencoderKL", "scaling_factor", fields.get("scaling_factor", cls.scaling_factor))
+        return cls(dtype=dtype, **fields)
 
     @property
     def downscale(self) -> int:

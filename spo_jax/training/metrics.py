@@ -140,9 +140,12 @@ def check_finite(row: Mapping[str, float], batch: int, workdir: Path) -> None:
     """Stops a run whose loss, scores or gradients are not finite; what was saved before stays."""
     broken = [name for name, value in row.items() if not np.isfinite(value)]
     if broken:
+        checkpoints = workdir / "checkpoints"
+        any_saved = checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+        saved = f"The last checkpoint in {checkpoints} is intact" if any_saved else "No checkpoint had been written"
         raise UserError(
-            f"{broken[0]} is not finite in batch {batch + 1}; training stops. The last checkpoint in "
-            f"{workdir / 'checkpoints'} is intact; lower config.train.learning_rate or check the weights."
+            f"{broken[0]} is not finite in batch {batch + 1}; training stops. {saved}; lower "
+            "config.train.learning_rate or check the weights."
         )
 
 

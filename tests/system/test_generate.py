@@ -115,3 +115,16 @@ def test_the_largest_seed_has_a_picture_of_its_own(tmp_path):
     for seed in (2**32 - 1, 0, 2**31):
         run("--prompt=a fox", f"--seed={seed}", f"--out={tmp_path / f'{seed}.png'}")
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--model=", "--model or --lora is empty"),
+        ("--lora=", "--model or --lora is empty"),
+        ("--prompt=caf\udce9", "not valid UTF-8"),
+        ("--negative_prompt=caf\udce9", "not valid UTF-8"),
+    ],
+)
+def test_what_a_shell_leaves_of_a_value_is_not_taken_for_another(tmp_path, argument, words):
+    assert words in refused(argument, "--prompt=a fox", f"--out={tmp_path / 'x.png'}")

@@ -97,6 +97,12 @@ def test_a_variant_that_no_part_has_is_refused(model):
         ("unet", {"cross_attention_dim": 96}, ["128 channels", "cross_attention_dim", "96"]),
         ("vae", {"latent_channels": 16}, ["latents", "16"]),
         ("vae", {"in_channels": 1}, ["1 channels in"]),
+        ("vae", {"scaling_factor": "0.1"}, ["scaling_factor = '0.1'", "above 0"]),
+        ("vae", {"scaling_factor": 0}, ["scaling_factor = 0"]),
+        ("unet", {"sample_size": 16.0}, ["sample_size = 16.0", "whole number"]),
+        ("unet", {"sample_size": [16]}, ["sample_size = (16,)"]),
+        ("unet", {"norm_eps": -1}, ["norm_eps = -1"]),
+        ("unet", {"new_switch": True}, ["'new_switch'"]),
         ("scheduler", {"beta_wobble": 3}, ["scheduler_config.json", "'beta_wobble'"]),
         ("scheduler", {"_class_name": "EDMEulerScheduler", "beta_schedule": None}, ["scheduler_config", "EDMEuler"]),
     ],
@@ -109,6 +115,24 @@ def test_parts_that_do_not_fit_are_refused_before_weights_are_read(model, part, 
         read_pipeline(model)
     for word in [str(model / part), *words]:
         assert word in str(caught.value)
+
+
+def test_switches_of_newer_versions_that_are_off_change_nothing(model):
+    before = read_pipeline(model).unet
+    for part in STEMS:
+        change(model / part / "config.json", new_switch=False, new_list=[False, False])
+    change(model / "unet" / "config.json", only_cross_attention=[False] * 4, dual_cross_attention=False)
+    config = model / "unet" / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes().replace(b"{", b'{"newer": null, ', 1))
+    assert read_pipeline(model).unet == before
+
+
+def test_quantised_weights_are_refused(model):
+    file = weights(model, "unet")
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file(tensors | {"conv_in.weight": tensors["conv_in.weight"].astype(np.int8)}, file)
+    with pytest.raises(UserError, match=r"'conv_in\.weight' holds int8 numbers"):
+        read_pipeline(model)
 
 
 @pytest.mark.parametrize("part", [*STEMS, "scorer"])

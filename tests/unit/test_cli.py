@@ -173,6 +173,10 @@ def test_the_home_is_written_out_but_not_in_a_prompt(parse, monkeypatch, tmp_pat
     assert values["out"].value == f"{tmp_path}/x.png" and values["config"].value.model == f"{tmp_path}/m"
     assert values["prompts_file"].value == "a~b"
     assert (values["prompt"].value, values["negative_prompt"].value) == (["~/a"], "~")
+    values = parse("--out", "~/x.png", "--prompt", "~/a", "--negative_prompt", "~/b")
+    assert (values["out"].value, values["prompt"].value) == (f"{tmp_path}/x.png", ["~/a"])
+    assert values["negative_prompt"].value == "~/b"
+    assert "--out=~nobody_here/x.png: there is no such home folder" in parse.refused("--out=~nobody_here/x.png")
 
 
 def test_a_user_without_a_home_or_a_name(tmp_path):

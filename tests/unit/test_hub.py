@@ -158,7 +158,7 @@ def test_a_strength_stands_behind_the_last_colon(tmp_path, monkeypatch, name, ex
     assert with_strength(name) == expected
 
 
-@pytest.mark.parametrize("strength", ["nan", "inf", "-inf", "strong", ""])
+@pytest.mark.parametrize("strength", ["nan", "inf", "-inf", "1e39", "strong", ""])
 def test_a_strength_that_is_no_number_is_refused(tmp_path, strength):
     with pytest.raises(UserError, match=r"the strength, a number such as .*:0\.7"):
         with_strength(f"{tmp_path}:{strength}")

@@ -182,6 +182,33 @@ def test_numbers_that_are_not_finite_are_refused_by_key(tmp_path, value, role, d
         read_lora(tmp_path, emoji)
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"alpha": 3e38, "lora_up.weight": 1e6}, "make weights that are not finite in float32"),
+        ({"lora_down.weight": 1e30, "lora_up.weight": 1e30}, "make weights that are not finite in float32"),
+        ({"lora_up.weight": np.int8(3)}, "holds int8 numbers; quantised adapters are not supported"),
+    ],
+)
+def test_numbers_that_make_no_weights_are_refused(tmp_path, changed, words):
+    emoji = pictures.emoji_pipeline().params
+    tensors, layer = one_layer(emoji)
+    for role, value in changed.items():
+        dtype = np.int8 if isinstance(value, np.int8) else np.float32
+        tensors[f"{layer}.{role}"] = np.full_like(tensors[f"{layer}.{role}"], value, dtype)
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(UserError, match=words):
+        read_lora(tmp_path / "a.safetensors", emoji)
+
+
+def test_the_content_tells_safetensors_whatever_the_name(tmp_path):
+    emoji = pictures.emoji_pipeline().params
+    write_tensors(tmp_path / "a.bin", one_layer(emoji)[0])
+    assert read_lora(tmp_path / "a.bin", emoji)
+    with pytest.raises(UserError, match=r"nope does not exist; give a LoRA file, or the --workdir"):
+        read_lora(tmp_path / "nope", emoji)
+
+
 def test_two_adapters_in_one_file_and_an_alpha_alone_are_refused(tmp_path):
     emoji = pictures.emoji_pipeline().params
     tensors, layer = one_layer(emoji)

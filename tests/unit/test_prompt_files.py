@@ -106,6 +106,13 @@ def test_blank_lines_and_cells_are_no_prompts(tmp_path):
         ("p.txt", b"\xff\xfea\0 ", "is not UTF-16"),
         ("p.parquet", b"PAR1", "is a .parquet file, which is not read"),
         ("p.yaml", b"- a fox\n", "is a .yaml file"),
+        ("p.ipynb", b"{\n}", "is a .ipynb file"),
+        ("p.txt", b'{\n "caption": "a fox"\n}', "must hold a JSON list, not a dict"),
+        ("p.txt", b'[{"caption": "a fox"},]', "is not valid JSON"),
+        ("p.txt", b'["a fox",\n"an owl"', "is not valid JSON"),
+        ("p.txt", b"prompt,seed\na fox,1\nan owl,2\n", "looks like a table"),
+        ("p.txt", b"id\tCaption\n1\ta fox\n", "name the file p.tsv"),
+        ("p.csv", b"prompt,prompt\na fox,an owl\n", "has several columns 'prompt'"),
         ("p.jsonl.gz", b"\x1f\x8b", "is a .gz file"),
     ],
 )
