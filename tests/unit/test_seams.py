@@ -58,7 +58,11 @@ def test_pairs_of_a_pool_that_lacks_a_segment(pool, name):
 
 def test_one_text_for_several_pictures():
     clip = SimpleNamespace(
-        step_aware=False, image_size=4, image_features=None, apply=lambda variables, pixels, method: pixels[:, 0, 0]
+        step_aware=False,
+        image_size=4,
+        image_features=None,
+        tower=None,
+        apply=lambda variables, pixels, method: pixels[:, 0, 0],
     )
     arguments = ({"logit_scale": jnp.zeros(())}, jnp.zeros((2, 4, 4, 3)), jnp.ones((1, 3)), jnp.zeros(2, jnp.int32))
     with pytest.raises(AssertionError, match="assert_equal_shape"):
