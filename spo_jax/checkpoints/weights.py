@@ -128,19 +128,28 @@ def _others(folder: Path) -> str:
     )
 
 
-def _open_shards(index: Path) -> Weights:
-    """The weights that an ``*.index.json`` spreads over several files of its folder."""
+def read_index(index: Path) -> dict[str, str]:
+    """The ``weight_map`` of an ``*.index.json``: the file of its folder that has each key.
+
+    Raises:
+      UserError: it is damaged, or names a file outside its folder.
+    """
     try:
         if index.stat().st_size > _MAX_INDEX_BYTES:
             raise ValueError(f"more than {_MAX_INDEX_BYTES} bytes")
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-        inside = all(Path(shard).name == shard and shard != ".." and "\\" not in shard for shard in shards)
+        inside = all(Path(file).name == file and file != ".." and "\\" not in file for file in weight_map.values())
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"File {index} is no index of weights ({error}); download or copy it again.") from error
     if not inside:
         raise UserError(f"File {index} names weight files outside its folder; get the model from its source again.")
-    opened = {shard: open_file(index.parent / shard).arrays for shard in shards}
+    return weight_map
+
+
+def _open_shards(index: Path) -> Weights:
+    """The weights that an ``*.index.json`` spreads over several files of its folder."""
+    weight_map = read_index(index)
+    opened = {shard: open_file(index.parent / shard).arrays for shard in sorted(set(weight_map.values()))}
     for key, shard in weight_map.items():
         if key not in opened[shard]:
             raise UserError(f"Weight file {index.parent / shard} has no key {key!r}, which {index.name} puts there.")

@@ -21,6 +21,7 @@ from spo_jax.checkpoints.weights import (
     TRANSFORMERS_STEM,
     choose_variant,
     find_weights,
+    read_index,
 )
 from spo_jax.errors import UserError
 
@@ -73,6 +74,8 @@ def write_pipeline(
             return write_pipeline(out, folder, unet_params, text_encoders=text_encoders, **others)
     index = read_json(source / INDEX)
     parts = {name: part for name, part in index.items() if isinstance(part, list)}  # the others are settings
+    if outside := [name for name in parts if Path(name).name != name or name == ".."]:
+        raise UserError(f"File {source / INDEX} names {outside[0]!r}, which is no folder of the pipeline's.")
     folders = {name: (replaced or {}).get(name, source / name) for name in parts}
     models = {"unet": unet_params, **(text_encoders or {})}
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
@@ -116,8 +119,7 @@ def _files_of(source: Path, library: str | None, variant: str | None, *, weights
         raise UserError(f"Folder {source} has no weights that could be meant among {', '.join(p.name for p in every)}.")
     chosen = [index]
     if index.suffix == ".json":
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        chosen += sorted({source / name for name in weight_map.values()})
+        chosen += sorted({source / name for name in read_index(index).values()})
     return files | {path: _plain(path.name, found) for path in chosen}
 
 

@@ -113,3 +113,18 @@ def test_a_part_that_is_missing_is_refused_by_name(tmp_path, source):
     with pytest.raises(UserError, match=r"tokenizer does not exist"):
         write_pipeline(tmp_path / "new", source, PARAMS)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_nothing_outside_the_pipeline_is_copied(tmp_path, source):
+    """A model of a stranger must not bring a file of the user's into a folder that may be published."""
+    (tmp_path / "secret.safetensors").write_bytes(b"secret")
+    for file in (source / "vae").glob("*.fp16.*"):
+        file.unlink()
+    index = {"weight_map": {"w": "../../secret.safetensors"}}
+    (source / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UserError, match="outside its folder"):
+        write_pipeline(tmp_path / "out", source, PARAMS)
+    (source / "model_index.json").write_text(json.dumps(INDEX | {"../x": ["diffusers", "UNet"]}), encoding="utf-8")
+    with pytest.raises(UserError, match="no folder of the pipeline's"):
+        write_pipeline(tmp_path / "out", source, PARAMS)
+    assert not (tmp_path / "out").exists()
