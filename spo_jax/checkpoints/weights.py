@@ -128,7 +128,7 @@ def _others(folder: Path) -> str:
     )
 
 
-def read_index(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
     """The ``weight_map`` of an ``*.index.json``: the file of its folder that has each key.
 
     Raises:
@@ -148,7 +148,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 def _open_shards(index: Path) -> Weights:
     """The weights that an ``*.index.json`` spreads over several files of its folder."""
-    weight_map = read_index(index)
+    weight_map = read_weight_map(index)
     opened = {shard: open_file(index.parent / shard).arrays for shard in sorted(set(weight_map.values()))}
     for key, shard in weight_map.items():
         if key not in opened[shard]:

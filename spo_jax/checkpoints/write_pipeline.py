@@ -21,7 +21,7 @@ from spo_jax.checkpoints.weights import (
     TRANSFORMERS_STEM,
     choose_variant,
     find_weights,
-    read_index,
+    read_weight_map,
 )
 from spo_jax.errors import UserError
 
@@ -119,7 +119,7 @@ def _files_of(source: Path, library: str | None, variant: str | None, *, weights
         raise UserError(f"Folder {source} has no weights that could be meant among {', '.join(p.name for p in every)}.")
     chosen = [index]
     if index.suffix == ".json":
-        chosen += sorted({source / name for name in read_index(index).values()})
+        chosen += sorted({source / name for name in read_weight_map(index).values()})
     return files | {path: _plain(path.name, found) for path in chosen}
 
 
