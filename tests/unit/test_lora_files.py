@@ -497,7 +497,7 @@ def test_a_start_with_a_text_encoder_is_refused_and_told_the_way(tmp_path):
         starting_lora(jax.random.key(0), emoji["unet"], 4, str(tmp_path))
 
 
-def test_generate_sums_adapters_and_says_when_a_picture_is_not_finite(tmp_path):
+def test_generate_sums_adapters_with_their_strengths(tmp_path):
     emoji = pictures.emoji_pipeline().params
     only = {
         "unet": lambda part, path: path[-1] == "conv_in",
@@ -519,5 +519,3 @@ def test_generate_sums_adapters_and_says_when_a_picture_is_not_finite(tmp_path):
     summed = picture(names)
     assert np.abs(summed - picture([str(tmp_path / "sum.safetensors")])).max() <= 1
     assert np.abs(summed - picture([names[0].replace("-1.5", "1.5"), names[1]])).max() > 2
-    with pytest.raises(UserError, match="not finite"):
-        picture([f"{name.split(':')[0]}:1e38" for name in names])
