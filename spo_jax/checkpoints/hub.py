@@ -80,7 +80,7 @@ def with_strength(name: str) -> tuple[str, float]:
     ``emoji:model`` or ``github:owner/repo@...``.
 
     Raises:
-      UserError: the strength of a path that is here is no number, or it is not finite.
+      UserError: the strength of a path that is here is no number, or beyond ``MAX_STRENGTH``.
     """
     head, colon, tail = name.rpartition(":")
     if not colon or not head or exists(name):
