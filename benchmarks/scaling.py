@@ -69,7 +69,7 @@ def main() -> None:
 
 def seconds_a_batch(count: int) -> float:
     """Seconds of a batch of eight prompts in ``count`` processes of one device, the median of five after the first."""
-    from spo_jax.training.metrics import read_metrics
+    from spo_jax.runs.metrics import read_metrics
 
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from configs import common, common_spm
+from spo_jax import methods
 
 
 def get_config(workdir: str = "") -> ConfigDict:
@@ -16,6 +16,6 @@ def get_config(workdir: str = "") -> ConfigDict:
     if not workdir:
         raise ValueError("Which run? Write its --workdir behind the name: configs/recorded.py:runs/a")
     recorded = json.loads((Path(workdir).expanduser() / "config.json").read_text(encoding="utf-8"))
-    c = common_spm.get_config() if recorded["method"] == "spm" else common.get_config()
+    c = methods.config_of(recorded["method"]).get_config()
     c.update(recorded)
     return c

@@ -14,16 +14,14 @@ Weights alone take 5.6 GB; docs/memory.md has what was measured.
 
 from ml_collections import ConfigDict
 
-from configs import common
-
-PREFERENCE_MODELS = "SPO-Diffusion-Models/Step-Aware_Preference_Models@0930261d5a1fb701f35d20c0ea8c145fe2c73738"
+from spo_jax.spo import config
 
 
 def get_config(device: str = "") -> ConfigDict:
     """The paper's recipe: 4 devices with 10 prompts and 10 pairs each, 10 epochs over 4,000 prompts."""
-    c = common.get_config()
+    c = config.get_config()
     c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5@451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
-    c.scorer.path = f"{PREFERENCE_MODELS}/sd-v1-5_step-aware_preference_model.bin"
+    c.scorer.path = f"{config.PREFERENCE_MODELS}/sd-v1-5_step-aware_preference_model.bin"
     c.scorer.chunk, c.remat = 8, True  # so that the load of a device fits 16 GB, see docs/memory.md
     if device == "16gb":
         c.prompts_per_batch, c.num_batches = 4, 10_000

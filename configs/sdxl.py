@@ -13,17 +13,16 @@ Weights alone take 10.4 GB; docs/memory.md has what was measured.
 
 from ml_collections import ConfigDict
 
-from configs import common
-from configs.sd15 import PREFERENCE_MODELS
+from spo_jax.spo import config
 
 
 def get_config(device: str = "") -> ConfigDict:
     """The paper's recipe: 4 devices with 2 prompts and 2 pairs each, two minibatches a step, 10 epochs."""
-    c = common.get_config()
+    c = config.get_config()
     c.model = "stabilityai/stable-diffusion-xl-base-1.0@462165984030d82259a11f4367a4eed129e94a7b"
     c.vae = "madebyollin/sdxl-vae-fp16-fix@207b116dae70ace3637169f1ddd2434b91b3a8cd"  # the own one overflows in fp16
     c.prompts_per_batch, c.num_batches = 8, 5_000
-    c.scorer.path = f"{PREFERENCE_MODELS}/sdxl_step-aware_preference_model.bin"
+    c.scorer.path = f"{config.PREFERENCE_MODELS}/sdxl_step-aware_preference_model.bin"
     c.sampling.num_candidates = 2
     c.sampling.num_inner_steps = 3
     c.pairs.threshold = 0.4

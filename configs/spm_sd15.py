@@ -15,12 +15,12 @@ Paper: 8,000 steps of 64 pairs on 4 A100; the cost of SPO (80 A100 hours) includ
 
 from ml_collections import ConfigDict
 
-from configs import common_spm
+from spo_jax.spm import config
 
 
 def get_config(device: str = "") -> ConfigDict:
     """The paper's recipe: 16 pairs on each of 4 devices, one optimizer step each."""
-    c = common_spm.get_config()
+    c = config.get_config()
     c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5@451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
     c.scorer.init = c.validation.plain = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"
     c.train.warmup = "log"

@@ -15,14 +15,14 @@ Paper: 7,000 steps of 64 pairs on 4 A100; the cost of SPO (234 A100 hours) inclu
 
 from ml_collections import ConfigDict
 
-from configs import common_spm
+from spo_jax.spm import config
 
 PICKSCORE = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"
 
 
 def get_config(device: str = "") -> ConfigDict:
     """The paper's recipe: 16 pairs on each of 4 devices, pictures of 1024 pixels."""
-    c = common_spm.get_config()
+    c = config.get_config()
     c.model = "stabilityai/stable-diffusion-xl-base-1.0@462165984030d82259a11f4367a4eed129e94a7b"
     c.vae = "madebyollin/sdxl-vae-fp16-fix@207b116dae70ace3637169f1ddd2434b91b3a8cd"  # the own one overflows in fp16
     c.num_steps = 7000

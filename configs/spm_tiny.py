@@ -5,17 +5,17 @@
     python -m spo_jax.prepare --source=runs/emoji_pairs/validation.jsonl --split=validation --out=runs/emoji_data
     python -m spo_jax.main --config=configs/spm_tiny.py --workdir=runs/spm_tiny
 
-Expected accuracies and times: docs/emoji.md. Every key is explained in configs/common_spm.py.
+Expected accuracies and times: docs/emoji.md. Keys: spo_jax/spm/config.py and spo_jax/runs/config.py.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common_spm
+from spo_jax.spm import config
 
 
 def get_config() -> ConfigDict:
     """The recipe of the preference model that ships with the package."""
-    c = common_spm.get_config()
+    c = config.get_config()
     c.model = "emoji:model"
     c.num_steps = 1200
     c.dtype = "float32"

@@ -3,17 +3,17 @@
     python -m spo_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
 Paper: Step-aware Preference Optimization, arXiv 2406.04314. Expected results, times and how the models were made:
-docs/emoji.md. Every key is explained in configs/common.py.
+docs/emoji.md. Every key is explained in spo_jax/spo/config.py and spo_jax/runs/config.py.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from spo_jax.spo import config
 
 
 def get_config() -> ConfigDict:
     """The recipe of ``launch/demo.sh``."""
-    c = common.get_config()
+    c = config.get_config()
     c.model = "emoji:model"
     c.prompts = "emoji:prompts/spo.txt"
     c.num_batches = 60

@@ -23,7 +23,7 @@ from spo_jax.errors import UserError
 from spo_jax.files import check_place, saying_where
 
 if TYPE_CHECKING:
-    from spo_jax.checkpoints.pipeline_files import PipelineFiles
+    from spo_jax.formats.pipeline_files import PipelineFiles
 
 LORA = flags.DEFINE_multi_string("lora", [], "A --workdir of training, or a LoRA file; also with a strength.")
 MODEL = flags.DEFINE_string(
@@ -53,15 +53,14 @@ def main() -> None:
 
     import jax.numpy as jnp
 
-    from spo_jax.checkpoints.base import base_of
-    from spo_jax.checkpoints.hub import resolve_model
-    from spo_jax.checkpoints.lora import read_adapters
-    from spo_jax.checkpoints.lora_write import write_kohya, write_lora
-    from spo_jax.checkpoints.pipeline import replaced_parts
-    from spo_jax.checkpoints.pipeline_files import open_pipeline
-    from spo_jax.checkpoints.write_checkpoint import write_checkpoint
-    from spo_jax.checkpoints.write_pipeline import check_output_folder, write_pipeline
-    from spo_jax.emoji import resolve
+    from spo_jax.formats.base import base_of
+    from spo_jax.formats.hub import resolve_model
+    from spo_jax.formats.lora import read_adapters
+    from spo_jax.formats.lora_write import write_kohya, write_lora
+    from spo_jax.formats.pipeline import replaced_parts
+    from spo_jax.formats.pipeline_files import open_pipeline
+    from spo_jax.formats.write_checkpoint import write_checkpoint
+    from spo_jax.formats.write_pipeline import check_output_folder, write_pipeline
 
     out = Path(OUT.value)
     dtype = jnp.dtype(DTYPE.value or ("float16" if FORMAT.value == "checkpoint" else "float32"))
@@ -71,9 +70,8 @@ def main() -> None:
         check_place(out)
     base = base_of(LORA.value, model=MODEL.value, variant=VARIANT.value, unet=UNET.value, vae=VAE.value)
     variant = base.variant or None
-    model = resolve_model(resolve(base.model), variant=variant, weights=whole)
-    unet, vae = (resolve(name) if name else None for name in (base.unet, base.vae))
-    replaced = replaced_parts(unet, vae, variant=variant, weights=whole)
+    model = resolve_model(base.model, variant=variant, weights=whole)
+    replaced = replaced_parts(base.unet, base.vae, variant=variant, weights=whole)
     options: dict[str, Any] = {"replaced": replaced, "variant": variant, "dtype": dtype}
     files = open_pipeline(model, variant, replaced)
     shapes = {part: files.shapes(part, jnp.float32) for part in files.configs if part != "vae"}

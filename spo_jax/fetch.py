@@ -19,13 +19,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spo_jax import cli
-from spo_jax.checkpoints.download import bytes_to_fetch, cache_folder, in_bytes, size_of
-from spo_jax.checkpoints.hub import local
+from spo_jax.formats.download import bytes_to_fetch, cache_folder, in_bytes, size_of
+from spo_jax.formats.hub import local
 
 if TYPE_CHECKING:
-    from spo_jax.checkpoints.artifacts import Stock
-    from spo_jax.checkpoints.download import RemoteFile
-    from spo_jax.checkpoints.remote import RemoteName
+    from spo_jax.formats.download import RemoteFile
+    from spo_jax.formats.remote import RemoteName
+    from spo_jax.runs.artifacts import Stock
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/sd15.py.", lock_config=True)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "List only what a run needs and what of it is missing.")
@@ -35,7 +35,7 @@ def main() -> None:
     """Lists, fetches and verifies; exits with 1 if a dry run finds something missing."""
     config = cli.config_of(CONFIG)
 
-    from spo_jax.checkpoints import artifacts
+    from spo_jax.runs import artifacts
 
     config = artifacts.with_pins(config, artifacts.look_up(config, {}))
     stocks = artifacts.take_stock(config)
@@ -57,7 +57,7 @@ def verified(stocks: Sequence[Stock]) -> list[Stock]:
     """The stocks with what is damaged of them, which is said."""
     from tqdm import tqdm
 
-    from spo_jax.checkpoints import artifacts
+    from spo_jax.runs import artifacts
 
     here = [(stock.remote, file) for stock in stocks for file in stock.files or () if file not in stock.missing]
     total = sum(size_of(remote, file) for remote, file in here)
@@ -74,8 +74,8 @@ def verified(stocks: Sequence[Stock]) -> list[Stock]:
 
 def inventory(config: ConfigDict, stocks: Sequence[Stock]) -> str:
     """What a run of the config reads: names with commits, files, sizes, and what of it is missing."""
-    from spo_jax.checkpoints import artifacts
-    from spo_jax.checkpoints.download import partial_bytes
+    from spo_jax.formats.download import partial_bytes
+    from spo_jax.runs import artifacts
 
     remote = {stock.artifact: stock for stock in stocks}
     lines = []

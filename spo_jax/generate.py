@@ -78,19 +78,18 @@ def main() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from spo_jax.checkpoints.base import base_of, read_base
-    from spo_jax.checkpoints.lora import check_lora_files, read_adapters
-    from spo_jax.checkpoints.pipeline import with_image_size
-    from spo_jax.checkpoints.tokenizers import cut_warning, tokenizers_of
     from spo_jax.data.prompts import read_prompts
     from spo_jax.diffusion.dpm_solver import make_dpm_schedule
     from spo_jax.diffusion.schedule import make_schedule
-    from spo_jax.emoji import resolve
+    from spo_jax.formats.base import base_of, read_base
+    from spo_jax.formats.lora import check_lora_files, read_adapters
+    from spo_jax.formats.pipeline import with_image_size
+    from spo_jax.formats.tokenizers import cut_warning, tokenizers_of
     from spo_jax.images import grid, grid_size, to_uint8, write_png
-    from spo_jax.training.evaluation import encode_prompts
-    from spo_jax.training.rollout import make_encode, make_generate
+    from spo_jax.sampling.encode import encode_prompts, make_encode
+    from spo_jax.sampling.generate import make_generate
 
-    prompts = PROMPT.value or read_prompts(resolve(PROMPTS_FILE.value))
+    prompts = PROMPT.value or read_prompts(PROMPTS_FILE.value)
     check_place(OUT.value)
     check_lora_files(LORA.value)
     dtype = jnp.dtype(DTYPE.value)

@@ -11,8 +11,7 @@ from __future__ import annotations
 from absl import flags
 from ml_collections import config_flags
 
-from spo_jax import cli
-from spo_jax.errors import UserError
+from spo_jax import cli, methods
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/tiny.py.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, adapters and the report.")
@@ -24,16 +23,7 @@ def main() -> None:
     config, workdir = cli.config_of(CONFIG), cli.workdir_of(WORKDIR)
     cli.start_processes()
     # These import JAX models; a wrong flag should not wait for that.
-    if config.method == "spo":
-        from spo_jax.training import spo
-
-        spo.train(config, workdir)
-    elif config.method == "spm":
-        from spo_jax.training import spm
-
-        spm.train(config, workdir)
-    else:
-        raise UserError(f"config.method must be spo or spm, not {config.method!r}; it belongs to the config file.")
+    methods.recipe_of(config.method).train(config, workdir)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from spo_jax.checkpoints.pipeline import read_pipeline, with_image_size
 from spo_jax.diffusion.dpm_solver import make_dpm_schedule
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.emoji import resolve
+from spo_jax.formats.hub import local
+from spo_jax.formats.pipeline import read_pipeline, with_image_size
 from spo_jax.generate import draw_noise
 from spo_jax.images import to_uint8
 from spo_jax.models.lora import init_lora
-from spo_jax.training.evaluation import encode_prompts
-from spo_jax.training.rollout import make_encode, make_generate
+from spo_jax.sampling.encode import encode_prompts, make_encode
+from spo_jax.sampling.generate import make_generate
 
 PROMPTS = ["a red apple on a teal background", "a fox on a blue background"]
 STEPS = 10
@@ -24,7 +24,7 @@ STEPS = 10
 @functools.cache
 def emoji_pipeline():
     """The shipped pipeline, read once."""
-    return read_pipeline(resolve("emoji:model"))
+    return read_pipeline(local("emoji:model"))
 
 
 def strong_adapters(rank=4):
@@ -68,7 +68,7 @@ def theirs(folder=None, lora_file=None, scheduler=DDIMScheduler, steps=STEPS, si
     The folder is loaded as it is, without a dtype. ``lora_file`` may also be a folder, or files with their strengths.
     A single file takes the place of the folder's weights.
     """
-    folder = folder or resolve("emoji:model")
+    folder = folder or local("emoji:model")
     if single_file is None:
         pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     else:

@@ -8,9 +8,9 @@ import json
 import safetensors.numpy
 import torch
 
-from configs import common
-from spo_jax.checkpoints.remote import parse_remote
-from spo_jax.emoji import resolve
+from spo_jax.formats.hub import local
+from spo_jax.formats.remote import parse_remote
+from spo_jax.spo import config as spo_config
 from tests.hub_server import files_of
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -35,15 +35,15 @@ PIPELINE = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "sch
 @functools.cache
 def repositories() -> dict[str, dict[str, bytes]]:
     """What ``configs/sd15.py`` and ``configs/spm_sd15.py`` need: the emoji models, whose pictures differ in score."""
-    emoji = files_of(resolve("emoji:model"))
+    emoji = files_of(local("emoji:model"))
     pipeline = {path: content for path, content in emoji.items() if path.split("/")[0] in PIPELINE}
-    captions = resolve("emoji:prompts/spo.txt").read_text(encoding="utf-8").splitlines()
-    training, held_out = parse_remote(common.TRAINING_PROMPTS), parse_remote(common.HELD_OUT_PROMPTS)
+    captions = local("emoji:prompts/spo.txt").read_text(encoding="utf-8").splitlines()
+    training, held_out = parse_remote(spo_config.TRAINING_PROMPTS), parse_remote(spo_config.HELD_OUT_PROMPTS)
     return {
         SD15: pipeline | NOT_READ,
         PREFERENCE_MODELS: preference_models(("sd-v1-5", "sdxl")),
-        CLIP_L14: files_of(resolve("emoji:model/clip")),
-        PICKSCORE: files_of(resolve("emoji:model/clip")),
+        CLIP_L14: files_of(local("emoji:model/clip")),
+        PICKSCORE: files_of(local("emoji:model/clip")),
         f"github:{training.repo}": {training.inside: json.dumps([{"caption": c} for c in captions[:24]]).encode()},
         f"github:{held_out.repo}": {held_out.inside: json.dumps([{"prompt": c} for c in captions[24:32]]).encode()},
     }
@@ -51,7 +51,7 @@ def repositories() -> dict[str, dict[str, bytes]]:
 
 def preference_models(names: tuple[str, ...]) -> dict[str, bytes]:
     """The emoji preference model in the published layout; the published ones have no config, being a ViT-H/14."""
-    scorer = resolve("emoji:model/scorer")
+    scorer = local("emoji:model/scorer")
     weights = safetensors.numpy.load_file(scorer / "model.safetensors")
     content = io.BytesIO()
     prefix = "model."
@@ -62,7 +62,7 @@ def preference_models(names: tuple[str, ...]) -> dict[str, bytes]:
 
 def prompts_as_served(files: dict[str, dict[str, bytes]]) -> dict[str, str]:
     """The two prompt files of a config with the checksums of what is served in their place: texts are not shipped."""
-    names = {"config.prompts": common.TRAINING_PROMPTS, "config.evaluation.prompts": common.HELD_OUT_PROMPTS}
+    names = {"config.prompts": spo_config.TRAINING_PROMPTS, "config.evaluation.prompts": spo_config.HELD_OUT_PROMPTS}
     given = {}
     for key, name in names.items():
         remote = parse_remote(name)

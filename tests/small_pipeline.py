@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spo_jax.checkpoints.safetensors_io import param_shapes, write_params
-from spo_jax.emoji import resolve
+from spo_jax.formats.hub import local
+from spo_jax.formats.safetensors_io import param_shapes, write_params
 from spo_jax.models import UNet2DConditionModel
 
 
@@ -21,7 +21,7 @@ def small_pipeline() -> Path:
     """The folder of the emoji models, with random weights in a UNet of one level; it goes with the process."""
     folder = Path(tempfile.mkdtemp(prefix="spo_jax_small_")) / "model"
     atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
-    shutil.copytree(resolve("emoji:model"), folder)
+    shutil.copytree(local("emoji:model"), folder)
     config = folder / "unet" / "config.json"
     fields = json.loads(config.read_text(encoding="utf-8")) | {
         "block_out_channels": [64],

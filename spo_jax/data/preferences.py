@@ -22,6 +22,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 from spo_jax.data.records import FAULTS, Fault, decode_pair
 from spo_jax.errors import UserError
@@ -262,3 +263,13 @@ def _die_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def total_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a ``PairLoader`` with the counts of all processes added up; all of them have to call it.
+
+    This is what a checkpoint keeps, because from it any number of processes can go on.
+    """
+    counts = state["counts"]
+    by_process = multihost_utils.process_allgather(np.array(list(counts.values()), np.int32))  # JAX has no int64 here
+    return state | {"counts": dict(zip(counts, by_process.sum(axis=0).tolist(), strict=True))}

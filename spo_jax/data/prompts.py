@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from spo_jax.checkpoints.hub import fetched
 from spo_jax.data.prompt_files import FEATURES, read_file
 from spo_jax.errors import UserError
+from spo_jax.formats.hub import fetched
 
 TFDS = "tfds:"
 
@@ -19,7 +19,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
     A file has one a line, or is a JSON list of strings or of objects with a ``"caption"``, or JSON lines of the same
     (``.jsonl``), or a table with such a column (``.csv``, ``.tsv``). ``"prompt"`` and ``"text"`` may stand for
-    ``"caption"``. It is local, or one of the hub or of GitHub, see ``checkpoints/remote.py``.
+    ``"caption"``. It is local, or one of the hub or of GitHub, see ``formats/remote.py``.
 
     Or, as ``tfds:NAME@SPLIT``, from a data set that TensorFlow Datasets has prepared, by its name or its folder; its
     feature ``caption``, ``prompt`` or ``text`` is taken, its split ``train`` if none is named.

@@ -1,56 +1,47 @@
-"""One DDIM step (arXiv 2010.02502, equations 12 and 16) as a Gaussian, and the log-probability under it.
-
-Written for one latent of any shape; callers ``vmap``. Everything is float32: sigma is small near t = 0 and the
-difference of two log-probabilities smaller still.
-"""
+"""The plain sampler: one trajectory a prompt, for pictures and for evaluation."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from spo_jax.diffusion.schedule import Schedule
-
-
-def predict_x0_and_noise(
-    schedule: Schedule, model_output: Float[Array, "*l"], latents: Float[Array, "*l"], timestep: Int[Array, ""]
-) -> tuple[Float[Array, "*l"], Float[Array, "*l"]]:
-    """The clean latents and the noise that a model output stands for, by the schedule's prediction type."""
-    alpha = schedule.alphas_cumprod[timestep]
-    signal, spread = jnp.sqrt(alpha), jnp.sqrt(1.0 - alpha)
-    output, latents = model_output.astype(jnp.float32), latents.astype(jnp.float32)
-    if schedule.prediction_type == "epsilon":
-        x0, noise = (latents - spread * output) / signal, output
-    elif schedule.prediction_type == "v_prediction":
-        x0, noise = signal * latents - spread * output, signal * output + spread * latents
-    else:
-        x0, noise = output, (latents - signal * output) / spread
-    if schedule.clip_sample_range is not None:  # diffusers clips x0 alone; the noise stays
-        x0 = jnp.clip(x0, -schedule.clip_sample_range, schedule.clip_sample_range)
-    return x0, noise
+from spo_jax.diffusion.process import ddim_distribution, predict_x0_and_noise
+from spo_jax.diffusion.schedule import Schedule, to_the_end
 
 
-def ddim_distribution(
+def sample(
+    predict: Callable[[jax.Array, jax.Array], jax.Array],
     schedule: Schedule,
-    x0: Float[Array, "*l"],
-    noise_prediction: Float[Array, "*l"],
-    timestep: Int[Array, ""],
-    previous_timestep: Int[Array, ""],
-    eta: float,
-) -> tuple[Float[Array, "*l"], Float[Array, ""]]:
-    """Mean and standard deviation of x at ``previous_timestep``; ``eta`` = 0 is deterministic, 1 is DDPM-like."""
-    alpha, alpha_previous = schedule.alphas_cumprod[timestep], schedule.alphas_cumprod[previous_timestep]
-    variance = (1.0 - alpha_previous) / (1.0 - alpha) * (1.0 - alpha / alpha_previous)
-    sigma = eta * jnp.sqrt(variance)
-    # With alpha = 0 and eta = 1 nothing is left of the noise, and rounding may leave less than that.
-    direction = jnp.sqrt(jnp.maximum(1.0 - alpha_previous - sigma**2, 0.0))
-    mean = jnp.sqrt(alpha_previous) * x0 + direction * noise_prediction
-    return mean, sigma
+    initial: Float[Array, "b h w c"],
+    noise: Float[Array, "n b h w c"] | None = None,
+    *,
+    eta: float = 0.0,
+) -> Float[Array, "b h w c"]:
+    """Final latents of DDIM.
 
+    Args:
+      predict: ``(latents [B, h, w, c], timestep scalar) -> model output [B, h, w, c]``.
+      schedule: its N timesteps are walked through, to no noise at all where ``ends_clean`` says so.
+      initial: x_T.
+      noise: the noise of each step; may be left out when ``eta`` is 0.
+      eta: 0 for deterministic DDIM.
 
-def log_prob(sample: Float[Array, "*l"], mean: Float[Array, "*l"], sigma: Float[Array, ""]) -> Float[Array, ""]:
-    """Gaussian log-density, MEAN over the elements (not the sum: the loss's beta is meant for the mean)."""
-    squared = jnp.square(sample.astype(jnp.float32) - mean).mean()
-    return -squared / (2.0 * sigma**2) - jnp.log(sigma) - 0.5 * math.log(2.0 * math.pi)
+    Raises:
+      ValueError: ``eta`` is positive but there is no noise.
+    """
+    if eta > 0 and noise is None:
+        raise ValueError("eta > 0 needs the noise of every step.")
+
+    schedule = to_the_end(schedule)
+
+    def step(latents, inputs):
+        timestep, previous, step_noise = inputs
+        x0, eps = predict_x0_and_noise(schedule, predict(latents, timestep), latents, timestep)
+        mean, sigma = ddim_distribution(schedule, x0, eps, timestep, previous, eta)
+        return (mean if step_noise is None else mean + sigma * step_noise), None
+
+    steps = (schedule.timesteps, schedule.previous_timesteps, noise)
+    return jax.lax.scan(step, initial.astype(jnp.float32), steps)[0]

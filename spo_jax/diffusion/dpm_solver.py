@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spo_jax.diffusion.ddim import predict_x0_and_noise
+from spo_jax.diffusion.process import predict_x0_and_noise
 from spo_jax.diffusion.schedule import Schedule, make_schedule, scheduler_file
 from spo_jax.errors import UserError
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from spo_jax import rng
-from spo_jax.diffusion.ddim import ddim_distribution, predict_x0_and_noise
+from spo_jax.diffusion.process import ddim_distribution, predict_x0_and_noise
 from spo_jax.diffusion.schedule import Schedule
 from spo_jax.types import Pool, PoolNoise
 

@@ -17,7 +17,7 @@ import numpy as np
 from spo_jax.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-# Where ``checkpoints/pipeline.py`` notes the file that a config was read from, for messages; as diffusers' own
+# Where ``formats/pipeline.py`` notes the file that a config was read from, for messages; as diffusers' own
 # metadata, names that start with "_" are no fields.
 FILE = "_file"
 _SPACINGS = ("leading", "trailing", "linspace")
@@ -77,7 +77,7 @@ def make_schedule(config: Mapping[str, Any], num_steps: int) -> Schedule:
     """The schedule of a checkpoint at ``num_steps`` sampling steps of DDIM.
 
     Where diffusers has a default for a field that is missing, it is the same one; only ``clip_sample`` is off then, as
-    latents are not bounded (see ``checkpoints/pipeline.py``).
+    latents are not bounded (see ``formats/pipeline.py``).
 
     Raises:
       UserError: a field or value that is not implemented, or more steps than training timesteps; with the file's name.

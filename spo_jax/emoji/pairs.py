@@ -111,15 +111,15 @@ def make_sampler() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     import jax
     import jax.numpy as jnp
 
-    from spo_jax.checkpoints.pipeline import read_pipeline
     from spo_jax.diffusion.schedule import make_schedule
-    from spo_jax.emoji import resolve
+    from spo_jax.evaluation.colorfulness import colorfulness
+    from spo_jax.formats.hub import local
+    from spo_jax.formats.pipeline import read_pipeline
     from spo_jax.images import to_uint8
-    from spo_jax.preference.colorfulness import colorfulness
-    from spo_jax.training.evaluation import encode_prompts
-    from spo_jax.training.rollout import make_encode, make_generate
+    from spo_jax.sampling.encode import encode_prompts, make_encode
+    from spo_jax.sampling.generate import make_generate
 
-    pipeline = read_pipeline(resolve("emoji:model"))
+    pipeline = read_pipeline(local("emoji:model"))
     schedule = make_schedule(pipeline.scheduler_config, SAMPLING_STEPS)
     generate = jax.jit(make_generate(pipeline, schedule, guidance_scale=GUIDANCE_SCALE, eta=0.0))
     encode = jax.jit(make_encode(pipeline, scorer=None))

@@ -35,7 +35,7 @@ class Prompt(NamedTuple):
     color: int
 
 
-# Single code points with their short names from Unicode CLDR (`python -m spo_jax.emoji.pictures --check` compares).
+# Single code points with their short names from Unicode CLDR (examples/emoji_world/pictures.py --check compares them).
 # Chosen by eye: each must be recognisable at 32 pixels and not look like another one.
 _TABLE = """
 🐒 monkey; 🦍 gorilla; 🐶 dog face; 🦊 fox; 🦝 raccoon; 🐱 cat face; 🦁 lion; 🐯 tiger face;

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from spo_jax import methods
 from spo_jax.distributed.mesh import mesh_sizes
 from spo_jax.errors import UserError
 from spo_jax.planning.compile import compile_program, versions
@@ -16,7 +17,6 @@ from spo_jax.planning.programs import Run
 from spo_jax.planning.remedies import search
 from spo_jax.planning.report import Need
 from spo_jax.planning.targets import GIB, Target, check_installed
-from spo_jax.training.config_check import check_config, check_spm_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Plan:
 
 def check(config: ConfigDict, target: Target) -> None:
     """Raises UserError for a config that no run can use, or not on so many devices."""
-    (check_config if config.method == "spo" else check_spm_config)(config)
+    methods.config_of(config.method).check(config)
     count = target.num_devices
     mesh_sizes(config.mesh.data, config.mesh.fsdp, count)
     keys = ["prompts_per_batch", "train.minibatch_size"]

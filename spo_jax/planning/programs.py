@@ -13,26 +13,25 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spo_jax.checkpoints.base import base_of_config
-from spo_jax.checkpoints.hub import exists, with_strength
-from spo_jax.checkpoints.pipeline import Pipeline, with_image_size
-from spo_jax.checkpoints.tokenizers import tokenize, tokenize_prompts
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated, round_up
 from spo_jax.distributed.offload import in_host_memory, weight_placement
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
-from spo_jax.emoji import resolve
+from spo_jax.evaluation.measure import make_measure_batch
+from spo_jax.evaluation.pair_accuracy import PLAIN, SCORER, TOLD_0, Judge, make_measure_pairs
+from spo_jax.formats.base import base_of_config
+from spo_jax.formats.hub import exists, with_strength
+from spo_jax.formats.pipeline import Pipeline, with_image_size
+from spo_jax.formats.scorers import load_function
+from spo_jax.formats.tokenizers import tokenize, tokenize_prompts
 from spo_jax.planning.shapes import clip_shapes, device_bytes, pipeline_shapes
 from spo_jax.preference.scorers import Scorer, make_clip_scorer, make_function_scorer
-from spo_jax.training.evaluation import encode_prompts, make_measure_batch
-from spo_jax.training.judged_pairs import make_encode_captions
-from spo_jax.training.judges import load_function
-from spo_jax.training.noisy_pairs import make_predict_clean
-from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
-from spo_jax.training.pair_accuracy import PLAIN, SCORER, TOLD_0, Judge, make_measure_pairs
-from spo_jax.training.programs import ENCODE_PARTS, POOL_PARTS, Programs, compile_programs, starting_state
-from spo_jax.training.rollout import make_encode, make_score_latents
-from spo_jax.training.spm_update import make_relabel, make_spm_update
+from spo_jax.runs.optimizer import make_optimizer, warmup_linear_decay
+from spo_jax.sampling.encode import encode_prompts, make_encode, make_encode_captions
+from spo_jax.sampling.noisy_pairs import make_predict_clean
+from spo_jax.spm.update import make_relabel, make_spm_update
+from spo_jax.spo.programs import ENCODE_PARTS, POOL_PARTS, Programs, compile_programs, starting_state
+from spo_jax.spo.rollout import make_score_latents
 from spo_jax.types import JudgedPairs, TrainState
 
 
@@ -101,7 +100,7 @@ def _spo(config: ConfigDict, mesh: Mesh) -> Run:
 
     def first_state(unet: Any) -> TrainState:
         start = config.copy_and_resolve_references()
-        if not exists(resolve(with_strength(start.lora.init)[0])):
+        if not exists(with_strength(start.lora.init)[0]):
             start.lora.init = ""  # mostly the same shapes as fresh adapters, and its file need not be here
         return starting_state(start, optimizer, jax.random.key(0), unet)
 

@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from spo_jax.checkpoints import pipeline as reading
-from spo_jax.checkpoints.base import Base
-from spo_jax.checkpoints.hub import find_file, repository_of
-from spo_jax.checkpoints.parts import check_parts, mended_unet, scheduler_of
-from spo_jax.checkpoints.pipeline import Pipeline, read_json
-from spo_jax.checkpoints.single_file import open_single_file
 from spo_jax.distributed.offload import in_host_memory
-from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
+from spo_jax.formats import pipeline as reading
+from spo_jax.formats.base import Base
+from spo_jax.formats.hub import find_file, local, repository_of
+from spo_jax.formats.parts import check_parts, mended_unet, scheduler_of
+from spo_jax.formats.pipeline import Pipeline, read_json
+from spo_jax.formats.single_file import open_single_file
 from spo_jax.models import (
     AutoencoderKL,
     CLIPModel,
@@ -58,14 +57,14 @@ def pipeline_shapes(base: Base, dtype: Any, place: Place) -> Pipeline:
     """
     name = base.model
     known = published.PIPELINES.get(repository_of(name) or "", {})
-    if (path := resolve(name)).is_file():
+    if (path := local(name)).is_file():
         files = open_single_file(path)
         known = {"model_index": files.index, "scheduler": files.scheduler, **files.configs}
-    index = _find_config(resolve(name), "model_index.json", known.get("model_index"))
+    index = _find_config(name, "model_index.json", known.get("model_index"))
     sdxl = index["_class_name"] == "StableDiffusionXLPipeline"
 
     def part(folder: str, file: str = "config.json") -> dict[str, Any]:
-        return _find_config(resolve(name), f"{folder}/{file}", known.get(folder))
+        return _find_config(name, f"{folder}/{file}", known.get(folder))
 
     unet_config = _find_part(base.unet, "unet") if base.unet else part("unet")
     vae_config = _find_part(base.vae, "vae", published.VAES.get(repository_of(base.vae) or "")) if base.vae else None
@@ -94,8 +93,8 @@ def pipeline_shapes(base: Base, dtype: Any, place: Place) -> Pipeline:
 
 def _find_part(name: str, part: str, default: Any = None) -> dict[str, Any]:
     """The config of what replaces a part: in the folder that is named, or in its folder of the part's name."""
-    inside = find_file(resolve(name), f"{part}/config.json")
-    return _find_config(resolve(name), "config.json", default if inside is None else read_json(inside))
+    inside = find_file(name, f"{part}/config.json")
+    return _find_config(name, "config.json", default if inside is None else read_json(inside))
 
 
 def clip_shapes(
@@ -121,7 +120,7 @@ def clip_shapes(
       params_dtype: of its parameters, if another.
       known_plain: False gives time layers even to one that is known to have none, as training from it does.
     """
-    path = resolve(name)
+    path = local(name)
     folder = path.parent if path.suffix in WEIGHT_SUFFIXES else path
     config = _find_config(folder, "config.json", published.CLIPS.get(repository_of(name) or "", published.CLIP_VIT_H))
     step_aware = step_aware and not (known_plain and repository_of(name) in published.CLIPS)

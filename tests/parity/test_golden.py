@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.checkpoints import names
-from spo_jax.checkpoints.lora import read_lora
-from spo_jax.checkpoints.pipeline import read_clip, read_json, read_text_encoder, read_unet, read_vae
-from spo_jax.diffusion.ddim import ddim_distribution, log_prob, predict_x0_and_noise
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.pool import sample_pool
+from spo_jax.diffusion.process import ddim_distribution, log_prob, predict_x0_and_noise
 from spo_jax.diffusion.schedule import make_schedule
+from spo_jax.formats import names
+from spo_jax.formats.lora import read_lora
+from spo_jax.formats.pipeline import read_clip, read_json, read_text_encoder, read_unet, read_vae
+from spo_jax.preference.losses import preference_loss
 from spo_jax.preference.pairs import compare, make_pairs
 from spo_jax.preference.scorers import make_clip_scorer
-from spo_jax.training.losses import preference_loss
-from spo_jax.training.update import make_loss, pair_losses
+from spo_jax.spo.update import make_loss, pair_losses
 from spo_jax.types import PreferencePairs, PromptBatch
 from tests.golden_data import FOLDER, load, nhwc, pool_noise
 

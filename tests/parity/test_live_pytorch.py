@@ -14,9 +14,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from spo_jax.checkpoints.lora import read_lora
-from spo_jax.checkpoints.names import torch_key
-from spo_jax.checkpoints.pipeline import clip_shapes, read_clip, read_text_encoder, read_unet, read_vae
+from spo_jax.formats.lora import read_lora
+from spo_jax.formats.names import torch_key
+from spo_jax.formats.pipeline import clip_shapes, read_clip, read_text_encoder, read_unet, read_vae
 from spo_jax.models import CLIPModel as OurCLIPModel
 from spo_jax.types import AddedConditions
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
-from spo_jax.checkpoints import pipeline as reading
-from spo_jax.checkpoints.names import torch_key, torch_shape
 from spo_jax.diffusion.schedule import make_schedule
+from spo_jax.formats import pipeline as reading
+from spo_jax.formats.names import torch_key, torch_shape
 from spo_jax.models import (
     AutoencoderKL,
     CLIPModel,

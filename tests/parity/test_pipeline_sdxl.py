@@ -17,25 +17,25 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from configs import sdxl, spm_sdxl
 from configs.tiny import get_config
-from spo_jax.checkpoints.lora import read_lora
-from spo_jax.checkpoints.lora_write import write_kohya, write_lora
-from spo_jax.checkpoints.pipeline import read_clip, read_pipeline, read_unet, with_image_size
-from spo_jax.checkpoints.write_pipeline import write_pipeline
 from spo_jax.data.builder import write_split
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import make_mesh
-from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
+from spo_jax.formats.hub import local
+from spo_jax.formats.lora import read_lora
+from spo_jax.formats.lora_write import write_kohya, write_lora
+from spo_jax.formats.pipeline import read_clip, read_pipeline, read_unet, with_image_size
+from spo_jax.formats.write_pipeline import write_pipeline
 from spo_jax.models import CLIPTextModel as OurCLIPTextModel
 from spo_jax.models.lora import init_lora, merge_lora
 from spo_jax.preference.scorers import Scorer
-from spo_jax.training import spm
-from spo_jax.training.evaluation import encode_prompts
-from spo_jax.training.metrics import read_metrics
-from spo_jax.training.optimizer import make_optimizer
-from spo_jax.training.programs import collect, compile_programs, run_updates
-from spo_jax.training.rollout import make_encode, make_generate, shard_prompts
-from spo_jax.training.spo import train
+from spo_jax.runs.metrics import read_metrics
+from spo_jax.runs.optimizer import make_optimizer
+from spo_jax.sampling.encode import encode_prompts, make_encode, shard_prompts
+from spo_jax.sampling.generate import make_generate
+from spo_jax.spm import recipe as spm
+from spo_jax.spo.programs import collect, compile_programs, run_updates
+from spo_jax.spo.recipe import train
 from spo_jax.types import TrainState
 from tests.lora_files import random_adapters
 from tests.parity.test_live_pytorch import randomize
@@ -92,7 +92,7 @@ def save_pipeline(folder, levels):
     vae = AutoencoderKL(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.13025, **blocks
     )
-    tokenizer = resolve("emoji:model/tokenizer")
+    tokenizer = local("emoji:model/tokenizer")
     pipeline = StableDiffusionXLPipeline(
         vae=randomize(vae, 1),
         text_encoder=randomize(CLIPTextModel(first), 2),

@@ -14,15 +14,15 @@ import transformers
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as theirs
 
-from spo_jax.checkpoints import original_configs
-from spo_jax.checkpoints.names import torch_key, torch_shape
-from spo_jax.checkpoints.original_layout import LAYOUTS, originals
-from spo_jax.checkpoints.pipeline import read_pipeline, text_encoder_shapes, unet_shapes, vae_shapes
-from spo_jax.checkpoints.single_file import config_folder
-from spo_jax.checkpoints.stored import StoredArray
-from spo_jax.checkpoints.write_checkpoint import write_checkpoint
 from spo_jax.diffusion.schedule import FILE, make_schedule
-from spo_jax.emoji import resolve
+from spo_jax.formats import original_configs
+from spo_jax.formats.hub import local
+from spo_jax.formats.names import torch_key, torch_shape
+from spo_jax.formats.original_layout import LAYOUTS, originals
+from spo_jax.formats.pipeline import read_pipeline, text_encoder_shapes, unet_shapes, vae_shapes
+from spo_jax.formats.single_file import config_folder
+from spo_jax.formats.stored import StoredArray
+from spo_jax.formats.write_checkpoint import write_checkpoint
 from spo_jax.models import AutoencoderKL as OurAutoencoderKL
 from spo_jax.models import CLIPTextModel, CLIPTextModelWithProjection, published
 from spo_jax.models import UNet2DConditionModel as OurUNet
@@ -137,7 +137,7 @@ def save_pipeline(kind, folder):
     vae = AutoencoderKL(block_out_channels=(32, 64), layers_per_block=1, scaling_factor=factor, **blocks)
     activation = "gelu" if kind == "SD2" else "quick_gelu"
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(hidden_act=activation, **TEXT))
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(resolve("emoji:model/tokenizer"))
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(local("emoji:model/tokenizer"))
     parts = dict(
         vae=randomize(vae, 1),
         text_encoder=randomize(text, 2),

@@ -16,7 +16,7 @@ import jaxlib
 import orbax.checkpoint
 import pytest
 
-from spo_jax.training.metrics import read_metrics
+from spo_jax.runs.metrics import read_metrics
 from tests.system.commands import ROOT, command, environment
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from spo_jax.training.metrics import read_metrics
+from spo_jax.runs.metrics import read_metrics
 from tests.hub_server import files_of, serve
 from tests.parity.test_pipeline_sdxl import ONE_LEVEL, save_pipeline
 from tests.preference_data import record

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from spo_jax.checkpoints import pipeline as reading
-from spo_jax.checkpoints.safetensors_io import write_params
-from spo_jax.emoji import resolve
+from spo_jax.formats import pipeline as reading
+from spo_jax.formats.hub import local
+from spo_jax.formats.safetensors_io import write_params
 from spo_jax.models import AutoencoderKL, CLIPModel, CLIPTextModel, UNet2DConditionModel, published
-from spo_jax.training.metrics import read_metrics
+from spo_jax.runs.metrics import read_metrics
 from tests.system.commands import ROOT, environment
 
 pytestmark = pytest.mark.slow
@@ -59,8 +59,8 @@ def write_sd15(folder):
     for name, (weights, config, model, shapes_of) in parts.items():
         write_model(folder / name, weights, config, shapes_of(model.from_config(config)))
     for name in ("tokenizer", "scheduler"):
-        shutil.copytree(resolve("emoji:model") / name, folder / name)
-    shutil.copy(resolve("emoji:model") / "model_index.json", folder)
+        shutil.copytree(local("emoji:model") / name, folder / name)
+    shutil.copy(local("emoji:model") / "model_index.json", folder)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(published.SCHEDULER_SD15), encoding="utf-8")
     tokenizer = folder / "tokenizer" / "tokenizer_config.json"
     settings = json.loads(tokenizer.read_text(encoding="utf-8")) | {"model_max_length": 77}
@@ -83,7 +83,7 @@ def test_one_iteration_of_sd15(tmp_path):
     config = published.CLIP_VIT_H
     shapes = reading.clip_shapes(CLIPModel.from_config(config, step_aware=True))
     write_model(tmp_path / "scorer", TRANSFORMERS, config, shapes, prefix="model.")
-    config = json.loads((resolve("emoji:model") / "clip" / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((local("emoji:model") / "clip" / "config.json").read_text(encoding="utf-8"))
     config["text_config"]["max_position_embeddings"] = 77
     write_model(
         tmp_path / "judge", TRANSFORMERS, config, reading.clip_shapes(CLIPModel.from_config(config, step_aware=False))
@@ -128,7 +128,7 @@ np.save(f"{folder}/theirs.npy", y.permute(0, 2, 3, 1).numpy())
 OURS = """
 import sys, jax, numpy as np
 from pathlib import Path
-from spo_jax.checkpoints.pipeline import read_unet
+from spo_jax.formats.pipeline import read_unet
 from spo_jax.types import AddedConditions
 folder = Path(sys.argv[1])
 unet, params = read_unet(folder / "unet")

@@ -15,8 +15,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from spo_jax.errors import UserError
-from spo_jax.training import spm, spo
-from spo_jax.training.metrics import read_metrics
+from spo_jax.runs.metrics import read_metrics
+from spo_jax.spm import recipe as spm
+from spo_jax.spo import recipe as spo
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

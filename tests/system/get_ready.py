@@ -15,7 +15,7 @@ MODEL = flags.DEFINE_string("model", None, "As config.model.")
 def main() -> None:
     """Prints the model's name with its commit."""
     cli.start_processes()
-    from spo_jax.checkpoints.artifacts import ready
+    from spo_jax.runs.artifacts import ready
 
     config = tiny.get_config()
     config.model = MODEL.value

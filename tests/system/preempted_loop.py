@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from spo_jax.distributed.mesh import make_mesh
 from spo_jax.errors import UserError
-from spo_jax.training import checkpoint, preemption
+from spo_jax.runs import checkpoint, preemption
 
 
 def main(workdir: str, num_steps: int, seed: int) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from spo_jax.checkpoints.lora_write import write_lora
+from spo_jax.formats.lora_write import write_lora
 from tests import pictures
 from tests.lora_files import random_adapters
 from tests.system.commands import ROOT, command, environment, mistake, run

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from spo_jax.checkpoints.lora import FILE_NAME
-from spo_jax.checkpoints.safetensors_io import read_tensors
 from spo_jax.errors import UserError
-from spo_jax.training import spo
-from spo_jax.training.ranges import SPO_RANGES
+from spo_jax.formats.lora import FILE_NAME
+from spo_jax.formats.safetensors_io import read_tensors
+from spo_jax.runs.ranges import SPO_RANGES
+from spo_jax.spo import recipe as spo
 from tests.small_pipeline import small_pipeline
 
 

@@ -44,7 +44,7 @@ def evaluate(data, *arguments, split="test", num_devices=1):
     common = [f"--pairs={data}@{split}", "--model=emoji:model", "--guidance_scale=2", "--num_workers=0"]
     common = [argument for argument in common if argument.partition("=")[0] not in given]
     env = environment(num_devices) | {"PYTHONPATH": f"{ROOT}:{data.parent}"}
-    return run([sys.executable, "-m", "spo_jax.evaluate", *common, *arguments], env)
+    return run([sys.executable, "-m", "spo_jax.pair_accuracy", *common, *arguments], env)
 
 
 def test_a_judge_of_ones_own(data, tmp_path):

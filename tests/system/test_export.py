@@ -12,10 +12,10 @@ import safetensors.numpy
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from spo_jax.checkpoints.lora_write import write_kohya, write_lora
-from spo_jax.checkpoints.pipeline import read_pipeline
-from spo_jax.checkpoints.write_checkpoint import write_checkpoint
 from spo_jax.diffusion.schedule import FILE
+from spo_jax.formats.lora_write import write_kohya, write_lora
+from spo_jax.formats.pipeline import read_pipeline
+from spo_jax.formats.write_checkpoint import write_checkpoint
 from spo_jax.models.lora import merge_lora
 from tests import pictures
 from tests.lora_files import random_adapters

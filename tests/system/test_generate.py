@@ -11,8 +11,8 @@ from absl import flags
 from absl.testing import flagsaver
 
 from spo_jax import generate
-from spo_jax.checkpoints.safetensors_io import read_tensors, write_tensors
 from spo_jax.errors import UserError
+from spo_jax.formats.safetensors_io import read_tensors, write_tensors
 from tests.small_pipeline import small_pipeline
 
 LONG = "a red fox and a green apple and a blue owl and a yellow star on a teal background with many more words"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.training import checkpoint, preemption
+from spo_jax.runs import checkpoint, preemption
 from tests.system.commands import ROOT, environment
 
 NUM_STEPS = 600

@@ -52,7 +52,7 @@ def test_a_missing_process_is_named_by_all(tmp_path, address):
 
 
 def test_without_process_0_the_others_say_so(address):
-    ((code, _, errors),) = together("spo_jax.evaluate", address, 2, [1], *EVALUATE, "--initialization_timeout=1")
+    ((code, _, errors),) = together("spo_jax.pair_accuracy", address, 2, [1], *EVALUATE, "--initialization_timeout=1")
     assert code == 2 and len(errors.strip().splitlines()) == 1, errors
     assert errors.startswith("spo_jax: error: Process 0 of 2 is missing: process 1 on "), errors
 
@@ -63,7 +63,7 @@ EVALUATE = ("--scorer=s", "--pairs=p@s", "--model=emoji:model")
 def test_a_port_in_use(address):
     host, port = address.split(":")
     with socket.create_server((host, int(port))):
-        ((code, _, errors),) = together("spo_jax.evaluate", address, 2, [0], *EVALUATE)
+        ((code, _, errors),) = together("spo_jax.pair_accuracy", address, 2, [0], *EVALUATE)
     assert code == 2 and f"Port {port} of " in errors and "is in use" in errors, errors
 
 

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from spo_jax.checkpoints.safetensors_io import read_tensors
 from spo_jax.data.builder import write_split
-from spo_jax.training.metrics import read_metrics
+from spo_jax.formats.safetensors_io import read_tensors
+from spo_jax.runs.metrics import read_metrics
 from tests.preference_data import DAMAGE, damage, record
 from tests.small_pipeline import small_pipeline
 from tests.system.commands import command, environment, run
@@ -80,7 +80,7 @@ def test_two_processes_evaluate_the_pairs_of_one(data, tmp_path):
         arguments = [
             sys.executable,
             "-m",
-            "spo_jax.evaluate",
+            "spo_jax.pair_accuracy",
             f"--pairs={data}@validation",
             f"--model={small_pipeline()}",
         ]

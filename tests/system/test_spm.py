@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.checkpoints.pipeline import read_clip
-from spo_jax.checkpoints.safetensors_io import read_tensors
 from spo_jax.data.builder import write_split
 from spo_jax.data.preferences import PairLoader, open_pairs
-from spo_jax.emoji import resolve
-from spo_jax.training.metrics import read_metrics
+from spo_jax.formats.hub import local
+from spo_jax.formats.pipeline import read_clip
+from spo_jax.formats.safetensors_io import read_tensors
+from spo_jax.runs.metrics import read_metrics
 from tests.preference_data import DAMAGE, damage, record
 from tests.small_pipeline import small_pipeline
 from tests.system.commands import command, environment, kill_after, mistake, run, signal_after
@@ -152,7 +152,7 @@ def test_spo_takes_the_model_by_its_path(undisturbed, tmp_path):
     keys = read_tensors(workdir / "best" / "model.safetensors")
     assert "model.t_embedder.mlp.0.weight" in keys and "model.vision_model.adaLN_modulation.1.bias" in keys
     clip, params = read_clip(workdir / "last", step_aware=True)
-    start = read_clip(resolve("emoji:model/clip"), step_aware=True)[1]
+    start = read_clip(local("emoji:model/clip"), step_aware=True)[1]
     moved = params["vision_model"]["encoder"]["layers_0"]["adaLN_modulation_1"]["kernel"]
     assert clip.step_aware and jnp.abs(moved).max() > 0, "the time layers learn"
     assert jnp.abs(params["visual_projection"]["kernel"] - start["visual_projection"]["kernel"]).max() > 1e-5

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from spo_jax.checkpoints.lora import read_adapters, read_lora
-from spo_jax.checkpoints.lora_write import KOHYA_FILE_NAME, write_kohya
-from spo_jax.checkpoints.pipeline import read_unet
-from spo_jax.training.metrics import read_metrics
+from spo_jax.formats.lora import read_adapters, read_lora
+from spo_jax.formats.lora_write import KOHYA_FILE_NAME, write_kohya
+from spo_jax.formats.pipeline import read_unet
+from spo_jax.runs.metrics import read_metrics
 from tests.lora_files import products, random_adapters
 from tests.small_pipeline import small_pipeline
 from tests.system.commands import ROOT, command, environment, kill_after, run, signal_after

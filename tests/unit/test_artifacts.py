@@ -6,12 +6,14 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from configs import common, common_spm, sd15, tiny
-from spo_jax.checkpoints import download
-from spo_jax.checkpoints.artifacts import artifacts_of, fetch_command, look_up, ready, take_stock
-from spo_jax.checkpoints.hub import fetched
+from configs import sd15, tiny
 from spo_jax.errors import UserError
-from spo_jax.training.checkpoint import check_workdir
+from spo_jax.formats import download
+from spo_jax.formats.hub import fetched
+from spo_jax.runs.artifacts import artifacts_of, fetch_command, look_up, ready, take_stock
+from spo_jax.runs.checkpoint import check_workdir
+from spo_jax.spm import config as spm_config
+from spo_jax.spo import config as spo_config
 from tests.hub_server import COMMIT, serve
 
 LATER = "f" * 40
@@ -92,7 +94,9 @@ def test_local_name_that_is_not_there_is_refused_before_the_hub_is_asked(hub):
     assert not hub.requests
 
 
-@pytest.mark.parametrize("config", [tiny.get_config(), common.get_config(), common_spm.get_config(), sd15.get_config()])
+@pytest.mark.parametrize(
+    "config", [tiny.get_config(), spo_config.get_config(), spm_config.get_config(), sd15.get_config()]
+)
 def test_every_name_is_a_value_of_its_config(config):
     flat = {artifact.key: artifact.name for artifact in artifacts_of(config)}
     for key, name in flat.items():

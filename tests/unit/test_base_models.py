@@ -13,11 +13,11 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
-from spo_jax.checkpoints.base import Base, base_of, base_of_config, read_base
-from spo_jax.checkpoints.pipeline import read_clip, read_pipeline, with_image_size
-from spo_jax.checkpoints.write_pipeline import write_pipeline
-from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
+from spo_jax.formats.base import Base, base_of, base_of_config, read_base
+from spo_jax.formats.hub import local
+from spo_jax.formats.pipeline import read_clip, read_pipeline, with_image_size
+from spo_jax.formats.write_pipeline import write_pipeline
 from tests import pictures
 from tests.small_pipeline import small_pipeline
 
@@ -218,7 +218,7 @@ def test_pictures_of_odd_latents_are_those_of_diffusers():
 
 
 def test_the_shipped_model_draws_in_diffusers_without_a_dtype():
-    pipeline = loaded(resolve("emoji:model"))
+    pipeline = loaded(local("emoji:model"))
     pipeline.set_progress_bar_config(disable=True)
     assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
     image = pipeline("a fox on a teal background", num_inference_steps=2, output_type="np").images

@@ -17,7 +17,7 @@ import pytest
 
 from spo_jax.distributed.mesh import batch_sharding, make_mesh, replicated
 from spo_jax.errors import UserError
-from spo_jax.training import checkpoint
+from spo_jax.runs import checkpoint
 from spo_jax.types import TrainState
 
 # When one read fails, orbax drops the others unawaited; they are collected here, not during some later test.

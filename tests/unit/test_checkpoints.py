@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
-from spo_jax.checkpoints import names
-from spo_jax.checkpoints.lora import FILE_NAME, read_lora
-from spo_jax.checkpoints.lora_write import write_lora
-from spo_jax.checkpoints.pipeline import read_clip, read_json, read_text_encoder, read_unet, read_vae
-from spo_jax.checkpoints.safetensors_io import param_shapes, read_tensors, write_params, write_tensors
-from spo_jax.checkpoints.weights import read_params
 from spo_jax.errors import UserError
+from spo_jax.formats import names
+from spo_jax.formats.lora import FILE_NAME, read_lora
+from spo_jax.formats.lora_write import write_lora
+from spo_jax.formats.pipeline import read_clip, read_json, read_text_encoder, read_unet, read_vae
+from spo_jax.formats.safetensors_io import param_shapes, read_tensors, write_params, write_tensors
+from spo_jax.formats.weights import read_params
 from spo_jax.models import CLIPModel, CLIPTextModel, UNet2DConditionModel
 from spo_jax.models.clip import CLIPTextTransformer, CLIPVisionTransformer
 from spo_jax.models.lora import TARGETS, init_lora

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import common, common_spm, spm_tiny, tiny
+from configs import spm_tiny, tiny
 from spo_jax.errors import UserError
-from spo_jax.training.config_check import check_config, check_spm_config
-from spo_jax.training.metrics import nothing_learned
-from spo_jax.training.optimizer import make_optimizer
-from spo_jax.training.ranges import SPM_RANGES, SPO_RANGES
+from spo_jax.runs.metrics import nothing_learned
+from spo_jax.runs.optimizer import make_optimizer
+from spo_jax.spm import config as spm_config
+from spo_jax.spo import config as spo_config
 
 CONFIGS = {
-    "spo": (common.get_config, tiny.get_config, SPO_RANGES, check_config),
-    "spm": (common_spm.get_config, spm_tiny.get_config, SPM_RANGES, check_spm_config),
+    "spo": (spo_config.get_config, tiny.get_config, spo_config.RANGES, spo_config.check),
+    "spm": (spm_config.get_config, spm_tiny.get_config, spm_config.RANGES, spm_config.check),
 }
 
 
@@ -118,8 +118,8 @@ def test_the_ends_of_a_range_belong_to_it(method, name, value):
 
 def inside(name):
     """Numbers of the range: its ends, and between them at every magnitude."""
-    low, high, *_ = SPO_RANGES[name]
-    small, large = max(low, 1e-6), min(high, 0.9999999 if "high" in SPO_RANGES[name].open else high)
+    low, high, *_ = spo_config.RANGES[name]
+    small, large = max(low, 1e-6), min(high, 0.9999999 if "high" in spo_config.RANGES[name].open else high)
     between = st.floats(math.log(small), math.log(large)).map(lambda x: min(max(math.exp(x), small), large))
     return st.one_of(st.just(low), st.just(large), between)
 
@@ -132,7 +132,7 @@ NUMBERS = [f"train.{name}" for name in ("learning_rate", "adam_b1", "adam_b2", "
 def test_whatever_is_in_range_adapters_stay_finite_and_learn(numbers, factored):
     config = tiny.get_config()
     config.update_from_flattened_dict(numbers | {"train.optimizer": "adafactor" if factored else "adamw"})
-    check_config(config)
+    spo_config.check(config)
     generator = np.random.default_rng(0)
     trained = {"A": generator.standard_normal((3, 2), np.float32), "B": np.zeros((2, 3), np.float32)}
     gradient = {"A": np.zeros((3, 2), np.float32), "B": 1e-3 * generator.standard_normal((2, 3), np.float32)}

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spo_jax import rng
-from spo_jax.diffusion.ddim import ddim_distribution, log_prob, predict_x0_and_noise
 from spo_jax.diffusion.guidance import make_guided_prediction
+from spo_jax.diffusion.process import ddim_distribution, log_prob, predict_x0_and_noise
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.errors import UserError
+from spo_jax.preference.losses import spo_loss
 from spo_jax.preference.pairs import compact, compare
 from spo_jax.preference.scorers import preprocess_images
-from spo_jax.training.losses import spo_loss
 
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 FINITE = st.floats(-3, 3, width=32)

@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_jax.diffusion.ddim import ddim_distribution, log_prob, predict_x0_and_noise
-from spo_jax.diffusion.generate import sample
+from spo_jax.diffusion.ddim import sample
+from spo_jax.diffusion.process import ddim_distribution, log_prob, predict_x0_and_noise
 from spo_jax.diffusion.schedule import PREDICTION_TYPES, make_schedule
 
 CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}

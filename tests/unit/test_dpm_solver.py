@@ -9,13 +9,13 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_jax.diffusion.ddim import predict_x0_and_noise
 from spo_jax.diffusion.dpm_solver import (
     dpmpp_2m_coefficients,
     dpmpp_2m_step,
     make_dpm_schedule,
     sample_dpmpp_2m,
 )
+from spo_jax.diffusion.process import predict_x0_and_noise
 from spo_jax.diffusion.schedule import PREDICTION_TYPES
 from spo_jax.errors import UserError
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import transformers
 
-from spo_jax.emoji import pictures, tokenizer, world
+from examples.emoji_world import pictures, tokenizer
+from spo_jax.emoji import world
 from spo_jax.errors import UserError
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from spo_jax.distributed.mesh import batch_sharding, make_mesh, replicated
-from spo_jax.training.exchange import arrange, make_exchange
-from spo_jax.training.rollout import shard_prompts
+from spo_jax.sampling.encode import shard_prompts
+from spo_jax.spo.exchange import arrange, make_exchange
 from spo_jax.types import AddedConditions, PreferencePairs, PromptBatch
 
 STEPS, PROMPTS, MINIBATCH = 3, 16, 24

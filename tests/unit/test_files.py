@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import safetensors
 
-from spo_jax.checkpoints.safetensors_io import write_params, write_tensors
 from spo_jax.errors import UserError
 from spo_jax.files import atomic_write, check_place, saying_where, write_text
+from spo_jax.formats.safetensors_io import write_params, write_tensors
 from spo_jax.images import write_png
 
 

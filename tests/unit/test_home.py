@@ -6,15 +6,17 @@ import shutil
 
 import pytest
 
-from configs import common_spm, recorded, tiny
-from spo_jax.checkpoints import artifacts, hub
-from spo_jax.checkpoints.tokenizers import read_tokenizer
+from configs import recorded, tiny
 from spo_jax.data.preferences import open_pairs
 from spo_jax.data.prompts import read_prompts
 from spo_jax.data.sources import open_source
-from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
 from spo_jax.files import cache_folder
+from spo_jax.formats import hub
+from spo_jax.formats.hub import local
+from spo_jax.formats.tokenizers import read_tokenizer
+from spo_jax.runs import artifacts
+from spo_jax.spm import config as spm_config
 
 
 @pytest.fixture
@@ -25,12 +27,12 @@ def home(monkeypatch, tmp_path):
 
 
 def test_models_tokenizers_and_prompts(home):
-    shutil.copytree(resolve("emoji:model/tokenizer"), home / "tokenizer")
+    shutil.copytree(local("emoji:model/tokenizer"), home / "tokenizer")
     (home / "p.txt").write_text("a fox", encoding="utf-8")
-    for name in ("~/tokenizer", resolve("~/tokenizer")):
+    for name in ("~/tokenizer", local("~/tokenizer")):
         assert hub.resolve_model(name) == home / "tokenizer" and hub.exists(name)
         assert read_tokenizer(name).model_max_length == 16
-    assert read_prompts("~/p.txt") == read_prompts(resolve("~/p.txt")) == ["a fox"]
+    assert read_prompts("~/p.txt") == read_prompts(local("~/p.txt")) == ["a fox"]
     assert hub.fetched("~/a@b") == home / "a@b"
     with pytest.raises(UserError, match=f"{home}/none.txt does not exist"):
         read_prompts("~/none.txt")
@@ -58,7 +60,7 @@ def test_pairs_and_what_they_are_made_of(home):
 
 
 def test_a_recorded_run(home):
-    config = common_spm.get_config()
+    config = spm_config.get_config()
     config.num_steps = 7
     (home / "run").mkdir()
     (home / "run" / "config.json").write_text(config.to_json(), encoding="utf-8")

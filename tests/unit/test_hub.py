@@ -10,11 +10,10 @@ import chex
 import huggingface_hub.constants
 import pytest
 
-from spo_jax.checkpoints.hub import missing, resolve_model, with_strength
-from spo_jax.checkpoints.pipeline import read_clip, read_pipeline
-from spo_jax.checkpoints.tokenizers import read_tokenizer
-from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
+from spo_jax.formats.hub import local, missing, resolve_model, with_strength
+from spo_jax.formats.pipeline import read_clip, read_pipeline
+from spo_jax.formats.tokenizers import read_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -49,8 +48,8 @@ def test_a_local_path_is_itself(tmp_path):
 
 
 def test_pipeline_is_read_from_the_cache(cache):
-    snapshot = lay_out(cache, "org/emoji-1.5", resolve("emoji:model"))
-    expected = read_pipeline(resolve("emoji:model"))
+    snapshot = lay_out(cache, "org/emoji-1.5", local("emoji:model"))
+    expected = read_pipeline(local("emoji:model"))
     pipeline = read_pipeline(f"org/emoji-1.5@{COMMIT}")
     assert pipeline.folder == snapshot
     chex.assert_trees_all_equal(pipeline.params, expected.params)
@@ -58,11 +57,11 @@ def test_pipeline_is_read_from_the_cache(cache):
 
 
 def test_parts_of_a_repository_are_read_from_the_cache(cache):
-    snapshot = lay_out(cache, "org/emoji", resolve("emoji:model"))
+    snapshot = lay_out(cache, "org/emoji", local("emoji:model"))
     assert read_tokenizer(f"org/emoji@{COMMIT}/tokenizer").model_max_length > 1
     _, params = read_clip(f"org/emoji@{COMMIT}/clip", step_aware=False)
     _, from_file = read_clip(f"org/emoji@{COMMIT}/clip/model.safetensors", step_aware=False)
-    chex.assert_trees_all_equal(params, from_file, read_clip(resolve("emoji:model/clip"), step_aware=False)[1])
+    chex.assert_trees_all_equal(params, from_file, read_clip(local("emoji:model/clip"), step_aware=False)[1])
     assert resolve_model(f"org/emoji@{COMMIT}/clip/model.safetensors") == snapshot / "clip" / "model.safetensors"
 
 
@@ -95,7 +94,7 @@ def test_each_kind_of_name_has_its_command(cache, name, command):
 
 
 def test_branch_is_what_the_cache_has_for_it_without_network(cache, capsys):
-    snapshot = lay_out(cache, "org/emoji", resolve("emoji:model/tokenizer"))
+    snapshot = lay_out(cache, "org/emoji", local("emoji:model/tokenizer"))
     assert resolve_model("org/emoji", weights=False) == resolve_model("org/emoji@main", weights=False) == snapshot
     assert f"org/emoji@main is at commit {COMMIT}" in capsys.readouterr().err
 
@@ -104,7 +103,7 @@ def test_branch_is_what_the_cache_has_for_it_without_network(cache, capsys):
     "lost", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json", "model_index.json", "tokenizer/merges.txt"]
 )
 def test_file_that_is_not_cached_is_named_with_the_command(cache, tmp_path, lost):
-    shutil.copytree(resolve("emoji:model"), tmp_path / "source")
+    shutil.copytree(local("emoji:model"), tmp_path / "source")
     (tmp_path / "source" / lost).unlink()
     lay_out(cache, "org/emoji", tmp_path / "source")
     command = f"`hf download org/emoji {lost} --revision {COMMIT}`"
@@ -122,8 +121,8 @@ def test_name_that_is_neither_is_refused(name):
 
 def test_environment_of_the_hub_is_respected(tmp_path):
     """``HF_HOME`` says where the cache is, and ``HF_HUB_OFFLINE`` that nothing else may be asked."""
-    snapshot = lay_out(tmp_path / "home" / "hub", "org/emoji", resolve("emoji:model/tokenizer"))
-    program = "import sys; from spo_jax.checkpoints.hub import resolve_model as r; print(r(sys.argv[1], weights=False))"
+    snapshot = lay_out(tmp_path / "home" / "hub", "org/emoji", local("emoji:model/tokenizer"))
+    program = "import sys; from spo_jax.formats.hub import resolve_model as r; print(r(sys.argv[1], weights=False))"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from spo_jax.checkpoints.pipeline import read_clip, read_pipeline
-from spo_jax.checkpoints.write_scorer import write_scorer
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import make_mesh
-from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
+from spo_jax.formats.hub import local
+from spo_jax.formats.pipeline import read_clip, read_pipeline
+from spo_jax.formats.scorers import check_function, load_function, make_scorer
+from spo_jax.formats.write_scorer import write_scorer
 from spo_jax.models.clip import is_time_layer
 from spo_jax.preference.scorers import make_clip_scorer, make_function_scorer
-from spo_jax.training.config_check import check_config
-from spo_jax.training.evaluation import encode_prompts
-from spo_jax.training.judges import check_function, load_function, make_scorer
-from spo_jax.training.rollout import make_encode, make_pool
+from spo_jax.sampling.encode import encode_prompts, make_encode
+from spo_jax.spo.config import check as check_config
+from spo_jax.spo.rollout import make_pool
 from tests.golden_data import FOLDER
 
 
@@ -165,7 +165,7 @@ def test_a_plain_clip_fits_into_the_sampling_program():
     """Its shapes only; runs with the other two kinds of judges are in tests/system."""
     config = tiny.get_config()
     config.sampling.num_steps = 4
-    pipeline = read_pipeline(resolve(config.model))
+    pipeline = read_pipeline(local(config.model))
     scorer, scorer_params = make_scorer("emoji:model/clip")
     params = {**pipeline.params, "scorer": scorer_params}
     encode = make_encode(pipeline, scorer)

@@ -20,12 +20,12 @@ from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextModel
 
 from spo_jax import models
-from spo_jax.checkpoints.lora import read_lora
-from spo_jax.checkpoints.lora_write import write_kohya, write_lora
-from spo_jax.checkpoints.pipeline import text_encoder_shapes, unet_shapes
-from spo_jax.checkpoints.safetensors_io import write_tensors
-from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
+from spo_jax.formats.hub import local
+from spo_jax.formats.lora import read_lora
+from spo_jax.formats.lora_write import write_kohya, write_lora
+from spo_jax.formats.pipeline import text_encoder_shapes, unet_shapes
+from spo_jax.formats.safetensors_io import write_tensors
 from spo_jax.models.lora import TARGETS
 from tests import lora_files, pictures
 from tests.parity.test_live_pytorch import randomize
@@ -240,7 +240,7 @@ def test_a_folder_without_a_lora_file_says_what_it_has(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- peft
 @pytest.fixture
 def torch_unet():
-    return UNet2DConditionModel.from_pretrained(resolve("emoji:model"), subfolder="unet")
+    return UNet2DConditionModel.from_pretrained(local("emoji:model"), subfolder="unet")
 
 
 TARGET_MODULES = ["to_q", "proj_in", "ff.net.2", "conv1", "time_emb_proj", "downsamplers.0.conv"]
@@ -302,7 +302,7 @@ def test_adapters_of_peft_have_its_strength(tmp_path, torch_unet, form, config):
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_a_folder_of_pefts_folders_adapts_each_part(tmp_path, torch_unet):
     """As peft's own examples save them, each with an alpha of its own."""
-    text_encoder = CLIPTextModel.from_pretrained(resolve("emoji:model"), subfolder="text_encoder")
+    text_encoder = CLIPTextModel.from_pretrained(local("emoji:model"), subfolder="text_encoder")
     for part, model, alpha in (("unet", torch_unet, 6), ("text_encoder", text_encoder, 3)):
         config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["to_q", "q_proj", "fc1"])
         adapted = peft.get_peft_model(model, config)

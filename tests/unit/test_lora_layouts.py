@@ -17,12 +17,12 @@ from diffusers.utils import convert_state_dict_to_kohya
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spo_jax.checkpoints import names
-from spo_jax.checkpoints.lora import FILE_NAME, read_lora
-from spo_jax.checkpoints.lora_write import write_kohya, write_lora
-from spo_jax.checkpoints.pipeline import read_unet
-from spo_jax.checkpoints.safetensors_io import read_tensors, write_tensors
 from spo_jax.errors import UserError
+from spo_jax.formats import names
+from spo_jax.formats.lora import FILE_NAME, read_lora
+from spo_jax.formats.lora_write import write_kohya, write_lora
+from spo_jax.formats.pipeline import read_unet
+from spo_jax.formats.safetensors_io import read_tensors, write_tensors
 from spo_jax.models.layers import Dense
 from spo_jax.models.lora import init_lora, merge_lora
 from tests.golden_data import FOLDER

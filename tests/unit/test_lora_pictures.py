@@ -11,10 +11,10 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from spo_jax import generate
-from spo_jax.checkpoints.lora import read_adapters, read_lora, starting_lora
-from spo_jax.checkpoints.lora_write import KOHYA_FILE_NAME, write_kohya, write_lora
-from spo_jax.checkpoints.safetensors_io import write_tensors
 from spo_jax.errors import UserError
+from spo_jax.formats.lora import read_adapters, read_lora, starting_lora
+from spo_jax.formats.lora_write import KOHYA_FILE_NAME, write_kohya, write_lora
+from spo_jax.formats.safetensors_io import write_tensors
 from spo_jax.models.lora import TARGETS, init_lora
 from tests import lora_files, pictures
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.training.losses import preference_loss, spo_loss
-from spo_jax.training.update import make_loss
+from spo_jax.preference.losses import preference_loss, spo_loss
+from spo_jax.spo.update import make_loss
 from spo_jax.types import PreferencePairs, PromptBatch
 
 LOG_RATIO = st.floats(-0.75, 0.75, width=32)

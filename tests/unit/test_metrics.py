@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from spo_jax.training.metrics import MetricsWriter, read_metrics
+from spo_jax.runs.metrics import MetricsWriter, read_metrics
 
 
 def events(workdir):

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import recorded, sd15, sdxl, spm_sd15, spm_sdxl, spm_tiny, tiny
-from spo_jax.checkpoints.lora_write import write_lora
-from spo_jax.emoji import resolve
-from spo_jax.training.model_card import write_model_card
-from spo_jax.training.sources import licence_of, source_of
-from spo_jax.training.spm_card import write_preference_card
+from spo_jax.formats.hub import local
+from spo_jax.formats.lora_write import write_lora
+from spo_jax.runs.model_card import write_model_card
+from spo_jax.runs.sources import licence_of, source_of
+from spo_jax.spm.card import write_preference_card
 from tests import pictures
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -178,7 +178,7 @@ def test_the_code_for_adapters_runs(tmp_path, monkeypatch):
 
 
 def test_the_code_for_a_whole_model_runs(tmp_path, monkeypatch):
-    (tmp_path / "model").symlink_to(resolve("emoji:model"))
+    (tmp_path / "model").symlink_to(local("emoji:model"))
     changes = {"lora.rank": 0, "dtype": "bfloat16", "sampling.num_steps": 2}
     (block,) = blocks(make_card(tmp_path, tiny.get_config(), **changes), "python")
     monkeypatch.chdir(tmp_path)

@@ -8,19 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.checkpoints.pipeline import read_pipeline
 from spo_jax.data.preferences import PairBatch
 from spo_jax.distributed.mesh import AXES, make_mesh
-from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
+from spo_jax.evaluation.pair_accuracy import Judge, accuracy_row, accuracy_table, first_pairs, make_measure_accuracy
+from spo_jax.formats.hub import local
+from spo_jax.formats.pipeline import read_pipeline
 from spo_jax.preference.scorers import Scorer
-from spo_jax.training.pair_accuracy import (
-    Judge,
-    accuracy_row,
-    accuracy_table,
-    first_pairs,
-    make_measure_accuracy,
-)
 
 NUM_PAIRS = 20
 TIMESTEPS = (0, 400, 951)
@@ -28,7 +22,7 @@ TIMESTEPS = (0, 400, 951)
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return read_pipeline(resolve("emoji:model"))
+    return read_pipeline(local("emoji:model"))
 
 
 def brightness_judge(tokenizer, step_aware=True, sign=1.0):

@@ -9,15 +9,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from configs import common, common_spm, sd15, sdxl, spm_sd15, tiny
-from spo_jax.checkpoints.base import Base, base_of_config
-from spo_jax.checkpoints.lora import starting_lora
-from spo_jax.checkpoints.lora_write import write_kohya
-from spo_jax.checkpoints.pipeline import read_unet
+from configs import sd15, sdxl, spm_sd15, tiny
 from spo_jax.distributed.mesh import make_mesh, replicated
 from spo_jax.distributed.sharding import weight_sharding
-from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
+from spo_jax.formats.base import Base, base_of_config
+from spo_jax.formats.hub import local
+from spo_jax.formats.lora import starting_lora
+from spo_jax.formats.lora_write import write_kohya
+from spo_jax.formats.pipeline import read_unet
 from spo_jax.planning import compile as compiling
 from spo_jax.planning import planner
 from spo_jax.planning.collectives import Traffic
@@ -27,6 +27,8 @@ from spo_jax.planning.report import Need, overrides, table
 from spo_jax.planning.shapes import clip_shapes, device_bytes, num_parameters, pipeline_shapes
 from spo_jax.planning.targets import GIB, Target, parse_target
 from spo_jax.planning.walk import walk
+from spo_jax.spm import config as spm_config
+from spo_jax.spo import config as spo_config
 from tests.lora_files import random_adapters
 
 V5E = parse_target("v5e:2x4")
@@ -196,7 +198,7 @@ def test_a_cond_writes_over_arguments_that_its_results_take_the_place_of():
 def test_a_share_is_the_recipe_of_one_device():
     share = share_of(sd15.get_config(), 4)
     assert (share.prompts_per_batch, share.train.minibatch_size, share.mesh.data) == (10, 10, 1)
-    config = common_spm.get_config()
+    config = spm_config.get_config()
     config.chunk = 16
     share = share_of(config, 8)
     assert (share.train.batch_size, share.validation.batch_size, share.chunk) == (8, 8, 2)
@@ -215,7 +217,7 @@ def test_what_stays_on_a_device_is_split_by_fsdp():
 
 
 def test_adapters_to_start_from_are_counted_where_they_are_here(tmp_path):
-    unet = read_unet(resolve("emoji:model/unet"))[1]
+    unet = read_unet(local("emoji:model/unet"))[1]
     file = write_kohya(tmp_path, random_adapters({"unet": unet}), unet)
     config = tiny.get_config()
     fresh = resident_bytes(abstract_run(config, V5E))["trained"]
@@ -376,7 +378,7 @@ def test_knobs_are_turned_for_the_program_that_needs_most_until_all_fit():
             "evaluation": config.evaluation.batch_size,
         }
 
-    config = common.get_config()
+    config = spo_config.get_config()
     _, changed = search(config, 4, worst_of(sizes, limit=25))
     assert changed == {
         "scorer.chunk": 1,
@@ -391,13 +393,13 @@ def test_knobs_are_turned_for_the_program_that_needs_most_until_all_fit():
 
 
 def test_a_large_rest_is_split_first():
-    config = common.get_config()
+    config = spo_config.get_config()
     _, changed = search(config, 8, lambda c: ("update", c.mesh.fsdp == 8, 80))
     assert changed == {"mesh.fsdp": 8, "mesh.data": 1}
 
 
 def test_spm_takes_chunks_that_devices_can_split():
-    config = common_spm.get_config()
+    config = spm_config.get_config()
     config.mesh.fsdp = 8
     _, changed = search(config, 8, lambda c: ("update", c.remat and 0 < c.chunk <= 16, 0))
     assert changed == {"remat": True, "chunk": 16}
@@ -405,13 +407,15 @@ def test_spm_takes_chunks_that_devices_can_split():
 
 def test_pictures_of_evaluation_are_judged_in_pieces_and_then_fewer():
     _, changed = search(
-        common.get_config(), 2, lambda c: ("evaluation", c.offload and c.evaluation.batch_size * c.scorer.chunk == 4, 0)
+        spo_config.get_config(),
+        2,
+        lambda c: ("evaluation", c.offload and c.evaluation.batch_size * c.scorer.chunk == 4, 0),
     )
     assert changed == {"scorer.chunk": 1, "offload": True, "evaluation.batch_size": 4}
 
 
 def test_where_no_knob_is_left_there_is_no_proposal():
-    assert search(common.get_config(), 4, lambda c: ("update", False, 0)) is None
+    assert search(spo_config.get_config(), 4, lambda c: ("update", False, 0)) is None
 
 
 def test_a_batch_that_cannot_be_split_is_refused_with_one_that_can():

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import common
-from spo_jax.training import checkpoint
-from spo_jax.training.optimizer import make_optimizer
+from spo_jax.runs import checkpoint
+from spo_jax.runs.optimizer import make_optimizer
+from spo_jax.spo import config as spo_config
 from spo_jax.types import TrainState
 
 RECORDED = Path(__file__).parents[1] / "golden" / "checkpoint_jax_0.10.2.tar.xz"
@@ -32,7 +32,7 @@ def counted(tree):
 
 def make_states():
     lora = {"to_q": {"A": jnp.zeros((5, 2)), "B": jnp.zeros((2, 3))}}
-    config, states = common.get_config().train, {}
+    config, states = spo_config.get_config().train, {}
     config.max_grad_norm, config.accumulation_steps = 1.0, 2
     for config.optimizer in ("adamw", "adafactor"):
         states[config.optimizer] = TrainState(jnp.int32(0), {"lora": lora}, make_optimizer(config).init(lora), lora)

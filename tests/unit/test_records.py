@@ -11,18 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_jax.checkpoints.lora import FILE_NAME, read_lora
-from spo_jax.checkpoints.lora_write import write_lora
-from spo_jax.checkpoints.safetensors_io import read_tensors, write_params, write_tensors
-from spo_jax.checkpoints.weights import read_params
 from spo_jax.data.prompts import batch_indices, num_batches, read_prompts
 from spo_jax.distributed.mesh import check_divisible, make_mesh
-from spo_jax.emoji import resolve, world
+from spo_jax.emoji import world
 from spo_jax.errors import UserError
+from spo_jax.formats.hub import local
+from spo_jax.formats.lora import FILE_NAME, read_lora
+from spo_jax.formats.lora_write import write_lora
+from spo_jax.formats.safetensors_io import read_tensors, write_params, write_tensors
+from spo_jax.formats.weights import read_params
 from spo_jax.models import AutoencoderKL, CLIPModel, UNet2DConditionModel
-from spo_jax.training import checkpoint
-from spo_jax.training.metrics import MetricsWriter, read_metrics
-from spo_jax.training.report import write_report, write_summary
+from spo_jax.runs import checkpoint
+from spo_jax.runs.metrics import MetricsWriter, read_metrics, write_summary
+from spo_jax.spo.report import write_report
 from spo_jax.types import TrainState
 
 
@@ -252,7 +253,7 @@ def test_mesh():
 def test_shipped_prompts_are_those_of_the_world_and_disjoint():
     files = world.prompt_files()
     for name, text in files.items():
-        assert resolve(f"emoji:prompts/{name}").read_text(encoding="utf-8") == text
+        assert local(f"emoji:prompts/{name}").read_text(encoding="utf-8") == text
     held_out, training = (set(files[name].splitlines()) for name in ("held_out.txt", "spo.txt"))
     assert len(held_out) == 240 and not held_out & training
 

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import sd15, sdxl, spm_sd15, spm_sdxl
-from spo_jax.checkpoints.artifacts import artifacts_of
-from spo_jax.checkpoints.remote import RemoteName, choose_files, parse_remote
 from spo_jax.errors import UserError
+from spo_jax.formats.remote import RemoteName, choose_files, parse_remote
+from spo_jax.runs.artifacts import artifacts_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SUM = "ab" * 32

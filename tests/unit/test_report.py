@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from spo_jax.training.report import write_report, write_summary
+from spo_jax.runs.metrics import write_summary
+from spo_jax.spo.report import write_report
 
 KEYS = "loss preference_score_mean preference_score_std valid_fraction win_ratio lose_ratio win_clipped lose_clipped"
 KEYS += " grad_norm seconds_sample seconds_score seconds_update"

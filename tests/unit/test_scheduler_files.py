@@ -11,12 +11,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from spo_jax.checkpoints.parts import scheduler_of
-from spo_jax.diffusion.ddim import ddim_distribution, log_prob, predict_x0_and_noise
+from spo_jax.diffusion.ddim import sample
 from spo_jax.diffusion.dpm_solver import make_dpm_schedule, sample_dpmpp_2m
-from spo_jax.diffusion.generate import sample
+from spo_jax.diffusion.process import ddim_distribution, log_prob, predict_x0_and_noise
 from spo_jax.diffusion.schedule import check_trainable, make_schedule
 from spo_jax.errors import UserError
+from spo_jax.formats.parts import scheduler_of
 
 SD = {
     "beta_start": 0.00085,

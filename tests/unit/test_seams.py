@@ -10,11 +10,11 @@ import pytest
 from spo_jax.diffusion.pool import draw_pool_noise, sample_pool
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import make_mesh
+from spo_jax.preference.losses import preference_loss
 from spo_jax.preference.pairs import make_pairs
 from spo_jax.preference.scorers import make_clip_scorer
-from spo_jax.training.exchange import make_exchange
-from spo_jax.training.losses import preference_loss
-from spo_jax.training.update import pair_losses
+from spo_jax.spo.exchange import make_exchange
+from spo_jax.spo.update import pair_losses
 from spo_jax.types import Pool, PreferencePairs, PromptBatch
 
 STEPS, PLAIN, PROMPTS, CANDIDATES, SHAPE = 5, 1, 8, 3, (2, 2, 1)

@@ -20,7 +20,7 @@ from spo_jax.models import attention
 from spo_jax.models.unet import UNet2DConditionModel
 from spo_jax.planning.collectives import collectives
 from spo_jax.planning.programs import make_run
-from spo_jax.training.optimizer import make_optimizer
+from spo_jax.runs.optimizer import make_optimizer
 
 FOLDER = Path(__file__).parents[1] / "golden" / "shardings"
 CONFIGS = {"sd15": sd15, "sdxl": sdxl, "spm": spm_sd15}

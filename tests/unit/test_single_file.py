@@ -15,20 +15,20 @@ import safetensors.numpy
 import torch
 
 from configs import tiny
-from spo_jax.checkpoints import pipeline as reading
-from spo_jax.checkpoints.artifacts import artifacts_of, take_stock
-from spo_jax.checkpoints.base import Base
-from spo_jax.checkpoints.names import torch_shape
-from spo_jax.checkpoints.original_layout import LAYOUTS, originals
-from spo_jax.checkpoints.pipeline import read_pipeline
-from spo_jax.checkpoints.single_file import config_folder, open_single_file
-from spo_jax.checkpoints.write_checkpoint import write_checkpoint
-from spo_jax.checkpoints.write_pipeline import write_pipeline
-from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
+from spo_jax.formats import pipeline as reading
+from spo_jax.formats.base import Base
+from spo_jax.formats.hub import local
+from spo_jax.formats.names import torch_shape
+from spo_jax.formats.original_layout import LAYOUTS, originals
+from spo_jax.formats.pipeline import read_pipeline
+from spo_jax.formats.single_file import config_folder, open_single_file
+from spo_jax.formats.write_checkpoint import write_checkpoint
+from spo_jax.formats.write_pipeline import write_pipeline
 from spo_jax.models import AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel, published
 from spo_jax.planning.shapes import pipeline_shapes
-from spo_jax.training.spo import write_result
+from spo_jax.runs.artifacts import artifacts_of, take_stock
+from spo_jax.spo.recipe import write_result
 from tests.small_pipeline import small_pipeline
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
@@ -161,7 +161,7 @@ def test_another_kind_of_file_is_refused_by_its_name(tmp_path, tensors, words):
 def test_keys_that_are_missing_left_over_or_of_another_shape_are_named(tmp_path):
     good, path = zeros("SD1"), tmp_path / "file.safetensors"
     config_folder(path).mkdir()
-    (config_folder(path) / "tokenizer").symlink_to(resolve("emoji:model/tokenizer"))
+    (config_folder(path) / "tokenizer").symlink_to(local("emoji:model/tokenizer"))
     for key in (
         TO_K,
         FIRST,
@@ -286,7 +286,7 @@ def test_a_config_folder_comes_first(tmp_path, capsys):
 
 def test_sizes_that_tell_no_heads_are_refused_with_what_to_do(tmp_path):
     emoji = tmp_path / "emoji.safetensors"
-    write_checkpoint(emoji, resolve("emoji:model"), {}, dtype=np.float16)
+    write_checkpoint(emoji, local("emoji:model"), {}, dtype=np.float16)
     alone = tmp_path / "alone.safetensors"
     alone.symlink_to(emoji)
     said = sentence(read_pipeline, alone)
@@ -332,7 +332,7 @@ def test_tokenizers_are_those_of_the_published_pipelines(tmp_path, empty_cache, 
     snapshot = empty_cache / f"models--{repository.replace('/', '--')}" / "snapshots" / commit
     for name in names:
         (snapshot / name.rpartition("/")[2]).parent.mkdir(parents=True, exist_ok=True)
-        (snapshot / name.rpartition("/")[2]).symlink_to(resolve("emoji:model/tokenizer"))
+        (snapshot / name.rpartition("/")[2]).symlink_to(local("emoji:model/tokenizer"))
     pipeline = read_pipeline(path)
     assert pipeline.tokenizer("a fox").input_ids and (pipeline.tokenizer_2 is None) == (kind != "SDXL")
 

@@ -16,23 +16,24 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import common_spm
 from spo_jax import rng
-from spo_jax.checkpoints.pipeline import clip_shapes, read_clip, read_pipeline
-from spo_jax.checkpoints.tokenizers import tokenize, tokenize_prompts
+from spo_jax.data.preferences import total_state
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import batch_sharding, make_mesh
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
-from spo_jax.emoji import resolve
+from spo_jax.formats.hub import local
+from spo_jax.formats.pipeline import clip_shapes, read_clip, read_pipeline
+from spo_jax.formats.tokenizers import tokenize, tokenize_prompts
 from spo_jax.models import CLIPModel
 from spo_jax.models.published import CLIP_VIT_H
+from spo_jax.preference.losses import preference_loss
 from spo_jax.preference.pairs import labels_from_scores
 from spo_jax.preference.scorers import Scorer, make_clip_scorer
-from spo_jax.training.judged_pairs import make_encode_captions, total_state
-from spo_jax.training.losses import preference_loss
-from spo_jax.training.noisy_pairs import make_predict_clean, pair_keys, score_pairs
-from spo_jax.training.optimizer import make_optimizer, warmup_linear_decay
-from spo_jax.training.spm_update import make_relabel, make_spm_loss, make_spm_update, spm_metrics
+from spo_jax.runs.optimizer import make_optimizer, warmup_linear_decay
+from spo_jax.sampling.encode import make_encode_captions
+from spo_jax.sampling.noisy_pairs import make_predict_clean, pair_keys, score_pairs
+from spo_jax.spm import config as spm_config
+from spo_jax.spm.update import make_relabel, make_spm_loss, make_spm_update, spm_metrics
 from spo_jax.types import JudgedPairs, TrainState
 from tests.small_pipeline import small_pipeline
 
@@ -43,7 +44,7 @@ CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return read_pipeline(resolve("emoji:model"))
+    return read_pipeline(local("emoji:model"))
 
 
 def some_pairs(pipeline, **changes) -> JudgedPairs:
@@ -80,7 +81,7 @@ def shown(pipeline, predict, pairs, timesteps, positions=None):
 def test_it_is_the_one_step_prediction_of_diffusers(pipeline, predictions):
     """Noising, guided prediction and decoding in PyTorch, with the same random numbers; pictures share the noise."""
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(
-        resolve("emoji:model"), local_files_only=True, torch_dtype=torch.float32
+        local("emoji:model"), local_files_only=True, torch_dtype=torch.float32
     )
     scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
     scheduler.set_timesteps(1000)
@@ -241,11 +242,11 @@ def test_the_recipes_have_the_warmup_of_the_released_runs_and_the_emoji_one_its_
 # ------------------------------------------------------------------------------------------------- update, many devices
 def first_update(fsdp, **clip_changes):
     """The update of the emoji CLIP on a mesh, not compiled yet, and its arguments."""
-    config = common_spm.get_config()
+    config = spm_config.get_config()
     mesh = make_mesh(data=-1, fsdp=fsdp)
     placement = functools.partial(weight_sharding, mesh)
     pipeline = read_pipeline(small_pipeline(), sharding=placement)
-    clip, start = read_clip(resolve("emoji:model/clip"), step_aware=True, sharding=placement)
+    clip, start = read_clip(local("emoji:model/clip"), step_aware=True, sharding=placement)
     scorer = make_clip_scorer(clip.clone(**clip_changes))
     # Adam's first step is the gradient's sign, whatever its size: at 1e-3 rounding alone moves the next loss by 5e-5.
     optimizer = make_optimizer(config.train, warmup_linear_decay(1e-4, 0, 100))
@@ -293,7 +294,7 @@ def test_of_the_published_model_each_of_eight_devices_holds_an_eighth():
     clip = CLIPModel.from_config(CLIP_VIT_H, step_aware=True)
     params = clip_shapes(clip)
     assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(1.306e9, rel=1e-3)
-    optimizer = make_optimizer(common_spm.get_config().train, warmup_linear_decay(3e-6, 500, 8000))
+    optimizer = make_optimizer(spm_config.get_config().train, warmup_linear_decay(3e-6, 500, 8000))
     state = jax.eval_shape(lambda p: TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p)), params)
     shardings = jax.tree.leaves(weight_shardings(make_mesh(data=1, fsdp=8), state))
     held = [np.prod(s.shard_shape(x.shape)) * 4 for x, s in zip(jax.tree.leaves(state), shardings, strict=True)]
@@ -304,7 +305,7 @@ def test_of_the_published_model_each_of_eight_devices_holds_an_eighth():
 @functools.cache
 def loss_and_gradient(**clip_changes):
     """Of the emoji CLIP, on pictures without noise."""
-    clip, params = read_clip(resolve("emoji:model/clip"), step_aware=True)
+    clip, params = read_clip(local("emoji:model/clip"), step_aware=True)
     pairs = some_pairs(read_pipeline(small_pipeline()))
     clean, timesteps = pairs.images.astype(np.float32) / 127.5 - 1, jnp.arange(8) * 125
     loss_fn = make_spm_loss(make_clip_scorer(clip.clone(**clip_changes)))
@@ -334,9 +335,9 @@ def test_it_starts_as_the_plain_model_at_every_timestep():
     images = np.random.default_rng(4).uniform(-1, 1, (4, 2, 32, 32, 3)).astype(np.float32)
     scores = []
     for step_aware in (True, False):
-        clip, params = read_clip(resolve("emoji:model/clip"), step_aware=step_aware)
+        clip, params = read_clip(local("emoji:model/clip"), step_aware=step_aware)
         scorer = make_clip_scorer(clip)
-        tokens = tokenize(read_pipeline(resolve("emoji:model")).tokenizer, CAPTIONS[:4])
+        tokens = tokenize(read_pipeline(local("emoji:model")).tokenizer, CAPTIONS[:4])
         text = scorer.encode_text(params, jnp.asarray(tokens))
         scores.append(score_pairs(scorer, params, images, text, jnp.array([0, 251, 701, 999])))
     np.testing.assert_array_equal(*scores)

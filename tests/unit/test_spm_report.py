@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from spo_jax.training.spm_report import ShownPair, write_spm_report
+from spo_jax.spm.report import ShownPair, write_spm_report
 
 
 def row(value, gain=None):

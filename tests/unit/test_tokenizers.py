@@ -9,27 +9,19 @@ import transformers
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
-from spo_jax.checkpoints.pipeline import read_pipeline
-from spo_jax.checkpoints.tokenizers import (
-    check_lengths,
-    cut_off,
-    cut_warning,
-    read_tokenizer,
-    tokenize,
-    tokenize_prompts,
-)
-from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
+from spo_jax.formats.hub import local
+from spo_jax.formats.pipeline import read_pipeline
+from spo_jax.formats.scorers import fitted_to
+from spo_jax.formats.tokenizers import check_lengths, cut_off, cut_warning, read_tokenizer, tokenize, tokenize_prompts
 from spo_jax.models import CLIPTextModel
 from spo_jax.preference.scorers import Scorer
-from spo_jax.training.evaluation import encode_prompts
-from spo_jax.training.judges import fitted_to
-from spo_jax.training.rollout import make_encode
+from spo_jax.sampling.encode import encode_prompts, make_encode
 from tests.small_pipeline import small_pipeline
 
-EMOJI = resolve("emoji:model/tokenizer")
+EMOJI = local("emoji:model/tokenizer")
 LONG = "a red fox and a green apple and a blue owl on a teal background"
-TOWER = CLIPTextModel.from_config(json.loads(resolve("emoji:model/text_encoder/config.json").read_text())).tower
+TOWER = CLIPTextModel.from_config(json.loads(local("emoji:model/text_encoder/config.json").read_text())).tower
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spo_jax.checkpoints.torch_bin import index_torch_bin
 from spo_jax.errors import UserError
+from spo_jax.formats.torch_bin import index_torch_bin
 
 ROOT = "archive/"
 DTYPES = [

@@ -13,38 +13,39 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common, tiny
-from spo_jax.checkpoints.pipeline import read_pipeline
+from configs import tiny
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import batch_sharding, make_mesh, replicated
 from spo_jax.distributed.offload import to_device, weight_placement
 from spo_jax.distributed.pieces import map_in_pieces, piece_size
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
-from spo_jax.emoji import resolve
+from spo_jax.formats.hub import local
+from spo_jax.formats.pipeline import read_pipeline
 from spo_jax.models import UNet2DConditionModel
 from spo_jax.models.lora import init_lora
+from spo_jax.preference.losses import PairLoss
 from spo_jax.preference.scorers import Scorer
-from spo_jax.training.config_check import check_config
-from spo_jax.training.evaluation import encode_prompts
-from spo_jax.training.losses import PairLoss
-from spo_jax.training.metrics import CLIPPED_BATCHES, clipped_warning
-from spo_jax.training.optimizer import make_optimizer
-from spo_jax.training.programs import collect, compile_programs, run_updates, starting_state, untrained
-from spo_jax.training.rollout import make_encode, make_score_latents, shard_prompts
-from spo_jax.training.update import make_update
+from spo_jax.runs.metrics import CLIPPED_BATCHES, clipped_warning
+from spo_jax.runs.optimizer import make_optimizer
+from spo_jax.sampling.encode import encode_prompts, make_encode, shard_prompts
+from spo_jax.spo import config as spo_config
+from spo_jax.spo.config import check as check_config
+from spo_jax.spo.programs import collect, compile_programs, run_updates, starting_state, untrained
+from spo_jax.spo.rollout import make_score_latents
+from spo_jax.spo.update import make_update
 from spo_jax.types import PreferencePairs, PromptBatch, TrainState
 from tests.small_pipeline import small_pipeline
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes
-@pytest.mark.parametrize("name", ["common", "tiny", "sd15", "sd15:16gb", "sd21", "sd21:16gb", "sdxl", "sdxl:16gb"])
+@pytest.mark.parametrize("name", ["tiny", "sd15", "sd15:16gb", "sd21", "sd21:16gb", "sdxl", "sdxl:16gb"])
 def test_recipes_can_be_used_and_have_the_keys_of_common(name):
     module, _, device = name.partition(":")
     get_config = import_module(f"configs.{module}").get_config
     config = get_config(device) if device else get_config()
     check_config(config)
     assert jax.tree.structure(config.to_dict(), is_leaf=lambda x: x is None) == jax.tree.structure(
-        common.get_config().to_dict(), is_leaf=lambda x: x is None
+        spo_config.get_config().to_dict(), is_leaf=lambda x: x is None
     )
 
 
@@ -130,7 +131,7 @@ def test_pieces_give_what_the_whole_gives(sizes, limit):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_scores_do_not_depend_on_how_many_are_made_at_a_time(chunk):
-    pipeline = read_pipeline(resolve("emoji:model"))
+    pipeline = read_pipeline(local("emoji:model"))
     scorer = Scorer(lambda params, tokens: tokens, lambda params, images, text, t: images.mean((1, 2, 3)) * text + t)
     prompts = PromptBatch(jnp.zeros((2, 1, 1)), jnp.zeros((1, 1, 1)), jnp.array([1.0, -3.0]))
     latents = jax.random.normal(jax.random.key(0), (2, 4, *pipeline.latent_shape))
@@ -147,7 +148,7 @@ def test_scores_do_not_depend_on_how_many_are_made_at_a_time(chunk):
 def test_a_device_decodes_its_own_pictures_one_at_a_time():
     """On eight devices with two prompts each and two candidates: four rounds of one picture, and nothing is sent."""
     mesh = make_mesh(-1, 1)
-    pipeline = read_pipeline(resolve("emoji:model"))
+    pipeline = read_pipeline(local("emoji:model"))
     num_images = []
 
     def look(params, images, text, timesteps):
@@ -171,7 +172,7 @@ def test_weights_that_are_seldom_used_wait_in_the_hosts_memory():
     mesh = make_mesh(1, 8)
     kinds = {}
     for offload in (False, True):
-        pipeline = read_pipeline(resolve("emoji:model"), sharding=weight_placement(mesh, offload=offload))
+        pipeline = read_pipeline(local("emoji:model"), sharding=weight_placement(mesh, offload=offload))
         kinds[offload] = {
             name: {x.sharding.memory_kind for x in jax.tree.leaves(part)} for name, part in pipeline.params.items()
         }
@@ -183,7 +184,7 @@ def test_weights_that_are_seldom_used_wait_in_the_hosts_memory():
 
 # --------------------------------------------------------------------------------------------------------- optimizer
 def options(**changes):
-    config = common.get_config().train
+    config = spo_config.get_config().train
     config.update(changes)
     return config
 

@@ -10,15 +10,16 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-from configs import common
 from spo_jax.errors import UserError
-from spo_jax.training import spo, wandb_run
-from spo_jax.training.metrics import MetricsWriter, read_metrics
+from spo_jax.runs import wandb_run
+from spo_jax.runs.metrics import MetricsWriter, read_metrics
+from spo_jax.spo import config as spo_config
+from spo_jax.spo import recipe as spo
 
 
 @pytest.fixture
 def config():
-    config = common.get_config()
+    config = spo_config.get_config()
     config.wandb.project = "emoji"
     return config
 

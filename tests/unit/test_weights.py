@@ -20,19 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spo_jax.checkpoints.pipeline import (
-    clip_shapes,
-    read_clip,
-    read_pipeline,
-    read_text_encoder,
-    read_unet,
-    read_vae,
-)
-from spo_jax.checkpoints.safetensors_io import index_safetensors, read_tensors, write_tensors
-from spo_jax.checkpoints.weights import open_weights, read_params
 from spo_jax.distributed.mesh import make_mesh, replicated
-from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
+from spo_jax.formats.hub import local
+from spo_jax.formats.pipeline import clip_shapes, read_clip, read_pipeline, read_text_encoder, read_unet, read_vae
+from spo_jax.formats.safetensors_io import index_safetensors, read_tensors, write_tensors
+from spo_jax.formats.weights import open_weights, read_params
 from spo_jax.models import CLIPModel
 from spo_jax.models.published import CLIP_VIT_H
 from tests.golden_data import FOLDER
@@ -231,7 +224,7 @@ def test_paths_of_a_pipeline_start_with_the_component():
         seen.add(path)
         return replicated(make_mesh(data=-1, fsdp=1))
 
-    pipeline = read_pipeline(resolve("emoji:model"), sharding=remember)
+    pipeline = read_pipeline(local("emoji:model"), sharding=remember)
     assert seen == set(flax.traverse_util.flatten_dict(pipeline.params))
 
 
@@ -239,7 +232,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from spo_jax.checkpoints.weights import read_params
+from spo_jax.formats.weights import read_params
 
 def peak():  # not getrusage's, in which the process that started this one lives on
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from spo_jax.checkpoints import write_pipeline as module
-from spo_jax.checkpoints.safetensors_io import read_tensors
-from spo_jax.checkpoints.write_pipeline import write_pipeline
 from spo_jax.errors import UserError
+from spo_jax.formats import write_pipeline as module
+from spo_jax.formats.safetensors_io import read_tensors
+from spo_jax.formats.write_pipeline import write_pipeline
 
 PARAMS = {"conv_in": {"kernel": np.full((3, 3, 1, 2), 1 / 3, np.float32), "bias": np.zeros(2, np.float32)}}
 INDEX = {

@@ -15,14 +15,14 @@ import safetensors.torch
 import torch
 import transformers
 
-from spo_jax.checkpoints.pipeline import read_clip
-from spo_jax.checkpoints.safetensors_io import index_safetensors, write_params
-from spo_jax.checkpoints.write_scorer import write_scorer
 from spo_jax.distributed.mesh import make_mesh
 from spo_jax.distributed.sharding import weight_sharding
-from spo_jax.emoji import resolve
 from spo_jax.errors import UserError
-from spo_jax.training.judges import make_scorer
+from spo_jax.formats.hub import local
+from spo_jax.formats.pipeline import read_clip
+from spo_jax.formats.safetensors_io import index_safetensors, write_params
+from spo_jax.formats.scorers import make_scorer
+from spo_jax.formats.write_scorer import write_scorer
 from tests.golden_data import FOLDER
 from tests.system.commands import ROOT, environment
 
@@ -69,7 +69,7 @@ def test_what_was_written_is_read_by_path_from_folder_and_file(tmp_path, dtype):
 
 
 def test_transformers_loads_a_plain_model_and_scores_alike(tmp_path):
-    clip, params = read_clip(resolve("emoji:model/clip"), step_aware=None)
+    clip, params = read_clip(local("emoji:model/clip"), step_aware=None)
     params = jax.tree.map(lambda x: x * 1.01, params)  # not the file that is there already
     write_scorer(tmp_path, clip, params)
     theirs, loading = transformers.CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -116,7 +116,7 @@ PEAK = """
 import resource, sys
 import jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
-from spo_jax.checkpoints.safetensors_io import write_params
+from spo_jax.formats.safetensors_io import write_params
 from spo_jax.distributed.mesh import make_mesh
 from spo_jax.distributed.sharding import weight_sharding
 mesh = make_mesh(data=1, fsdp=2)

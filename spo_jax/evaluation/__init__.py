@@ -1,0 +1,1 @@
+"""How good pictures are, and how good a scorer is: metrics, accuracy on pairs, and their statistics."""

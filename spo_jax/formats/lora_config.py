@@ -1,0 +1,137 @@
+"""peft's ``LoraConfig`` beside a LoRA file or in its header, which tells how strong the adapters are.
+
+peft keeps it as ``adapter_config.json`` in the folder, diffusers as JSON in the header of the file, there with the name
+of the part before each field (``unet.lora_alpha``) where the file may have several.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from spo_jax.errors import UserError
+from spo_jax.formats.lora_keys import PARTS
+
+CONFIG_FILE = "adapter_config.json"
+_PEFT_STEM = "adapter_model"
+_DEFAULT_ALPHA = 8.0  # of LoraConfig
+_MAX_CONFIG_BYTES = 2**20
+# With these, training starts from other base weights, which are not in the file.
+_CHANGED_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga|orthogonal", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """The fields that say how strong adapters are; ``patterns`` holds alphas of layers that have their own."""
+
+    alpha: float
+    patterns: Mapping[str, float]
+    rank_stabilized: bool
+
+    def scale(self, module: str, rank: int) -> float:
+        """What the product of the matrices of a layer is multiplied with.
+
+        Args:
+          module: the layer's name in its model, such as ``down_blocks.0. ... .attn1.to_q``.
+          rank: of its matrices.
+        """
+        alpha = next((a for pattern, a in self.patterns.items() if _matches(pattern, module)), self.alpha)
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfigs:
+    """The config of each part that has one."""
+
+    by_part: Mapping[str, PeftConfig]
+
+    def of(self, part: str) -> PeftConfig | None:
+        """The config of a part, or None: then alpha is the rank."""
+        return self.by_part.get(part)
+
+
+def read_configs(file: Path) -> PeftConfigs:
+    """The configs that go with a LoRA file, which is there and can be read.
+
+    Raises:
+      UserError: a config is missing or damaged, or asks for another kind of adapters.
+    """
+    if file.name.startswith(_PEFT_STEM):
+        source, text = file.with_name(CONFIG_FILE), _beside(file)
+    else:
+        source, text = file, _in_header(file) or "{}"
+    try:
+        fields = json.loads(text)
+        own = {part: _below(fields, f"{part}.") for part in PARTS}
+        common = {k: v for k, v in fields.items() if not k.startswith(tuple(f"{part}." for part in PARTS))}
+        found = {part: one or common for part, one in own.items() if one or common}
+        return PeftConfigs({part: _config(source, one) for part, one in found.items()})
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"LoRA file {source} has damaged metadata ({error}); download or copy it again.") from error
+
+
+def _beside(file: Path) -> str:
+    config = file.with_name(CONFIG_FILE)
+    if not config.is_file():
+        raise UserError(
+            f"LoRA file {file} is one of peft's, but {config} is not beside it; its alpha is needed: copy it as well."
+        )
+    if config.stat().st_size > _MAX_CONFIG_BYTES:
+        raise UserError(f"File {config} is larger than {_MAX_CONFIG_BYTES} bytes, which no config is.")
+    return config.read_text(encoding="utf-8-sig")
+
+
+def _in_header(file: Path) -> str | None:
+    try:
+        with safetensors.safe_open(str(file), "numpy") as opened:
+            return (opened.metadata() or {}).get("lora_adapter_metadata")
+    except safetensors.SafetensorError:
+        return None  # a file of PyTorch
+
+
+def _below(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
+
+
+def _config(source: Path, fields: Mapping[str, Any]) -> PeftConfig:
+    kind = fields.get("peft_type") or "LORA"
+    kind = kind if str(kind).upper() != "LORA" else "DoRA" if fields.get("use_dora") else None
+    if kind is not None:
+        raise UserError(f"LoRA file {source} holds {kind}, which is not supported; only plain LoRA is.")
+    for field in ("lora_bias", "use_qalora"):
+        if fields.get(field):
+            raise UserError(f"LoRA file {source}: {field} = {fields[field]!r} in its metadata is not supported.")
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and _CHANGED_BASE.match(start):
+        raise UserError(
+            f"LoRA file {source}: its metadata has init_lora_weights = {start!r}, which changes the base "
+            "model as well; convert it to plain LoRA with peft (path_initial_model_for_weight_conversion)."
+        )
+    patterns = {pattern: float(alpha) for pattern, alpha in (fields.get("alpha_pattern") or {}).items()}
+    unclear = next((p for p in patterns if re.search(r"[*+?()\[\]{}|\\]", p)), None)
+    if unclear is not None:
+        raise UserError(
+            f"LoRA file {source}: its metadata has {unclear!r} in alpha_pattern, which is not the name of a layer; "
+            "regular expressions are not supported."
+        )
+    alpha = fields.get("lora_alpha")
+    alpha = _DEFAULT_ALPHA if alpha is None else float(alpha)
+    for value in (alpha, *patterns.values()):
+        if not math.isfinite(value):
+            raise UserError(f"LoRA file {source}: its metadata has an alpha that is not finite, {value}.")
+    return PeftConfig(alpha, patterns, bool(fields.get("use_rslora")))
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """As peft does: the layer's whole name, or its last parts unless ``^`` says where it starts."""
+    # transformers 5 leaves out the first part of a text encoder's names.
+    modules = (module, module.removeprefix("text_model."))
+    bare = pattern.removeprefix("^").removesuffix("$")
+    return bare in modules or (not pattern.startswith("^") and any(m.endswith(f".{bare}") for m in modules))

@@ -1,0 +1,180 @@
+"""Single files in the original layout of Stable Diffusion: their kinds, and where each parameter lies in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+
+from spo_jax.errors import UserError
+from spo_jax.formats import names
+from spo_jax.formats.original_names import open_clip_key, unet_name, vae_name
+from spo_jax.formats.stored import StoredArray
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+_UNET_PART, _VAE_PART = ("unet", UNET), ("vae", VAE)
+# By kind and part: whose names the parameters have, and what all of them begin with.
+LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
+    "SD1": {"unet": _UNET_PART, "vae": _VAE_PART, "text_encoder": ("clip", "cond_stage_model.transformer.")},
+    "SD2": {"unet": _UNET_PART, "vae": _VAE_PART, "text_encoder": ("open_clip", "cond_stage_model.model.")},
+    "SDXL": {
+        "unet": _UNET_PART,
+        "vae": _VAE_PART,
+        "text_encoder": ("clip", "conditioner.embedders.0.transformer."),
+        "text_encoder_2": ("open_clip", "conditioner.embedders.1.model."),
+    },
+}
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # keys without values that newer files carry
+FIRST_CONVOLUTION = f"{UNET}input_blocks.0.0.weight"
+
+# What holds no information that is used here: averages of the UNet, of which diffusers reads none either; the noise
+# schedule; buffers of text encoders; projections and layers behind what Stable Diffusion takes from them; what the
+# autoencoder was trained with.
+_LEFT_OUT = re.compile(
+    r"model_ema\..*|first_stage_model\.(model_ema|loss)\..*|denoiser\.sigmas"
+    rf"|{V_PREDICTION}|{ZERO_SNR}"
+    r"|betas|logvar|lvlb_weights|(log_one_minus_|sqrt_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?"
+    r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)"
+    r"|(cond_stage_model|conditioner\.embedders\.[01])\.(.*\.)?(position_ids|attn_mask|logit_scale)"
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.|model\.)?text_projection(\.weight)?"
+    r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*"
+)
+_WANTED = "--model and config.model take a diffusers folder, or Stable Diffusion 1.x, 2.x or SDXL base in one file"
+_CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler", 5: "a depth-to-image model"}
+# Other files that people have, by what some of their keys contain; the first that fits.
+_OTHERS = (
+    (r"^lora_|\.lora_(A|B|down|up)\.|\.lora\.(down|up)\.|lora_linear_layer|\.hada_w1_|\.lokr_w1", "a LoRA file"),
+    (r"^control_model\.|^input_hint_block\.|^controlnet_|zero_conv", "a ControlNet"),
+    (r"joint_blocks\.", "a Stable Diffusion 3"),
+    (r"double_blocks\.|double_stream_blocks\.", "a model such as Flux"),
+    (r"motion_modules\.", "a motion module of AnimateDiff"),
+    (r"^image_proj\.|^ip_adapter\.", "an IP-Adapter"),
+    (r"^emb_params$|^string_to_param|^clip_[lg]$", "a textual inversion"),
+)
+_ALONE = (
+    (rf"^({re.escape(UNET)})?input_blocks\.|^down_blocks\.", "a UNet alone"),
+    (r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.(down|up|mid|conv_in)", "an autoencoder alone"),
+    (r"^(cond_stage_model|conditioner|text_model|embeddings|encoder\.layers)\.|resblocks\.", "text encoders alone"),
+)
+_ADVICE = {
+    "a LoRA file": "give it as --lora, and its base model as --model",
+    "an autoencoder alone": "as a diffusers folder it can be given as --vae or config.vae",
+}
+
+
+class Original(NamedTuple):
+    """Where a parameter lies in a single file, in terms of PyTorch's layout of it.
+
+    ``third`` is 0, 1 or 2 for queries, keys and values, which open_clip keeps in one parameter. ``transposed`` and
+    ``convolution`` (a dense layer that is a 1x1 convolution there) say how its shape differs.
+    """
+
+    key: str
+    third: int | None = None
+    transposed: bool = False
+    convolution: bool = False
+
+    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape in the file of the whole parameter, of which one (a third) has the shape ``ours``."""
+        if self.third is not None:
+            return (3 * ours[0], *ours[1:])
+        if self.convolution:
+            return (*ours, 1, 1)
+        return ours[::-1] if self.transposed else ours
+
+    def view(self, stored: StoredArray, ours: tuple[int, ...]) -> StoredArray:
+        """The parameter, of the shape ``ours``, in what the file has under the key."""
+        if self.third is not None:
+            return stored.rows(self.third * ours[0], (self.third + 1) * ours[0])
+        if self.convolution:
+            return stored.without_last_ones(len(ours))
+        return stored.transposed() if self.transposed else stored
+
+
+def originals(kind: str, part: str, shapes: Any) -> dict[tuple[str, ...], Original]:
+    """Where each parameter of a part lies.
+
+    Args:
+      kind: "SD1", "SD2" or "SDXL".
+      part: "unet", "vae", "text_encoder" or "text_encoder_2".
+      shapes: tree of the part's parameters or their shapes.
+
+    Returns:
+      By path in the tree.
+    """
+    whose, prefix = LAYOUTS[kind][part]
+    num_levels = sum(name.startswith("down_blocks_") for name in shapes.get("encoder", ()))
+
+    def one(path: tuple[str, ...], leaf: Any) -> Original:
+        key = names.torch_key(path)
+        module, _, what = key.rpartition(".")
+        if whose == "unet":
+            return Original(f"{prefix}{unet_name(module, shapes)}.{what}")
+        if whose == "vae":
+            dense = path[-1] == "kernel" and len(leaf.shape) == 2
+            return Original(f"{prefix}{vae_name(module, num_levels)}.{what}", convolution=dense)
+        if whose == "clip":
+            return Original(prefix + key)
+        third = re.search(r"\.self_attn\.([qkv])_proj\.", key)
+        return Original(
+            prefix + open_clip_key(key),
+            third="qkv".index(third[1]) if third else None,
+            transposed=module == "text_projection",
+        )
+
+    return {path: one(path, leaf) for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
+
+
+def is_left_out(key: str) -> bool:
+    """Whether a key of a single file holds nothing that is used here."""
+    return _LEFT_OUT.fullmatch(key) is not None
+
+
+def kind_of(path: Path, arrays: Mapping[str, StoredArray]) -> str:
+    """ "SD1", "SD2" or "SDXL", by the keys of a single file.
+
+    Raises:
+      UserError: it is another kind of file, which is named.
+    """
+    prefixes = {prefix for prefix in _prefixes() if any(key.startswith(prefix) for key in arrays)}
+    for pattern, what in _OTHERS:
+        if any(re.search(pattern, key) for key in arrays):
+            raise _refusal(path, what)
+    if "edm_mean" in arrays or "edm_vpred.sigma_max" in arrays:
+        raise _refusal(path, "a model with the noise levels of EDM, such as Playground 2.5")
+    if any(".time_stack." in key or ".time_mixer." in key for key in arrays):
+        raise _refusal(path, "a video model")
+    if UNET not in prefixes or prefixes == {UNET}:
+        for pattern, what in _ALONE:
+            if any(re.search(pattern, key) for key in arrays):
+                raise _refusal(path, what)
+        listed = ", ".join(sorted(arrays)[:3]) or "none"
+        raise _refusal(path, f"a file of a kind that is not known here (keys: {listed}{', ...' if arrays else ''})")
+    shape = arrays[FIRST_CONVOLUTION].shape if FIRST_CONVOLUTION in arrays else ()
+    if len(shape) == 4 and shape[1] != 4:
+        raise _refusal(path, _CHANNELS.get(shape[1], f"a model whose UNet takes {shape[1]} channels"))
+    labels = any(key.startswith(f"{UNET}label_emb.") for key in arrays)
+    if any(key.startswith("conditioner.embedders.0.model.") for key in arrays):
+        raise _refusal(path, "an SDXL refiner" if labels else "a model in another layout, such as SD-Turbo")
+    for kind in ("SDXL", "SD2", "SD1"):
+        needed = [prefix for _, prefix in LAYOUTS[kind].values()]
+        if needed[-1] not in prefixes:
+            continue
+        if labels != (kind == "SDXL"):
+            raise _refusal(path, "an unCLIP or another model with other conditions than text")
+        for prefix in needed:
+            if prefix not in prefixes:
+                raise UserError(f"File {path} has no keys {prefix}*; it is not complete, get it from its source again.")
+        return kind
+    raise UserError(f"File {path} has a UNet, but no text encoder that is known here; {_WANTED}.")
+
+
+def _prefixes() -> Collection[str]:
+    return {prefix for layout in LAYOUTS.values() for _, prefix in layout.values()}
+
+
+def _refusal(path: Path, what: str) -> UserError:
+    return UserError(f"File {path} is {what}; {_ADVICE.get(what, _WANTED)}.")

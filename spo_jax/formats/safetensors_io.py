@@ -1,0 +1,151 @@
+"""Safetensors files, and parameter trees to them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from spo_jax.errors import UserError
+from spo_jax.files import atomic_write
+from spo_jax.formats import names
+from spo_jax.formats.hub import missing
+from spo_jax.formats.stored import StoredArray
+
+_DTYPES = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "I16": np.int16,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+
+
+def index_safetensors(path: Path) -> dict[str, StoredArray]:
+    """The tensors of a safetensors file by key (bfloat16 included); none of their values is read yet.
+
+    Raises:
+      UserError: the file is missing, truncated, not a safetensors file, or has a dtype that NumPy does not know.
+    """
+    length, header = _read_header(path)
+    header.pop("__metadata__", None)
+    arrays = {}
+    for key, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"Weight file {path}: {key!r} has dtype {entry['dtype']}, which is not supported.")
+        offset = 8 + length + entry["data_offsets"][0]
+        arrays[key] = StoredArray(path, offset, np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"]))
+    return arrays
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors; errors as of ``index_safetensors``."""
+    return _read_header(path)[1].get("__metadata__") or {}
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Length in bytes of the header, and its content."""
+    if not path.is_file():
+        raise UserError(missing(path, "Weight file"))
+    try:
+        safetensors.safe_open(str(path), "numpy")  # checks the header and that the tensors fill the file exactly
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return length, json.loads(file.read(length))
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"Weight file {path} is damaged or truncated ({error}); download or copy it again.") from error
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a safetensors file; errors as of ``index_safetensors``."""
+    return {key: array.read() for key, array in index_safetensors(path).items()}
+
+
+def write_params(path: Path, params: Any, *, dtype: Any = np.float32, prefix: str = "") -> None:
+    """Writes a parameter tree in PyTorch naming and layout; the file appears complete or not at all.
+
+    Parameters are fetched, converted and written one at a time: beside the tree, which may be split over devices, the
+    host holds two copies of the largest of them.
+    """
+    flat = flax.traverse_util.flatten_dict(params)
+    keys = {prefix + names.torch_key(tree_path): tree_path for tree_path in flat}
+    shapes = {key: names.torch_shape(tree_path, flat[tree_path].shape) for key, tree_path in sorted(keys.items())}
+    arrays = (names.to_torch(keys[key], fetch_array(flat[keys[key]])) for key in shapes)
+    write_arrays(path, shapes, arrays, dtype=dtype)
+
+
+def write_arrays(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    arrays: Iterable[np.ndarray],
+    *,
+    dtype: Any = np.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes arrays one at a time, each dropped before the next is asked for; the file appears complete or not at all.
+
+    Args:
+      path: of the file.
+      shapes: by key, in the order of ``arrays``.
+      arrays: of these shapes; they are converted to ``dtype``.
+      dtype: of all of them in the file.
+      metadata: goes into the header.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    name, end = _NAMES[np.dtype(dtype)], 0
+    for key, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[key] = {"dtype": name, "shape": shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of eight bytes
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for array in arrays:
+            file.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)
+
+
+def fetch_array(value: Any) -> np.ndarray:
+    """The values of an array that may be split over devices."""
+    # Of a copy, because JAX keeps what it fetched as long as the array that it was fetched from.
+    return np.asarray(jnp.copy(value) if isinstance(value, jax.Array) else value)
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors; the file appears complete or not at all.
+
+    ``metadata`` goes into the file's header, beside the ``format`` that PyTorch's readers look for.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with atomic_write(path) as temporary:
+        try:
+            safetensors.numpy.save_file(tensors, str(temporary), metadata={"format": "pt"} | (metadata or {}))
+        except safetensors.SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, os.strerror(number)) from error
+
+
+def param_shapes(module: Any, *inputs: Any, dtype: Any = jnp.float32, **kwargs: Any) -> Any:
+    """Shapes of a module's parameters, as ``dtype``, without computing anything."""
+    shapes = jax.eval_shape(lambda *a: module.init(jax.random.key(0), *a, **kwargs), *inputs)["params"]
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), shapes)

@@ -1,0 +1,125 @@
+"""The judge that a config or a command names: a preference model, a plain CLIP, or a function of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import spo_jax
+from spo_jax.errors import UserError
+from spo_jax.formats.pipeline import Pipeline, read_clip
+from spo_jax.formats.tokenizers import fitted, read_tokenizer
+from spo_jax.formats.weights import Placement
+from spo_jax.preference.scorers import Scorer, make_clip_scorer, make_function_scorer
+
+_NOT_THE_USERS = re.compile(r"site-packages|^<frozen|" + re.escape(str(Path(spo_jax.__file__).parent)))
+
+
+def make_scorer(
+    path: str,
+    fn: str = "",
+    *,
+    key: str = "config.scorer.fn",
+    dtype: Any = jnp.float32,
+    sharding: Placement = None,
+) -> tuple[Scorer, Any]:
+    """The judge and its parameters.
+
+    Args:
+      path: a CLIP, see ``read_clip``; step-aware if its weights have time layers, else plain.
+      fn: ``"my_module:score"``, a function (see ``make_function_scorer``) that is taken instead; ``path`` is not read.
+      key: the option that gave ``fn``, for messages.
+      dtype: of a CLIP.
+      sharding: where its parameters go.
+
+    Raises:
+      UserError: there is no such model or function.
+    """
+    if fn:
+        return make_function_scorer(load_function(fn, key)), {}
+    clip, params = read_clip(path, step_aware=None, dtype=dtype, sharding=sharding)
+    return make_clip_scorer(clip), params
+
+
+def tokenizer_of(path: str, pipeline: Pipeline) -> Any:
+    """A judge's tokenizer, at ``path``; the pipeline's first one if that is empty."""
+    return read_tokenizer(path) if path else pipeline.tokenizer
+
+
+def fitted_to(scorer: Scorer, tokenizer: Any) -> Any:
+    """The tokenizer of a judge's texts, see ``tokenizers.fitted``; a function takes any."""
+    return tokenizer if scorer.tower is None else fitted(tokenizer, scorer.tower)
+
+
+def load_function(name: str, key: str = "config.scorer.fn") -> Callable[..., Any]:
+    """The function ``"my_module:score"``, imported from the working directory or from what is installed.
+
+    Raises:
+      UserError: the module or the function is not there, the module does not run, or it is no function.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
+        raise UserError(f'{key}={name} names no function; write it as "my_module:score".')
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # importing runs the user's file, in which anything may fail
+        top = module_name.partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name in (top, module_name):
+            raise UserError(
+                f"{key}={name}: there is no module {module_name}; "
+                "start in the folder that has its file, or put that folder on PYTHONPATH."
+            ) from error
+        raise UserError(f"{key}={name}: module {module_name} does not run ({_reason(error)}); mend it.") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        what = "has no function" if function is None else "has something else than a function under the name"
+        raise UserError(f"{key}={name}: module {module_name} {what} {function_name}.")
+    return function
+
+
+def check_function(
+    name: str, *, num_images: int, image_size: tuple[int, int], tokenizer: Any, key: str = "config.scorer.fn"
+) -> None:
+    """Traces the user's function on the shapes of a run, without computing anything.
+
+    Args:
+      name: as in ``make_scorer``; nothing is checked if it is empty.
+      num_images: n, pictures at a time.
+      image_size: H and W.
+      tokenizer: of the prompts; its ``model_max_length`` is L.
+      key: the option that gave ``name``.
+
+    Raises:
+      UserError: JAX cannot trace the function, or its result is not float32 [n].
+    """
+    if not name:
+        return
+    scorer = make_function_scorer(load_function(name, key))
+    images = jax.ShapeDtypeStruct((num_images, *image_size, 3), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((num_images, tokenizer.model_max_length), jnp.int32)
+    timesteps = jax.ShapeDtypeStruct((num_images,), jnp.int32)
+    try:
+        result = jax.eval_shape(scorer.score, {}, images, tokens, timesteps)
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(
+            f"{key}={name} does not run on images {list(images.shape)}, tokens {list(tokens.shape)} and timesteps "
+            f"{list(timesteps.shape)} ({_reason(error)}); it must be written in jax.numpy, without values of arrays."
+        ) from error
+    if not isinstance(result, jax.ShapeDtypeStruct) or (result.shape, result.dtype) != ((num_images,), jnp.float32):
+        what = f"{result.dtype} {list(result.shape)}" if isinstance(result, jax.ShapeDtypeStruct) else "no array"
+        raise UserError(f"{key}={name} gives {what} for {num_images} pictures; it must give float32 [{num_images}].")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, and where in the user's code it was raised."""
+    lines = str(error).splitlines()
+    reason = f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    places = [f for f in traceback.extract_tb(error.__traceback__) if not _NOT_THE_USERS.search(f.filename)]
+    return f"{reason}; {Path(places[-1].filename).name}, line {places[-1].lineno}" if places else reason

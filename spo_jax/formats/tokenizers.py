@@ -1,0 +1,128 @@
+"""CLIP tokenizers: reading them, fitting them to a text tower, and what of a text is cut off."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo_jax.errors import UserError
+from spo_jax.formats.hub import missing, resolve_model
+from spo_jax.models.clip import CLIPTextTransformer
+
+if TYPE_CHECKING:
+    from spo_jax.formats.pipeline import Pipeline
+
+_NAMED = 3  # texts that a warning quotes
+_QUOTED = 200  # characters of each
+
+
+def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None) -> Any:
+    """The CLIP tokenizer in ``folder``, local or on the hub (see ``resolve_model``), fitted to a tower if one is given.
+
+    Raises:
+      UserError: a file is missing or damaged, or see ``fitted``.
+    """
+    from transformers import CLIPTokenizer  # takes seconds to import; nothing else here needs it
+
+    folder = resolve_model(folder, weights=False)
+    # transformers 5 saves one tokenizer.json, published pipelines have the two files that it is made of.
+    vocabulary = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
+    for name in (*vocabulary, "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise UserError(missing(folder / name))
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # its parsers raise plain exceptions
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"Tokenizer {folder} cannot be read ({reason}); download or copy it again.") from error
+    return tokenizer if tower is None else fitted(tokenizer, tower)
+
+
+def fitted(tokenizer: Any, tower: CLIPTextTransformer) -> Any:
+    """The tokenizer with texts no longer than the tower's table of positions; most have none of their own, or the same.
+
+    Args:
+      tokenizer: of transformers.
+      tower: the text tower that reads its ids.
+
+    Raises:
+      UserError: an id is beyond the tower's vocabulary, it has no token for padding or for an end, or no length.
+    """
+    name = tokenizer.name_or_path
+    for kind in ("eos", "pad"):
+        if getattr(tokenizer, f"{kind}_token_id") is None:
+            raise UserError(f"Tokenizer {name} has no {kind}_token; name it in its tokenizer_config.json.")
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if highest >= tower.vocab_size:
+        raise UserError(
+            f"Tokenizer {name}: token {token!r} has id {highest}, but the text encoder knows ids up to "
+            f"{tower.vocab_size - 1} only; they do not belong together."
+        )
+    length = tokenizer.model_max_length
+    is_whole = isinstance(length, int) or (isinstance(length, float) and length > tower.max_position_embeddings)
+    if not is_whole or not length >= 2:
+        raise UserError(f"Tokenizer {name}: model_max_length is {length!r}; it must be a number of tokens from 2.")
+    # Missing, it is a huge number in transformers.
+    if length <= tower.max_position_embeddings:
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.model_max_length = tower.max_position_embeddings
+    return tokenizer
+
+
+def check_lengths(tokenizers: Mapping[str, Any]) -> None:
+    """Raises UserError if the text encoders of a pipeline would give sequences of different lengths."""
+    lengths = {name: tokenizer.model_max_length for name, tokenizer in tokenizers.items()}
+    if len(set(lengths.values())) > 1:
+        told = " and ".join(f"{name} {length}" for name, length in lengths.items())
+        first = next(iter(tokenizers.values())).name_or_path
+        raise UserError(f"Tokenizer {first}: texts are of different lengths, {told}; set model_max_length in both.")
+
+
+def tokenize(tokenizer: Any, texts: list[str]) -> Any:
+    """Token ids int32 [B, model_max_length], padded and truncated as Stable Diffusion does."""
+    ids = tokenizer(
+        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="np"
+    )["input_ids"]
+    return ids.astype("int32")
+
+
+def tokenizers_of(pipeline: Pipeline) -> list[Any]:
+    """One for each text encoder of the pipeline."""
+    return [pipeline.tokenizer] if pipeline.tokenizer_2 is None else [pipeline.tokenizer, pipeline.tokenizer_2]
+
+
+def tokenize_prompts(pipeline: Pipeline, texts: list[str]) -> tuple[Any, ...]:
+    """Token ids int32 [B, L] for each text encoder of the pipeline."""
+    return tuple(tokenize(tokenizer, texts) for tokenizer in tokenizers_of(pipeline))
+
+
+def cut_off(tokenizer: Any, texts: list[str]) -> list[str]:
+    """The end of each text that has no place in the tokenizer's length, as diffusers names it; empty if all has."""
+    length = tokenizer.model_max_length
+    all_ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    return [tokenizer.decode(ids[length - 1 : -1]) if len(ids) > length else "" for ids in all_ids]
+
+
+def cut_warning(tokenizers: Sequence[Any], texts: Sequence[str], what: str = "prompts") -> str | None:
+    """What to tell a user of texts that are longer than a tokenizer takes: how many, and what is cut off of the first.
+
+    Args:
+      tokenizers: all that read the texts.
+      texts: any number of them; the same one counts once.
+      what: they are.
+    """
+    different = list(dict.fromkeys(texts))
+    ends = zip(*(cut_off(tokenizer, different) for tokenizer in tokenizers), strict=True)
+    cut = [part for parts in ends if (part := max(parts, key=len))]
+    if not cut:
+        return None
+    length = min(tokenizer.model_max_length for tokenizer in tokenizers)
+    short = (part if len(part) <= _QUOTED else f"{part[:_QUOTED]}..." for part in cut[:_NAMED])
+    named = ", ".join(map(repr, short)) + (f" and {len(cut) - _NAMED} more" if len(cut) > _NAMED else "")
+    return (
+        f"warning: {len(cut)} of {len(different)} {what} are longer than the {length} tokens that the text encoder "
+        f"reads; their ends are not seen: {named}."
+    )

@@ -1,0 +1,244 @@
+"""Weights of one model, in whichever of the usual files they come, read one parameter at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from spo_jax.errors import UserError, notice
+from spo_jax.formats import names
+from spo_jax.formats.hub import missing
+from spo_jax.formats.safetensors_io import index_safetensors
+from spo_jax.formats.stored import StoredArray, empty
+from spo_jax.formats.torch_bin import index_torch_bin
+
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
+# transformers names its two formats differently.
+_BIN_STEMS = {TRANSFORMERS_STEM: "pytorch_model"}
+# PyTorch's files are zip archives; those of before 1.6 are told by their names, to be refused as such.
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_ZIP = b"PK\x03\x04"
+# The bits of an exponent, which are all 1 in infinities and NaNs.
+_EXPONENTS: dict[str, tuple[type[np.unsignedinteger], int]] = {
+    "float16": (np.uint16, 0x7C00),
+    "bfloat16": (np.uint16, 0x7F80),
+    "float32": (np.uint32, 0x7F800000),
+}
+_BLOCK = 2**20  # numbers looked at at a time
+_MAX_INDEX_BYTES = 16 * 2**20
+# Buffers that old checkpoints carry and that hold no information.
+_IGNORED_SUFFIXES = (".position_ids",)
+
+# Where parameters go: all of them the same way, or each by its path in the model's tree and its shape.
+Placement = Sharding | Callable[[tuple[str, ...], tuple[int, ...]], Sharding] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The arrays of one model by checkpoint key, still in their files; ``path`` is what messages name."""
+
+    path: Path
+    arrays: dict[str, StoredArray]
+
+
+def open_file(path: Path) -> Weights:
+    """The weights in one file, of safetensors or of PyTorch; UserError if it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(missing(path, "Weight file"))
+    with path.open("rb") as file:
+        start = file.read(9)
+    # The content decides, and the name where it does not: safetensors begin with the length of a JSON text.
+    is_torch = start.startswith(_ZIP) or (path.suffix in TORCH_SUFFIXES and start[8:] != b"{")
+    return Weights(path, index_torch_bin(path) if is_torch else index_safetensors(path))
+
+
+def open_weights(folder: Path, stem: str, variant: str | None = None) -> Weights:
+    """The weights of the model in ``folder``: safetensors before PyTorch files, one file before shards.
+
+    Args:
+      folder: the model's folder.
+      stem: of the file names, ``DIFFUSERS_STEM`` or ``TRANSFORMERS_STEM``.
+      variant: the name between stem and suffix, such as ``"fp16"`` in ``model.fp16.safetensors``. Where there is
+        nothing without a variant, and one variant, None takes that and says so.
+
+    Raises:
+      UserError: there is none of these files, or one of them, or a shard, is damaged or missing.
+    """
+    chosen = choose_variant(folder, stem, variant)
+    if chosen != variant:
+        say_variant({folder: chosen})
+    path = find_weights(folder, stem, chosen)
+    if path is None:
+        file = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+        raise UserError(missing(folder / file, "Weight file") + _others(folder))
+    return _open_shards(path) if path.suffix == ".json" else open_file(path)
+
+
+def find_weights(folder: Path, stem: str, variant: str | None) -> Path | None:
+    """The file, or the index of the shards, that ``open_weights`` reads; None if there is none of this variant."""
+    dot = f".{variant}" if variant else ""
+    for name in (f"{stem}.safetensors", f"{_BIN_STEMS.get(stem, stem)}.bin"):
+        plain, suffix = name.rsplit(".", 1)
+        single = folder / f"{plain}{dot}.{suffix}"
+        # The variant stands before the last suffix, or, in files of newer programs, before the first.
+        for path in (single, folder / f"{name}.index{dot}.json", folder / f"{plain}{dot}.{suffix}.index.json"):
+            if path.is_file():
+                return path
+    return None
+
+
+def choose_variant(folder: Path, stem: str, variant: str | None) -> str | None:
+    """The variant asked for; or, where None was, and there is nothing without one, the only variant that is there."""
+    if variant or find_weights(folder, stem, None) is not None or not folder.is_dir():
+        return variant
+    stems = "|".join({stem, _BIN_STEMS.get(stem, stem)})
+    one = re.compile(
+        rf"(?:{stems})(?:\.([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?"
+        r"|\.(?:safetensors|bin)\.index\.([^.]+)\.json)"
+    )
+    matches = [one.fullmatch(path.name) for path in folder.iterdir()]
+    names = {match[1] or match[2] for match in matches if match}
+    found = [name for name in names if find_weights(folder, stem, name) is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def say_variant(chosen: Mapping[Path, str | None]) -> None:
+    """Says of model folders which variant is read though none was asked for."""
+    folders = ", ".join(str(folder) for folder in chosen)
+    variants = ", ".join(sorted({str(variant) for variant in chosen.values()}))
+    notice(f"{folders}: only {variants} weights are there, so these are read.")
+
+
+def _others(folder: Path) -> str:
+    found = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt"))
+    return (
+        f" It has {', '.join(found[:3])}; if one is meant, name its variant (--variant, config.variant)."
+        if found
+        else ""
+    )
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The ``weight_map`` of an ``*.index.json``: the file of its folder that has each key.
+
+    Raises:
+      UserError: it is damaged, or names a file outside its folder.
+    """
+    try:
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError(f"more than {_MAX_INDEX_BYTES} bytes")
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        inside = all(Path(file).name == file and file != ".." and "\\" not in file for file in weight_map.values())
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"File {index} is no index of weights ({error}); download or copy it again.") from error
+    if not inside:
+        raise UserError(f"File {index} names weight files outside its folder; get the model from its source again.")
+    return weight_map
+
+
+def _open_shards(index: Path) -> Weights:
+    """The weights that an ``*.index.json`` spreads over several files of its folder."""
+    weight_map = read_weight_map(index)
+    opened = {shard: open_file(index.parent / shard).arrays for shard in sorted(set(weight_map.values()))}
+    for key, shard in weight_map.items():
+        if key not in opened[shard]:
+            raise UserError(f"Weight file {index.parent / shard} has no key {key!r}, which {index.name} puts there.")
+    # Keys that only the shards know are kept, so that the reader refuses them as it does in a single file.
+    every = {key: array for arrays in opened.values() for key, array in arrays.items()}
+    return Weights(index, every | {key: opened[shard][key] for key, shard in weight_map.items()})
+
+
+def read_params(source: Path | Weights, shapes: Any, *, prefix: str = "", sharding: Placement = None) -> Any:
+    """Reads one model's parameters: every key is used exactly once and every shape agrees.
+
+    Each parameter is read, brought to our layout and dtype, and put on its devices before the next one is read, so that
+    the host holds one of them at a time beside what the devices hold.
+
+    Args:
+      source: a weight file, or what ``open_weights`` gave, in PyTorch naming and layout.
+      shapes: tree of ``jax.ShapeDtypeStruct``; the result has its structure and dtypes.
+      prefix: what every key of the file starts with (the released preference models use ``"model."``).
+      sharding: where the parameters go; None is JAX's default device.
+
+    Returns:
+      A tree of ``jax.Array``.
+
+    Raises:
+      UserError: a missing, left-over or wrongly shaped key, by name (before anything is read); or one with numbers that
+        are not finite.
+    """
+    weights = source if isinstance(source, Weights) else open_file(source)
+    left = {k: v for k, v in weights.arrays.items() if not k.endswith(_IGNORED_SUFFIXES)}
+    found, keys = {}, {}
+    flat = flax.traverse_util.flatten_dict(shapes)
+    for tree_path, leaf in flat.items():
+        key = prefix + names.torch_key(tree_path)
+        key = next((k for k in (key, *names.other_keys(key)) if k in left), key)
+        if key not in left:
+            raise UserError(
+                f"Weight file {weights.path} has no key {key!r}, which its config.json asks for; "
+                "the file and the config do not belong together."
+            )
+        stored = found[tree_path] = left.pop(key)
+        keys[tree_path] = key
+        expected = names.torch_shape(tree_path, leaf.shape)
+        if expected not in (stored.shape, (*stored.shape, 1, 1)):
+            raise UserError(
+                f"Weight file {weights.path}: {key!r} has shape {stored.shape}, but its config.json asks for "
+                f"{expected}."
+            )
+        if stored.dtype.kind in "iub":
+            raise UserError(
+                f"Weight file {weights.path}: {key!r} holds {stored.dtype} numbers; quantised models are not "
+                "supported, get the model in float16, bfloat16 or float32."
+            )
+    if left:
+        listed = ", ".join(sorted(left)[:3])
+        raise UserError(
+            f"Weight file {weights.path} has {len(left)} keys that the model in config.json does not use ({listed}"
+            f"{', ...' if len(left) > 3 else ''}); the file and the config do not belong together."
+        )
+    placed = {}
+    # The largest first: the copies that its conversion takes then come on top of nothing.
+    for tree_path in sorted(flat, key=lambda p: -int(np.prod(flat[p].shape))):
+        leaf, array = flat[tree_path], found[tree_path].read()
+        array = names.from_torch(tree_path, array.reshape(names.torch_shape(tree_path, leaf.shape)))
+        if array.dtype != leaf.dtype or not array.flags.c_contiguous:
+            converted = empty(leaf.shape, leaf.dtype)
+            np.copyto(converted, array, casting="unsafe")
+            array = converted
+        if not is_finite(array):
+            raise UserError(
+                f"Weight file {weights.path}: {keys[tree_path]!r} has numbers that are not finite (NaN or infinity); "
+                "the model was saved damaged, or is damaged now: get it again."
+            )
+        placed[tree_path] = place(array, sharding(tree_path, leaf.shape) if callable(sharding) else sharding)
+    return flax.traverse_util.unflatten_dict({tree_path: placed[tree_path] for tree_path in flat})
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all of an array of floats, in row-major order, is finite: by the exponents, as numpy's own is slow."""
+    integer, exponent = _EXPONENTS[str(array.dtype)]
+    flat = array.reshape(-1).view(integer)
+    return not any(
+        ((flat[start : start + _BLOCK] & exponent) == exponent).any() for start in range(0, flat.size, _BLOCK)
+    )
+
+
+def place(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    """The array on its devices, complete: the host's copy can go."""
+    if sharding is None:
+        placed = jax.device_put(array)
+    else:  # unlike device_put, this also works where other processes hold some of the devices
+        placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return placed.block_until_ready()

@@ -1,0 +1,196 @@
+"""A whole pipeline into one file, in the original layout of Stable Diffusion: for ComfyUI, A1111, kohya's tools."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from spo_jax.diffusion.schedule import FILE, make_schedule
+from spo_jax.errors import UserError
+from spo_jax.formats import names, original_configs
+from spo_jax.formats.original_layout import LAYOUTS, V_PREDICTION, ZERO_SNR, Original, originals
+from spo_jax.formats.parts import scheduler_of
+from spo_jax.formats.pipeline_files import PipelineFiles, is_xl, open_pipeline, write_configs
+from spo_jax.formats.safetensors_io import fetch_array, write_arrays
+from spo_jax.formats.single_file import CLIP_VOCABULARY, config_folder
+from spo_jax.formats.stored import StoredArray
+from spo_jax.models.clip import CLIPTextTransformer
+
+_GELU = "gelu"  # the activation of open_clip's text encoders; the others' is quick_gelu
+_ARCHITECTURES = {"SD1": "stable-diffusion-v1", "SDXL": "stable-diffusion-xl-v1-base"}
+_NAMES = {"epsilon": "epsilon", "v_prediction": "v"}  # of prediction types, in a header
+
+
+class _Entry(NamedTuple):
+    """A key of the file, and the parameters of a part that make it: one, or queries, keys and values."""
+
+    part: str
+    paths: tuple[tuple[str, ...], ...]
+    original: Original
+
+
+def write_checkpoint(
+    out: Path,
+    model: Path,
+    parts: Mapping[str, Callable[[], Any]],
+    *,
+    dtype: Any,
+    variant: str | None = None,
+    replaced: Mapping[str, Path] | None = None,
+) -> Path | None:
+    """Writes a pipeline with other parameters of some parts; the file appears complete or not at all.
+
+    One part of the pipeline is in memory at a time, and a converted copy of one array.
+
+    Args:
+      out: the ``.safetensors`` file.
+      model: a diffusers pipeline folder, or a single file.
+      parts: by name, such as "unet", what gives the parameters of a part that is not to be as in the model. It is
+        called when their turn to be written has come, which is after all checks.
+      dtype: of everything in the file.
+      variant: of the folder's weight files.
+      replaced: folders of parts that are not the model's own.
+
+    Returns:
+      The folder that got the pipeline's configs, because a reader of the file alone would take others; mostly None.
+
+    Raises:
+      UserError: the pipeline is not complete or has no place in this layout, or a value is not finite in ``dtype``.
+    """
+    files = open_pipeline(model, variant, replaced)
+    kind = _kind(files)
+    shapes = {part: files.shapes(part, np.float32) for part in files.configs}
+    entries = dict(itertools.chain.from_iterable(_entries(kind, part, shapes[part]) for part in LAYOUTS[kind]))
+    flat = {part: flax.traverse_util.flatten_dict(tree) for part, tree in shapes.items()}
+    sizes = {}
+    for key, entry in entries.items():
+        ours = flat[entry.part][entry.paths[0]].shape
+        sizes[key] = entry.original.shape(names.torch_shape(entry.paths[0], ours))
+    markers = _markers(files.scheduler)
+    configs = config_folder(out) if _needs_configs(files, kind, sizes, markers, out) else None
+    if configs is not None and configs.exists():
+        raise UserError(
+            f"{configs}, which would hold the configs of {out}, exists; remove it, or choose another --out."
+        )
+
+    def arrays() -> Iterator[np.ndarray]:
+        for part, group in itertools.groupby(entries.items(), key=lambda item: item[1].part):
+            values = flax.traverse_util.flatten_dict(parts[part]() if part in parts else files.read(part, np.float32))
+            for key, entry in group:
+                yield _converted(key, entry, values, dtype)
+        yield from (np.zeros(0, dtype) for _ in markers)
+
+    every = sizes | dict.fromkeys(markers, (0,))
+    write_arrays(out, every, arrays(), dtype=dtype, metadata=_metadata(files, kind, out))
+    if configs is not None:
+        write_configs(files, configs)
+    return configs
+
+
+# ------------------------------------------------------------------------------------------------------------ pieces
+def _kind(files: PipelineFiles) -> str:
+    if is_xl(files.index):
+        return "SDXL"
+    if files.index.get("_class_name") not in (None, "StableDiffusionPipeline"):
+        raise UserError(f"Model {files.path} is a {files.index['_class_name']}, which has no place in a single file.")
+    return "SD2" if files.configs["text_encoder"].get("hidden_act") == _GELU else "SD1"
+
+
+def _entries(kind: str, part: str, shapes: Any) -> list[tuple[str, _Entry]]:
+    """The keys of a part in the file, each with what it is made of, sorted."""
+    joined: dict[str, list[tuple[tuple[str, ...], Original]]] = {}
+    for path, original in originals(kind, part, shapes).items():
+        joined.setdefault(original.key, []).append((path, original))
+    entries = []
+    for key, pieces in sorted(joined.items()):
+        pieces.sort(key=lambda piece: piece[1].third or 0)
+        entries.append((key, _Entry(part, tuple(path for path, _ in pieces), pieces[0][1])))
+    return entries
+
+
+def _converted(key: str, entry: _Entry, values: Mapping[tuple[str, ...], Any], dtype: Any) -> np.ndarray:
+    """An array of the file in its layout and dtype; UserError if a value is not finite in it."""
+    pieces = [names.to_torch(path, fetch_array(values[path])) for path in entry.paths]
+    array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    if entry.original.transposed:
+        array = array.T
+    with np.errstate(over="ignore"):
+        converted = np.asarray(array, dtype)
+    if not np.isfinite(converted.astype(np.float32)).all():
+        if np.isfinite(array).all():
+            raise UserError(
+                f"{key!r} has values beyond the range of {np.dtype(dtype)}; write with --dtype=bfloat16 or float32."
+            )
+        raise UserError(f"{key!r} has values that are not finite; the model or the adapters are damaged.")
+    return converted
+
+
+def _markers(scheduler: Mapping[str, Any]) -> list[str]:
+    """Keys without values, by which ComfyUI and A1111 know what the UNet predicts."""
+    marked = {
+        V_PREDICTION: scheduler.get("prediction_type") == "v_prediction",
+        ZERO_SNR: bool(scheduler.get("rescale_betas_zero_snr")),
+    }
+    return [key for key, is_so in marked.items() if is_so]
+
+
+def _metadata(files: PipelineFiles, kind: str, out: Path) -> dict[str, str]:
+    """The header's entries of Stability AI's ModelSpec, by which programs tell and show what a file is."""
+    predicted = str(files.scheduler.get("prediction_type", "epsilon"))
+    v2 = "stable-diffusion-v2-768-v" if predicted == "v_prediction" else "stable-diffusion-v2-512"
+    size = files.configs["unet"].get("sample_size", 64)
+    height, width = (size, size) if isinstance(size, int) else size
+    scale = 2 ** (len(files.configs["vae"]["block_out_channels"]) - 1)
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _ARCHITECTURES.get(kind, v2),
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": out.stem,
+        "modelspec.resolution": f"{width * scale}x{height * scale}",
+        "modelspec.prediction_type": _NAMES.get(predicted, predicted),
+    }
+
+
+def _needs_configs(
+    files: PipelineFiles, kind: str, sizes: Mapping[str, tuple[int, ...]], markers: list[str], out: Path
+) -> bool:
+    """Whether somebody who has the file alone would take another pipeline for it."""
+    arrays = {key: StoredArray(out, 0, np.dtype(np.float32), shape) for key, shape in sizes.items()}
+    arrays |= {key: StoredArray(out, 0, np.dtype(np.float32), (0,)) for key in markers}
+    predicted = str(files.scheduler.get("prediction_type", "epsilon"))
+    try:
+        configs = {part: original_configs.part_config(out, kind, part, arrays) for part in files.configs}
+        configs["unet"] = original_configs.with_latent_size(kind, configs["unet"], predicted)
+        schedules = [
+            make_schedule({**scheduler_of(config, out, sdxl=kind == "SDXL"), FILE: ""}, 20)
+            for config in (original_configs.scheduler_config(kind, predicted, arrays), files.scheduler)
+        ]
+        same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), *schedules)
+    except (UserError, ValueError):
+        return True
+    vocabularies = {files.configs[part].get("vocab_size", CLIP_VOCABULARY) for part in configs if "text" in part}
+    assumed = PipelineFiles(**vars(files) | {"configs": configs})
+    return (
+        not all(jax.tree.leaves(same))
+        or vocabularies != {CLIP_VOCABULARY}
+        or any(_computes(assumed, part) != _computes(files, part) for part in configs)
+    )
+
+
+def _computes(files: PipelineFiles, part: str) -> Any:
+    """What a part's config says about what it computes; equal if two compute the same."""
+    if part == "unet":
+        return files.module(part, np.float32)
+    if part == "vae":
+        return files.module(part, np.float32).clone(sample_size=0)
+    tower = CLIPTextTransformer.from_config(files.configs[part], parent=None)
+    largest = tower.vocab_size - 1  # as the end of the text, it is what 2 stands for
+    end = 2 if tower.eos_token_id == largest else tower.eos_token_id
+    projected = tower.projection_dim if part == "text_encoder_2" else 0
+    return tower.clone(eos_token_id=end, projection_dim=projected)

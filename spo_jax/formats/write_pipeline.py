@@ -1,0 +1,170 @@
+"""A diffusers pipeline folder with another UNet, also with other text encoders, complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spo_jax.errors import UserError
+from spo_jax.formats.pipeline import read_json
+from spo_jax.formats.safetensors_io import write_params
+from spo_jax.formats.single_file import unpacked
+from spo_jax.formats.weights import (
+    DIFFUSERS_STEM,
+    TORCH_SUFFIXES,
+    TRANSFORMERS_STEM,
+    choose_variant,
+    find_weights,
+    read_weight_map,
+)
+
+INDEX = "model_index.json"
+# Parts that a pipeline may do without; diffusers then wants null in their place.
+_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+_WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".gguf")
+
+
+def check_output_folder(out: str | Path) -> None:
+    """Refuses to write a folder where something is already."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out} exists and is not an empty folder; choose another name.")
+
+
+def write_pipeline(
+    out: str | Path,
+    source: str | Path,
+    unet_params: Any,
+    *,
+    text_encoders: Mapping[str, Any] | None = None,
+    replaced: Mapping[str, Path] | None = None,
+    variant: str | None = None,
+    dtype: Any = np.float32,
+) -> None:
+    """Writes the pipeline of ``source`` with the given parameters; everything else is copied.
+
+    Copied is what ``model_index.json`` names: of each part its weights in one form, whose names have no variant, and no
+    weight file of the replaced models. A component that the installed diffusers or transformers does not have is named
+    in a warning: that version cannot load the folder.
+
+    Args:
+      out: the new folder; it may exist if it is empty.
+      source: a diffusers pipeline folder, or a single file, whose other parts are written in the dtype that they have.
+      unet_params: for the UNet's ``config.json``.
+      text_encoders: parameters of those that are replaced as well, by name.
+      replaced: folders of parts that are not those of ``source`` (see ``Pipeline``).
+      variant: of the weights that are copied.
+      dtype: of the written models.
+
+    Raises:
+      UserError: ``out`` is not empty or cannot be written, or ``source`` is not complete.
+    """
+    out, source = Path(out).absolute(), Path(source)
+    check_output_folder(out)
+    if source.is_file():
+        others: dict[str, Any] = {"replaced": replaced, "variant": variant, "dtype": dtype}
+        with unpacked(source, out, without={"unet", *(text_encoders or ()), *(replaced or ())}) as folder:
+            return write_pipeline(out, folder, unet_params, text_encoders=text_encoders, **others)
+    index = read_json(source / INDEX)
+    parts = {name: part for name, part in index.items() if isinstance(part, list)}  # the others are settings
+    if outside := [name for name in parts if Path(name).name != name or name == ".."]:
+        raise UserError(f"File {source / INDEX} names {outside[0]!r}, which is no folder of the pipeline's.")
+    folders = {name: (replaced or {}).get(name, source / name) for name in parts}
+    models = {"unet": unet_params, **(text_encoders or {})}
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for name, part in parts.items():
+            if folders[name].is_dir():
+                files = _files_of(folders[name], part[0], variant, weights=name not in models)
+                if folders[name] != source / name:  # whatever else may lie in a folder of someone's own
+                    files = {path: to for path, to in files.items() if _holds_weights(path) or to == "config.json"}
+                _copy(files, temporary / name)
+                if part[0] != "diffusers":
+                    _compute_in_float32(temporary / name / "config.json")
+            elif name in _OPTIONAL:
+                index[name] = [None, None]
+            elif part[:1] != [None]:
+                raise UserError(f"Folder {folders[name]} does not exist, but {source / INDEX} names it.")
+        if index.get("safety_checker") == [None, None]:
+            index["requires_safety_checker"] = False
+        (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for name, params in models.items():
+            write_params(temporary / name / f"{_stem(parts[name][0])}.safetensors", params, dtype=dtype)
+        os.replace(temporary, out)
+        for unknown in _unknown_classes(index):
+            print(f"spo_jax: warning: {out / INDEX} names {unknown}, which cannot load it.", file=sys.stderr)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written ({error.strerror or error}); choose another place.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _files_of(source: Path, library: str | None, variant: str | None, *, weights: bool) -> dict[Path, str]:
+    """What is copied of a part, with the names that it gets: small files, and weights in the form that is read here."""
+    stem, every = _stem(library), sorted(path for path in source.rglob("*") if path.is_file())
+    files = {path: path.relative_to(source).as_posix() for path in every if not _holds_weights(path)}
+    if not weights or len(files) == len(every):
+        return files
+    found = next((v for v in (variant, choose_variant(source, stem, None)) if find_weights(source, stem, v)), None)
+    index = find_weights(source, stem, found)
+    if index is None:
+        raise UserError(f"Folder {source} has no weights that could be meant among {', '.join(p.name for p in every)}.")
+    chosen = [index]
+    if index.suffix == ".json":
+        chosen += sorted({source / name for name in read_weight_map(index).values()})
+    return files | {path: _plain(path.name, found) for path in chosen}
+
+
+def _copy(files: Mapping[Path, str], out: Path) -> None:
+    """Copies contents alone: modes follow the umask, and links, as in the hub's cache, become files."""
+    out.mkdir()
+    for path, name in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / name)
+        if ".index" in name and path.name != name:  # it names the shards, which have new names too
+            index = json.loads(path.read_text(encoding="utf-8"))
+            index["weight_map"] = {key: files[path.parent / shard] for key, shard in index["weight_map"].items()}
+            (out / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _compute_in_float32(config: Path) -> None:
+    # Without a word there, or with "float16", transformers loads what diffusers' float32 parts do not go with.
+    fields = read_json(config) if config.is_file() else {}
+    if {"dtype", "torch_dtype", "model_type"} & fields.keys():
+        fields = {key: value for key, value in fields.items() if key != "dtype"} | {"torch_dtype": "float32"}
+        config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _stem(library: str | None) -> str:
+    return DIFFUSERS_STEM if library == "diffusers" else TRANSFORMERS_STEM
+
+
+def _plain(name: str, variant: str | None) -> str:
+    return name.replace(f".{variant}", "", 1) if variant else name
+
+
+def _holds_weights(path: Path) -> bool:
+    return path.suffix in _WEIGHT_SUFFIXES or ".index" in path.name
+
+
+def _unknown_classes(index: Mapping[str, Any]) -> list[str]:
+    """Classes of the pipeline and its parts that the installed libraries do not have, each with the library."""
+    import diffusers  # these take seconds to import, and only what is written needs them
+    import transformers
+
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    parts = [part for part in index.values() if isinstance(part, list) and len(part) == 2]
+    named = [("diffusers", index.get("_class_name")), *parts]
+    return [
+        f"{name}.{kind}, unknown to {name} {libraries[name].__version__}"
+        for name, kind in named
+        if name in libraries and kind not in dir(libraries[name])
+    ]

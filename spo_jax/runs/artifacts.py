@@ -1,0 +1,300 @@
+"""What a config needs from outside: which files, at which commits, what of them is here, and fetching the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from spo_jax.formats import download
+from spo_jax.formats.download import RemoteFile, Unreachable, in_bytes
+from spo_jax.formats.hub import exists, not_here, remote_of, with_strength
+from spo_jax.formats.remote import RemoteName
+from spo_jax.data.prompts import TFDS
+from spo_jax.distributed.agreement import agree_text, everyone
+from spo_jax.formats.hub import PREFIX, local
+from spo_jax.errors import UserError
+
+PINS_FILE = "pins.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """Something that a config names.
+
+    ``key`` is the config's key, ``what`` says what it is for, ``name`` is as the config has it. ``variant`` is that of
+    its weight files; without ``weights`` only configs and tokenizers are read.
+    """
+
+    key: str
+    what: str
+    name: str
+    variant: str = ""
+    weights: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Stock:
+    """An artifact of the hub or of GitHub, and what is here of it.
+
+    ``files`` are those that are read; None if that is not known, because its server was never asked on this machine,
+    and ``unreachable`` then says why it cannot be now. ``missing`` are those of the files that are not here,
+    ``damaged`` those that are, but not as they should be.
+    """
+
+    artifact: Artifact
+    remote: RemoteName
+    files: tuple[RemoteFile, ...] | None
+    missing: tuple[RemoteFile, ...] = ()
+    damaged: tuple[RemoteFile, ...] = ()
+    unreachable: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it can be read; where its files are not known, whether there is a folder to read from."""
+        if self.files is None:
+            return self.remote.pinned and download.local_path(self.remote, self.remote.inside).exists()
+        return not self.missing and not self.damaged
+
+
+def artifacts_of(config: ConfigDict) -> list[Artifact]:
+    """Everything that a run of the config reads, except pairs of preferences, which ``spo_jax.prepare`` makes."""
+    scorer = config.scorer
+    found = [
+        Artifact("model", "base model", config.model, config.variant),
+        *(Artifact("model", "its tokenizer", name, weights=False) for name in _tokenizers_of(config.model)),
+        Artifact("unet", "its UNet", config.unet, config.variant),
+        Artifact("vae", "its autoencoder", config.vae, config.variant),
+    ]
+    if config.method == "spo":
+        found += [
+            Artifact("scorer.path", "preference model", "" if scorer.fn else scorer.path),
+            Artifact("scorer.tokenizer", "its tokenizer", scorer.tokenizer, weights=False),
+            Artifact("lora.init", "adapters to start from", with_strength(config.lora.init)[0]),
+            Artifact("prompts", "training prompts", config.prompts),
+            Artifact("evaluation.prompts", "held-out prompts", config.evaluation.prompts),
+            Artifact("evaluation.judge", "CLIP that measures alignment", config.evaluation.judge),
+        ]
+    else:
+        found += [
+            Artifact("scorer.init", "CLIP to start from", scorer.init),
+            Artifact("scorer.tokenizer", "its tokenizer", scorer.tokenizer, weights=False),
+            Artifact("labels.judge", "CLIP that labels pairs", config.labels.judge),
+            Artifact("labels.tokenizer", "its tokenizer", config.labels.tokenizer, weights=False),
+            Artifact("validation.plain", "CLIP to compare with", config.validation.plain),
+        ]
+    return [artifact for artifact in found if artifact.name]
+
+
+def ready(config: ConfigDict, workdir: str | Path) -> tuple[ConfigDict, dict[str, str]]:
+    """Makes sure that everything a run reads is on this machine; called by all processes of a run together.
+
+    Returns:
+      The config with a commit behind each name of the hub, and the commits that had to be looked up, for ``pins.json``.
+      A run that has a workdir takes them from there.
+
+    Raises:
+      UserError: something stands for nothing, is not accessible, does not fit the disk, or cannot be fetched.
+    """
+    pins = json.loads(agree_text(lambda: json.dumps(look_up(config, read_pins(workdir)))))
+    config = with_pins(config, pins)
+    everyone(lambda: fetch_missing(take_stock(config)))
+    return config, pins
+
+
+def look_up(config: ConfigDict, known: Mapping[str, str]) -> dict[str, str]:
+    """The commit of each name of the hub that lacks one, by the name without path: ``{"org/name@main": "0123..."}``.
+
+    One that cannot be looked up now is left out. What is looked up is said.
+
+    Args:
+      config: of a run.
+      known: commits that the run has settled on.
+
+    Raises:
+      UserError: a name stands for nothing, here or elsewhere.
+    """
+    pins: dict[str, str] = {}
+    unreachable = False
+    for artifact, remote in _remotes(config):
+        moving = _repository(remote)
+        if remote.pinned or moving in pins:
+            continue
+        if moving in known:
+            pins[moving] = known[moving]
+            continue
+        if unreachable:
+            continue
+        try:
+            pins[moving] = download.commit_of(remote)
+        except Unreachable:
+            unreachable = True
+        except UserError as error:
+            raise UserError(f"config.{artifact.key}: {error}") from error
+        else:
+            print(f"spo_jax: config.{artifact.key}={artifact.name} is at commit {pins[moving]}.", file=sys.stderr)
+    return pins
+
+
+def with_pins(config: ConfigDict, pins: Mapping[str, str]) -> ConfigDict:
+    """A copy of the config in which each name of the hub has the commit that ``look_up`` found."""
+    config = config.copy_and_resolve_references()
+    for artifact, remote in _remotes(config):
+        if not remote.pinned and (commit := pins.get(_repository(remote))):
+            name = str(dataclasses.replace(remote, revision=commit))
+            # Behind the name of adapters their strength may stand.
+            given = functools.reduce(getattr, artifact.key.split("."), config).removeprefix(artifact.name)
+            config.update_from_flattened_dict({artifact.key: name + given})
+    return config
+
+
+def read_pins(workdir: str | Path) -> dict[str, str]:
+    """The commits that a run in ``workdir`` has settled on; none if there is no run, or it had nothing to look up."""
+    path = Path(workdir) / PINS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        pins = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): str(commit) for name, commit in pins.items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"File {path} is damaged ({error}); choose another --workdir.") from error
+
+
+def take_stock(config: ConfigDict) -> list[Stock]:
+    """What is here of each artifact of a config that lies on the hub or on GitHub, in the order of ``artifacts_of``.
+
+    A server is asked where something is missing; without network it tells what can be told from this machine.
+
+    Raises:
+      UserError: a repository or file does not exist, or is not accessible.
+    """
+    stocks, unreachable = [], {"hub": "", "github": ""}  # why, by site
+    for artifact, remote in _remotes(config):
+        options: dict[str, Any] = {"variant": artifact.variant, "weights": artifact.weights}
+        try:
+            files = download.list_files(remote, network=False, **options) if remote.pinned else None
+            if not unreachable[remote.site] and not _all_here(remote, files):
+                try:
+                    if not remote.pinned:  # look_up has tried; what a second try finds would be no pin of the run
+                        download.commit_of(remote)
+                        raise Unreachable("", "its commit could not be looked up")
+                    files = download.list_files(remote, **options)
+                except Unreachable as error:
+                    unreachable[remote.site] = error.reason
+            missing = tuple(file for file in files or () if not download.is_here(remote, file))
+        except UserError as error:
+            raise UserError(f"config.{artifact.key}: {error}") from error
+        known = None if files is None else tuple(files)
+        stocks.append(Stock(artifact, remote, known, missing, unreachable=unreachable[remote.site]))
+    return stocks
+
+
+def verify(stocks: Sequence[Stock], seen: Callable[[RemoteName, RemoteFile, str | None], None]) -> list[Stock]:
+    """The stocks with what is damaged of the files that are here, by their digests.
+
+    Args:
+      stocks: of ``take_stock``.
+      seen: is told of each file what is wrong with it, or None; content that several files share is looked at once.
+    """
+    faults: dict[Path, str | None] = {}
+
+    def is_damaged(remote: RemoteName, file: RemoteFile) -> bool:
+        content = download.local_path(remote, file.path).resolve()
+        if content not in faults:
+            faults[content] = download.fault_of(content, file)
+            seen(remote, file, faults[content])
+        return faults[content] is not None
+
+    def one(stock: Stock) -> Stock:
+        here = [file for file in stock.files or () if file not in stock.missing]
+        return dataclasses.replace(stock, damaged=tuple(file for file in here if is_damaged(stock.remote, file)))
+
+    return [one(stock) for stock in stocks]
+
+
+def fetch_missing(stocks: Sequence[Stock]) -> None:
+    """Fetches what is not here, and verifies it; the disk is checked before.
+
+    Raises:
+      UserError: a file cannot be had or written, or is not what it should be; or one sentence that names all that is
+        out of reach, when the rest is here.
+    """
+    out_of_reach = [stock for stock in stocks if not stock.complete and stock.unreachable]
+    lacking = [stock for stock in stocks if not stock.complete and not stock.unreachable]
+    download.check_space([(stock.remote, file) for stock in lacking for file in (*stock.missing, *stock.damaged)])
+    sizes = {stock.artifact: sum(max(0, f.size) for f in (*stock.missing, *stock.damaged)) for stock in lacking}
+    # The small ones first: what is wrong with them shows soon.
+    for stock in sorted(lacking, key=lambda stock: sizes[stock.artifact]):
+        size = f", {in_bytes(sizes[stock.artifact])}" if sizes[stock.artifact] else ""
+        print(f"spo_jax: fetching {stock.artifact.what}{size}: {stock.remote}", file=sys.stderr)
+        for file in (*stock.missing, *stock.damaged):
+            try:
+                download.fetch(stock.remote, file, again=file in stock.damaged)
+            except Unreachable as error:
+                left = [s for s in lacking if not all(download.is_here(s.remote, f) for f in s.missing)]
+                raise UserError(missing_sentence([*out_of_reach, *left], error.reason)) from error
+    if out_of_reach:
+        raise UserError(missing_sentence(out_of_reach))
+
+
+def missing_sentence(stocks: Sequence[Stock], reason: str = "") -> str:
+    """One sentence that names all that is missing and the command that fetches it."""
+    names = ", ".join(f"config.{stock.artifact.key} ({_short(stock.remote)})" for stock in stocks)
+    why = reason or next(stock.unreachable for stock in stocks if stock.unreachable)
+    return f"Missing here, and out of reach ({why}): {names}; with network, `{fetch_command()}` fetches all of it."
+
+
+def fetch_command() -> str:
+    """The command that fetches what this process was started for."""
+    flags: list[str] = []
+    for before, argument in zip(sys.argv, sys.argv[1:], strict=False):
+        is_value = before in flags and "=" not in before and not argument.startswith("-")  # --config FILE
+        if is_value or (argument.startswith("-") and argument.lstrip("-").startswith("config")):
+            flags.append(argument)
+    return shlex.join(["python", "-m", "spo_jax.fetch", *(flags or ["--config=..."])])
+
+
+# ------------------------------------------------------------------------------------------------------------ pieces
+def _remotes(config: ConfigDict) -> list[tuple[Artifact, RemoteName]]:
+    """The artifacts that are not here and do not ship with the package, with their parsed names."""
+    found = []
+    for artifact in artifacts_of(config):
+        if artifact.name.startswith(TFDS) or exists(artifact.name):
+            continue
+        try:
+            remote = remote_of(artifact.name)
+        except UserError as error:
+            raise UserError(f"config.{artifact.key}: {error}") from error
+        if remote is None:
+            raise UserError(f"config.{artifact.key}: {not_here(artifact.name)}")
+        found.append((artifact, remote))
+    return found
+
+
+def _tokenizers_of(model: str) -> list[str]:
+    """Names of the tokenizers that go with a model, if it is a single file that is here."""
+    path = local(model)
+    if not exists(path) or not path.is_file():
+        return []
+    from spo_jax.formats.single_file import tokenizers_of  # which imports the networks
+
+    return tokenizers_of(path)
+
+
+def _all_here(remote: RemoteName, files: list[RemoteFile] | None) -> bool:
+    return files is not None and all(download.is_here(remote, file) for file in files)
+
+
+def _repository(remote: RemoteName) -> str:
+    return str(dataclasses.replace(remote, inside="", sha256=""))
+
+
+def _short(remote: RemoteName) -> str:
+    return str(dataclasses.replace(remote, sha256=""))

@@ -1,0 +1,218 @@
+"""The rows of a run, and their way into ``metrics.jsonl``, TensorBoard event files and further places."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import flax.traverse_util
+import numpy as np
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+from spo_jax.errors import UserError
+from spo_jax.files import write_text
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+import numpy as np
+from PIL import Image
+from spo_jax.files import write_text
+
+METRICS_FILE = "metrics.jsonl"
+CLIPPED_FRACTION = 0.95
+CLIPPED_BATCHES = 5
+
+
+class Sink(Protocol):
+    """Where rows and pictures go; ``wandb_run.WandbRun`` is one as well."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None: ...
+
+
+class MetricsWriter:
+    """Writes scalars and pictures of a run into ``metrics.jsonl``, TensorBoard's events and further places.
+
+    A context manager. Only what it has opened itself is closed at its end.
+
+    Args:
+      workdir: gets ``metrics.jsonl`` (one object a step) and ``tensorboard/``.
+      resume_step: rows with a later step are of a run that was killed after its last checkpoint; they are dropped
+        and will be written again.
+      more: further sinks.
+      enabled: False writes nothing, for all but one of several processes.
+    """
+
+    def __init__(self, workdir: str | Path, resume_step: int = 0, *more: Sink, enabled: bool = True):
+        self._files = contextlib.ExitStack()
+        self._sinks: list[Sink] = []
+        if enabled:
+            rows, events = _Rows(Path(workdir), resume_step), _Events(Path(workdir), resume_step)
+            for opened in (rows, events):
+                self._files.callback(opened.close)
+            self._sinks = [rows, events, *more]
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.close()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One row of scalars."""
+        for sink in self._sinks:
+            sink.write(step, scalars)
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """One picture, uint8 [H, W, 3]."""
+        for sink in self._sinks:
+            sink.write_image(step, name, image)
+
+
+class _Rows:
+    """``metrics.jsonl``; it has no pictures."""
+
+    def __init__(self, workdir: Path, resume_step: int):
+        path = workdir / METRICS_FILE
+        _truncate(path, resume_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        # A number that is not finite is written as null, because JSON has no NaN.
+        row = {name: float(value) if np.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Events:
+    """TensorBoard's event files."""
+
+    def __init__(self, workdir: Path, resume_step: int):
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._events.add_scalar(name, float(value), step)
+        self._events.flush()
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._events.add_image(name, image, step, dataformats="HWC")
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def read_metrics(path: str | Path, last_step: float = math.inf) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl`` up to a step, numbers or None by name.
+
+    They end where a line is damaged, as a kill or a full disk leaves it.
+    """
+    rows = []
+    if Path(path).is_file():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            if row["step"] <= last_step:
+                rows.append(row)
+    return rows
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    rows = "".join(json.dumps(row) + "\n" for row in read_metrics(path, last_step))
+    write_text(path, rows)
+
+
+def check_finite(row: Mapping[str, float], batch: int, workdir: Path) -> None:
+    """Stops a run whose loss, scores or gradients are not finite; what was saved before stays."""
+    broken = [name for name, value in row.items() if not np.isfinite(value)]
+    if broken:
+        checkpoints = workdir / "checkpoints"
+        any_saved = checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+        saved = f"The last checkpoint in {checkpoints} is intact" if any_saved else "No checkpoint had been written"
+        raise UserError(
+            f"{broken[0]} is not finite in batch {batch + 1}; training stops. {saved}; lower "
+            "config.train.learning_rate or check the weights."
+        )
+
+
+def clipped_warning(rows: Sequence[Mapping[str, float]]) -> str | None:
+    """What to tell a user whose last batches were clipped on more than 95 % of their pairs; None if all is well.
+
+    A clipped ratio has no gradient: where both are, a pair teaches nothing any more.
+    """
+    recent = rows[-CLIPPED_BATCHES:]
+    clipped = [min(row["win_clipped"], row["lose_clipped"]) for row in recent if row["num_updates"]]
+    if len(clipped) < CLIPPED_BATCHES or min(clipped) <= CLIPPED_FRACTION:
+        return None
+    return (
+        f"warning: in each of the last {CLIPPED_BATCHES} batches more than {CLIPPED_FRACTION:.0%} of the probability "
+        "ratios were clipped, so the run hardly learns any more; stop here, or start again with a lower "
+        "config.train.learning_rate or a wider config.loss.clip_range."
+    )
+
+
+def nothing_learned(config: ConfigDict, num_updates: int, adapters: Any) -> str | None:
+    """What to tell a user whose run has ended as it began, and why; None if it has learned.
+
+    Args:
+      config: of the run.
+      num_updates: minibatches of pairs since its start.
+      adapters: the result, if it is adapters; all of their B are zero at first. None after full fine-tuning.
+    """
+    train = config.train
+    if num_updates == 0:
+        return (
+            "warning: nothing was learned: no two candidates of a step differed by config.pairs.threshold = "
+            f"{config.pairs.threshold}, so there was no pair; lower it, or train on more prompts."
+        )
+    if num_updates < train.accumulation_steps:
+        return (
+            f"warning: nothing was learned: there were {num_updates} minibatches, fewer than "
+            f"config.train.accumulation_steps = {train.accumulation_steps}; lower it, or train on more batches."
+        )
+    flat = flax.traverse_util.flatten_dict(adapters or {})
+    if flat and not any(np.any(value) for path, value in flat.items() if path[-1] == "B"):
+        return (
+            f"warning: nothing was learned: after {num_updates} minibatches every adapter is still zero; grad_norm in "
+            f"{METRICS_FILE} shows whether there were gradients, and config.train.learning_rate, max_grad_norm and "
+            "adam_eps what became of them."
+        )
+    return None
+
+
+def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
+    """Writes the summary as JSON, complete or not at all; a number that is not finite becomes null."""
+    write_text(Path(path), json.dumps(_finite(summary), indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""The programs of a pipeline: text to embeddings, noise to pictures."""

@@ -1,0 +1,133 @@
+"""The model card of a preference model, beside that of adapters in ``model_card``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spo_jax.evaluation.pair_accuracy import PLAIN, SCORER, TOLD_0
+from spo_jax.runs.html import number
+from spo_jax.runs.model_card import (
+    CITATION,
+    PAPER,
+    code,
+    command,
+    front_matter,
+    is_emoji,
+    limits,
+    repeat,
+    shown,
+    table,
+    with_licence,
+    write_card,
+)
+
+
+def write_preference_card(path: str | Path, *, summary: Mapping[str, Any]) -> None:
+    """Writes the card of a preference model; complete or not at all.
+
+    Args:
+      path: ``README.md`` in the --workdir of the run.
+      summary: what ``summary.json`` holds.
+    """
+    config = summary["config"]
+    aware = config["scorer"]["step_aware"]
+    # transformers reads the model only without its time layers, and then it is a CLIP like any other.
+    library, task = ("spo_jax", "") if aware else ("transformers", "zero-shot-image-classification")
+    tags = ["clip", "preference-model", "spo", "preference-optimization"]
+    sections = [
+        front_matter(config["scorer"]["init"], relation="finetune", library_name=library, pipeline_tag=task, tags=tags),
+        _introduction(summary, aware),
+        _made_from(config, summary["records"]["used"]),
+        _accuracies(summary["accuracy"]),
+        _settings(config),
+        _use(config, aware),
+        repeat(summary),
+        limits(config["scorer"]["init"], "models"),
+        CITATION,
+    ]
+    write_card(Path(path), sections)
+
+
+def _introduction(summary: Mapping[str, Any], aware: bool) -> str:
+    config = summary["config"]
+    told = "at any timestep of its denoising, which the model is told" if aware else "of text and picture alone"
+    return (
+        f"# {'Step-aware preference model' if aware else 'Preference model'}\n\n"
+        f"A CLIP that says which of two pictures for the same text people prefer, {told}. It is the judge of "
+        f"Step-by-step Preference Optimization ({PAPER}) for {shown(config['model'])}, trained by `spo_jax`.\n\n"
+        f"`best` is the model of step {code(summary['best_step'])}, which was right most often on the validation "
+        f"pairs, and `last` that of step {code(config['num_steps'])}.\n"
+    )
+
+
+def _made_from(config: Mapping[str, Any], num_used: int) -> str:
+    rows = [with_licence("start of the training", config["scorer"]["init"])]
+    rows.append(with_licence("base model, which makes what is judged", config["model"]))
+    if config["unet"]:
+        rows.append(with_licence("UNet, instead of the base model's", config["unet"]))
+    if config["vae"]:
+        rows.append(with_licence("autoencoder, instead of the base model's", config["vae"]))
+    rows.append(with_licence(f"training pairs, {num_used} used over all epochs", config["data"]["train"]))
+    rows.append(with_licence("validation pairs", config["data"]["validation"]))
+    if config["labels"]["judge"]:
+        rows.append(with_licence("judge that labelled the training pairs anew", config["labels"]["judge"]))
+    if config["validation"]["plain"]:
+        rows.append(with_licence("plain model to compare with", config["validation"]["plain"]))
+    return "## Made from\n\n" + table(("part", "what", "licence"), rows)
+
+
+def _accuracies(accuracy: Mapping[str, Mapping[str, Any]]) -> str:
+    def cell(entry: Mapping[str, Any], form: str) -> str:
+        low, high = entry["interval"]
+        return f"{number(entry['value'], form)} [{number(low, form)}, {number(high, form)}]"
+
+    rows = []
+    for model, meaning in (("start", "before training"), ("best", "`best`"), ("last", "`last`")):
+        measured = list(accuracy[model].values())
+        rows.append((meaning, *(cell(row["accuracy"][SCORER], ".3f") for row in measured)))
+        for other, of_what in ((TOLD_0, "gain of knowing t"), (PLAIN, "gain over the plain model")):
+            if model != "start" and other in measured[0]["gain"]:
+                rows.append((f"{meaning}: {of_what}", *(cell(row["gain"][other], "+.3f") for row in measured)))
+    return (
+        "## Results\n\nHow often the preferred picture of a validation pair has the higher score, when both carry the "
+        "noise of a timestep, with 95 % intervals; a coin has 0.5:\n\n"
+        + table(("", *(f"t = {timestep}" for timestep in accuracy["best"])), rows)
+        + "\n`report.html` has pictures and curves.\n"
+    )
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    train, (first, end) = config["train"], config["timesteps"]
+    rows = [
+        ("optimizer steps, of them warm-up", f"{code(config['num_steps'])}, {code(train['warmup_steps'])}"),
+        ("shape of the warm-up", code(train["warmup"])),
+        (
+            "pairs a minibatch, minibatches a step",
+            f"{code(train['batch_size'])}, {code(train['accumulation_steps'])}",
+        ),
+        ("learning rate, optimizer", f"{code(train['learning_rate'])}, {code(train['optimizer'])}"),
+        ("weight decay", code(train["weight_decay"])),
+        ("timesteps", f"{code(first)} to {code(end - 1)}"),
+        ("guidance scale of the base model", code(config["guidance_scale"])),
+        ("weight average (EMA)", code(train["ema_decay"] or "off")),
+        ("seed", code(config["seed"])),
+    ]
+    return "## Settings\n\n" + table(("setting", "value"), rows) + "\nAll others are in `config.json`.\n"
+
+
+def _use(config: Mapping[str, Any], aware: bool) -> str:
+    reading = (
+        ["from spo_jax.formats.pipeline import read_clip", "", 'clip, params = read_clip("best", step_aware=True)']
+        if aware
+        else ["from transformers import CLIPModel", "", 'clip = CLIPModel.from_pretrained("best")']
+    )
+    recipe = "tiny" if is_emoji(config["model"]) else "sdxl" if "xl" in config["model"].lower() else "sd15"
+    return (
+        "## Use\n\nAs the judge of a training, WORKDIR being this folder:\n\n"
+        + command("main", config=f"configs/{recipe}.py", workdir="runs/tuned", config__scorer__path="WORKDIR/best")
+        + "\nFrom Python, in this folder:\n\n"
+        + "\n".join(["```python", *reading, "```", ""])
+        + "\nNeither diffusers, ComfyUI nor A1111 uses it: it judges pictures, and makes none.\n"
+    )

@@ -1,0 +1,1 @@
+"""Step-aware preference optimization of a text-to-image model (SPO, section 3)."""

@@ -1,0 +1,131 @@
+"""Every key of SPO's config beside those of ``runs/config.py``, what it means, and which values it may have.
+
+The values are the paper's recipe for SD1.5; the files in ``configs/`` change them.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from spo_jax.runs.config import BASE_RANGES, MAX_BATCH, MAX_COUNT, MAX_PIXELS, Range, base_config, check_base, refuse
+
+# The paper's 4,000 prompts, out of Pick-a-Pic's training split.
+TRAINING_PROMPTS = (
+    "github:RockeyCoss/SPO@27a86428edcff3b25dcce8001be94a7a01608f58/"
+    "spo_training_and_inference/assets/prompts/4k_training_prompts.json"
+    "#sha256=804018fcb30bc9bed28a2a0518855bffd386675a3c5138f96b925071cbae6fc4"
+)
+# The step-aware preference models that the authors have released, one for SD1.5 and one for SDXL.
+PREFERENCE_MODELS = "SPO-Diffusion-Models/Step-Aware_Preference_Models@0930261d5a1fb701f35d20c0ea8c145fe2c73738"
+# 487 of Pick-a-Pic v2's test split; the paper's 500 left the hub with their data set.
+HELD_OUT_PROMPTS = (
+    "github:AIDC-AI/Diffusion-SDPO@84fb241c1b89705a247da8b0d6047798ca49830d/prompts/papv2.json"
+    "#sha256=531f3ca923035b5f17dbcbc60a7d7dfa476219e59b0e99617bb3f0afabf5663b"
+)
+
+
+def get_config() -> ConfigDict:
+    """The config; every key can be set on the command line, as in ``--config.sampling.num_steps=10``."""
+    c = base_config()
+    c.method = "spo"  # trains a UNet; "spm", in configs/spm_*.py, the preference model that is used here
+    # Text lines, a JSON list of {"caption": ...}, JSON lines (.jsonl) or a table (.csv, .tsv) with such a column, or
+    # tfds:NAME@SPLIT; a local file, github:owner/repo@commit/path, or org/name@commit/path of the hub, each with
+    # #sha256=... behind it if its content is to be checked.
+    c.prompts = TRAINING_PROMPTS
+    c.num_batches = 1000  # batches of prompts to train on
+    c.prompts_per_batch = 40  # over all devices together
+    c.offload = False  # True keeps text encoders and evaluation's judge in the host's memory while they are not used
+
+    c.sampling = ConfigDict()
+    c.sampling.num_steps = 20  # N, DDIM steps of a trajectory
+    c.sampling.num_plain_steps = 4  # d, first steps without candidates
+    c.sampling.num_candidates = 4  # k, candidates at each later step
+    c.sampling.num_inner_steps = 0  # m, steps that a candidate goes alone before it is scored; SDXL: 3
+    c.sampling.height = placeholder(int)  # of pictures, in pixels; off: the size that the model was trained for
+    c.sampling.width = placeholder(int)
+    c.sampling.guidance_scale = 5.0  # w of classifier-free guidance, in sampling and training
+    c.sampling.eta = 1.0  # of DDIM; 0 would make all candidates equal
+    c.sampling.continuation = "random"  # which candidate starts the next step; "win" is the paper's ablation
+
+    c.scorer = ConfigDict()
+    # The judge: a preference model or a plain CLIP such as PickScore, as a folder, a weight file of a ViT-H/14, or
+    # org/name@commit. Whether it is told the timestep is read from its weights.
+    c.scorer.path = "scorer"
+    c.scorer.fn = ""  # "my_module:score", a function of your own instead of scorer.path; see docs/judges.md
+    c.scorer.tokenizer = ""  # its tokenizer; empty: the pipeline's first one
+    c.scorer.step_aware = True  # False tells it t = 0 at every step (ablation)
+    c.scorer.chunk = 0  # pictures that a device decodes and scores at a time, at most; 0: all that it has
+
+    c.pairs = ConfigDict()
+    c.pairs.threshold = 0.3  # least p(win) - p(lose) for a pair to be used
+
+    c.loss = ConfigDict()
+    c.loss.beta = 10.0  # strength of the preference
+    c.loss.clip_range = 0.1  # probability ratios are clamped to 1 -+ this
+
+    c.lora = ConfigDict()
+    c.lora.rank = 4  # inner dimension of the adapters; 0 trains the whole UNet
+    c.lora.init = ""  # LoRA file or --workdir to start from, also with a strength, FILE:0.7; empty: fresh adapters
+
+    c.train.minibatch_size = 40  # pairs an update, over all devices together
+    c.train.learning_rate = 6e-5  # constant
+    c.train.weight_decay = 1e-4  # decoupled, as in AdamW
+    c.train.max_grad_norm = placeholder(float)  # 0: off, as the released runs never clipped
+
+    c.checkpoint.every = 10  # batches between two checkpoints; the last batch always writes one
+
+    c.validation = ConfigDict()
+    c.validation.every = 50  # batches between two sheets of pictures; 0: none
+    c.validation.num_prompts = 16  # the first prompts of the evaluation file
+
+    c.evaluation = ConfigDict()
+    c.evaluation.prompts = HELD_OUT_PROMPTS  # never trained on
+    c.evaluation.num_prompts = 500  # the first so many of the file, or all that it has
+    c.evaluation.batch_size = 8  # pictures at a time, over all devices together; rounded up so that they can be split
+    c.evaluation.eta = 0.0  # deterministic DDIM
+    c.evaluation.judge = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"  # measures alignment
+
+    return c
+
+
+RANGES = BASE_RANGES | {
+    "num_batches": Range(1, MAX_COUNT),
+    "prompts_per_batch": Range(1, MAX_BATCH),
+    "sampling.num_steps": Range(2, 1000),
+    "sampling.num_plain_steps": Range(0, 999),
+    "sampling.num_candidates": Range(2, 1024),
+    "sampling.num_inner_steps": Range(0, 999),
+    "sampling.height": Range(8, MAX_PIXELS, optional=True),
+    "sampling.width": Range(8, MAX_PIXELS, optional=True),
+    "sampling.guidance_scale": Range(0.0, 1000.0),
+    "sampling.eta": Range(0.0, 1.0, open="low", why="because candidates differ only by their noise"),
+    "scorer.chunk": Range(1, MAX_BATCH, special=(0, "no limit")),
+    "pairs.threshold": Range(0.0, 1.0, open="high"),
+    "loss.beta": Range(1e-6, 1e6),
+    "loss.clip_range": Range(1e-6, 1.0, open="high"),
+    "lora.rank": Range(1, 4096, special=(0, "full fine-tuning")),
+    "train.minibatch_size": Range(1, MAX_BATCH),
+    "validation.every": Range(1, MAX_COUNT, special=(0, "none")),
+    "validation.num_prompts": Range(1, MAX_BATCH),
+    "evaluation.num_prompts": Range(1, MAX_COUNT),
+    "evaluation.batch_size": Range(1, MAX_BATCH),
+    "evaluation.eta": Range(0.0, 1.0),
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for a value that no run can use, by its key."""
+    check_base(config, RANGES)
+    sampling, num_pool_steps = config.sampling, config.sampling.num_steps - config.sampling.num_plain_steps
+    refuse(
+        config,
+        [
+            ("sampling.num_plain_steps", num_pool_steps > 0, "from 0 to num_steps - 1"),
+            ("sampling.num_inner_steps", sampling.num_inner_steps < sampling.num_steps, "below num_steps"),
+            ("sampling.continuation", sampling.continuation in ("random", "win"), "random or win"),
+            ("lora.init", not (config.lora.init and config.lora.rank == 0), "empty where lora.rank is 0"),
+        ],
+    )
+    if config.scorer.fn:
+        from spo_jax.formats.scorers import load_function  # which imports the networks
+
+        load_function(config.scorer.fn)

@@ -1,0 +1,125 @@
+"""The evidence of a run: ``summary.json`` and a self-contained ``report.html`` that opens offline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spo_jax.files import write_text
+from spo_jax.runs.html import curve, data_uri, duration, escaped, is_finite, number, page, settings, show_cards
+
+# Title, what a good run looks like, and the series in it: (key of metrics.jsonl, name in the legend).
+_CURVES = (
+    (
+        "Preference score, mean",
+        "Of the candidates; noisy, because each batch has other prompts.",
+        ("preference_score_mean",),
+    ),
+    (
+        "Preference score, spread",
+        "Its standard deviation; without it there is nothing to choose from.",
+        ("preference_score_std",),
+    ),
+    ("Loss", "It starts at log 2 = 0.693, where better and worse are equally likely.", ("loss",)),
+    ("Fraction of pairs with a clear preference", "Only these are learned from.", ("valid_fraction",)),
+    (
+        "Probability ratio to the base model",
+        "The better sample should rise above the worse.",
+        ("win_ratio", "lose_ratio"),
+    ),
+    ("Fraction of ratios clipped", "Clipped samples no longer push.", ("win_clipped", "lose_clipped")),
+    ("Gradient norm", "It should stay of one size.", ("grad_norm",)),
+)
+_TIMES = {"seconds_sample": "sampling", "seconds_score": "scoring", "seconds_update": "updating"}
+
+
+def write_report(
+    path: str | Path,
+    *,
+    summary: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, float | None]],
+    samples: Sequence[tuple[str, np.ndarray, np.ndarray]],
+) -> None:
+    """Writes the report; it needs no other file and no network.
+
+    Args:
+      path: the HTML file.
+      summary: what ``summary.json`` holds.
+      metrics: the rows of ``metrics.jsonl``.
+      samples: prompt, and uint8 pictures [H, W, 3] of base and tuned model from the same noise.
+    """
+    pictures = "".join(_pair(*sample) for sample in samples)
+    curves = "".join(curve(title, hint, names, metrics) for title, hint, names in _CURVES)
+    sections = [
+        "<h1>Step-aware preference optimization</h1>",
+        f'<p class="lead">A text-to-image model before (base) and after (tuned) learning from a preference model, '
+        f"compared on {escaped(summary['num_prompts'])} prompts that it was not trained on. "
+        f"Seed {escaped(summary['seed'])}, {duration(summary['seconds'])} in all.</p>",
+        _headline(summary),
+        "<h2>Base and tuned model, same prompts, same noise</h2>",
+        f'<p class="lead">The first {len(samples)} prompts of the file, not a selection.</p>',
+        f'<div class="pictures">{pictures}</div>',
+        "<h2>Training</h2>",
+        f'<p class="lead">One point a batch of prompts, {len(metrics)} in all.</p>',
+        f'<div class="curves">{curves}</div>',
+        "<h2>Time</h2>",
+        _times(summary, metrics),
+        "<h2>Settings</h2>",
+        '<p class="lead">Each can be set on the command line, as <code>--config.KEY=VALUE</code>.</p>',
+        f'<div class="settings">{settings(summary["config"])}</div>',
+    ]
+    write_text(Path(path), page("SPO report", sections))
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    base, tuned, spread = summary["base"], summary["tuned"], summary["base_std"]
+
+    def change(name: str, form: str) -> str:
+        return f"{number(base[name], form)} → {number(tuned[name], form)}"
+
+    def gain(name: str) -> str:
+        before, after, deviation = base[name], tuned[name], spread.get(name)
+        if not (deviation and is_finite(before) and is_finite(after)):
+            return ""
+        return f" That is {(after - before) / deviation:+.2f} standard deviations of the base model's pictures."
+
+    cards = (
+        (
+            number(summary["win_rate"], ".1%"),
+            "Win rate: on so many prompts the tuned picture is the more colourful one. Colourfulness is the "
+            "true preference, which training knows only through the preference model.",
+        ),
+        (
+            number(summary["win_rate_preference_score"], ".1%"),
+            "Win rate by score: on so many prompts the preference model scores the tuned picture higher.",
+        ),
+        (change("colorfulness", ".1f"), f"Colourfulness, mean, base → tuned.{gain('colorfulness')}"),
+        (change("preference_score", ".2f"), f"Preference score, mean, base → tuned.{gain('preference_score')}"),
+        (
+            change("alignment_top1", ".1%"),
+            "Text alignment, base → tuned: how often a CLIP finds a picture's own prompt among all of these. "
+            "It should hardly drop.",
+        ),
+    )
+    return show_cards(cards)
+
+
+def _pair(prompt: str, base: np.ndarray, tuned: np.ndarray) -> str:
+    images = "".join(
+        f'<div><img alt="{name}: {escaped(prompt)}" src="{data_uri(image)}">{name}</div>'
+        for name, image in (("base", base), ("tuned", tuned))
+    )
+    return f'<figure><div class="pair">{images}</div><figcaption>{escaped(prompt)}</figcaption></figure>'
+
+
+def _times(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, float | None]]) -> str:
+    times = {"The whole run, with loading, compiling and measuring": summary["seconds"]}
+    if "seconds_training" in summary:
+        times["Training, with checkpoints and validation pictures"] = summary["seconds_training"]
+    for key, label in _TIMES.items():
+        times[f"of it {label}"] = sum(row.get(key) or 0.0 for row in metrics)
+    rows = (f'<tr><td>{escaped(label)}</td><td class="n">{duration(value)}</td></tr>' for label, value in times.items())
+    return f"<table>{''.join(rows)}</table>"

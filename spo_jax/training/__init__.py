@@ -1,1 +1,0 @@
-"""The optimization of adapters on preference pairs, and everything that records it."""
