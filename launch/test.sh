@@ -7,5 +7,5 @@ source launch/setup_venv.sh
 usage_if_asked "$@"
 setup_venv requirements-test.txt
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
-# Files in alphabetical order: the long ones of tests/system come before the many short ones of tests/unit.
+# Files in alphabetical order.
 exec .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

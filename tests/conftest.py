@@ -21,36 +21,22 @@ import hypothesis
 import jax
 import pytest
 
-# The modules of tests/unit that `-m fast` runs: without PyTorch, and quick, because they compile no network.
-FAST = frozenset(
-    f"test_{name}.py"
-    for name in (
-        *(
-            "accuracy",
-            "artifacts",
-            "colorfulness",
-            "exchange",
-            "fast",
-            "files",
-            "guidance",
-            "layers",
-            "mesh",
-            "metrics",
-        ),
-        *(
-            "pairs",
-            "processes",
-            "prompts",
-            "recorded_checkpoint",
-            "records",
-            "remote",
-            "report",
-            "roll_call",
-            "prompt_files",
-        ),
-        *("seams", "spm_report", "write_pipeline"),
-    )
-)
+# What `-m fast` runs: modules without PyTorch, and quick, because they compile no network.
+FAST = {
+    "data": ("test_prompt_files.py", "test_prompts.py"),
+    "diffusion": ("test_guidance.py",),
+    "distributed": ("test_mesh.py", "test_roll_call.py"),
+    "emoji": ("test_records.py",),
+    "evaluation": ("test_colorfulness.py",),
+    "formats": ("test_remote.py", "test_write_pipeline.py"),
+    "house": ("test_fast.py", "test_files.py", "test_seams.py"),
+    "models": ("test_layers.py",),
+    "preference": ("test_accuracy.py", "test_pairs.py"),
+    "runs": ("test_artifacts.py", "test_metrics.py", "test_recorded_checkpoint.py"),
+    "spm": ("test_spm_report.py",),
+    "spo": ("test_exchange.py", "test_report.py"),
+    "system": ("test_processes.py",),
+}
 
 jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("spo_jax", derandomize=True, deadline=None, max_examples=25)
@@ -58,7 +44,7 @@ hypothesis.settings.load_profile("spo_jax")
 
 
 def _is_fast(path: Path) -> bool:
-    return path.parent.name == "unit" and path.name in FAST
+    return path.name in FAST.get(path.parent.name, ())
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -13,14 +13,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spo_jax.formats import download
-from spo_jax.formats.download import RemoteFile, Unreachable, in_bytes
-from spo_jax.formats.hub import exists, not_here, remote_of, with_strength
-from spo_jax.formats.remote import RemoteName
 from spo_jax.data.prompts import TFDS
 from spo_jax.distributed.agreement import agree_text, everyone
-from spo_jax.formats.hub import PREFIX, local
 from spo_jax.errors import UserError
+from spo_jax.formats import download
+from spo_jax.formats.download import RemoteFile, Unreachable, in_bytes
+from spo_jax.formats.hub import exists, local, not_here, remote_of, with_strength
+from spo_jax.formats.remote import RemoteName
 
 PINS_FILE = "pins.json"
 

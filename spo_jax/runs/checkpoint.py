@@ -22,10 +22,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from spo_jax.runs.artifacts import PINS_FILE
 from spo_jax.distributed.agreement import agree
 from spo_jax.errors import UserError
 from spo_jax.files import write_text
+from spo_jax.runs.artifacts import PINS_FILE
 
 CONFIG_FILE = "config.json"
 CHECKSUMS_FILE = "checksums.json"

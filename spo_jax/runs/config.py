@@ -1,4 +1,4 @@
-"""What the configs of all methods share: keys, the range of each number, and how a value that no run can use is refused.
+"""What the configs of all methods share: keys, the range of each number, and refusing values that no run can use.
 
 A method's own keys and their ranges stand in its folder, ``spo/config.py`` or ``spm/config.py``.
 """

@@ -17,17 +17,6 @@ from tensorboardX import SummaryWriter
 
 from spo_jax.errors import UserError
 from spo_jax.files import write_text
-import base64
-import html
-import io
-import json
-import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-import numpy as np
-from PIL import Image
-from spo_jax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 CLIPPED_FRACTION = 0.95

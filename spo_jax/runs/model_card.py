@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from spo_jax.formats.hub import find_file, with_strength
+from spo_jax.files import write_text
+from spo_jax.formats.hub import PREFIX, find_file, with_strength
 from spo_jax.formats.lora_write import KOHYA_FILE_NAME
 from spo_jax.formats.remote import is_weight_file
-from spo_jax.formats.hub import PREFIX, local
-from spo_jax.files import write_text
 from spo_jax.runs.html import duration, number
 from spo_jax.runs.sources import licence_of, source_of
 

@@ -7,10 +7,9 @@ import urllib.parse
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from spo_jax.formats.hub import find_file
-from spo_jax.formats.remote import parse_remote
-from spo_jax.formats.hub import PREFIX, local
 from spo_jax.errors import UserError
+from spo_jax.formats.hub import PREFIX, find_file
+from spo_jax.formats.remote import parse_remote
 
 _MAX_CARD_BYTES = 2**20
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)

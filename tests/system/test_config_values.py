@@ -1,6 +1,6 @@
 """A number of a config is refused by name, or the run ends with adapters that are finite and have learned.
 
-Ranges are in ``tests/unit/test_config_check.py``; here runs are made, as few as show it, and key by key with -m slow.
+Ranges are in ``tests/runs/test_config_check.py``; here runs are made, as few as show it, and key by key with -m slow.
 """
 
 import math
@@ -12,8 +12,8 @@ from configs import tiny
 from spo_jax.errors import UserError
 from spo_jax.formats.lora import FILE_NAME
 from spo_jax.formats.safetensors_io import read_tensors
-from spo_jax.runs.ranges import SPO_RANGES
 from spo_jax.spo import recipe as spo
+from spo_jax.spo.config import RANGES
 from tests.small_pipeline import small_pipeline
 
 
@@ -54,7 +54,7 @@ def extremes():
     large = ("num_batches", "prompts_per_batch", "minibatch_size", "num_steps", "num_plain_steps", "num_inner_steps")
     large += ("num_candidates", "height", "width", "rank", "num_prompts", "accumulation_steps")
     whole_unet = ("lora.rank", 0)  # which writes no adapters
-    for name, allowed in SPO_RANGES.items():
+    for name, allowed in RANGES.items():
         values = [allowed.low, *([] if allowed.special is None else allowed.special[:1])]
         values += [] if name.endswith(large) else [allowed.high]
         for value in values:

@@ -1,4 +1,4 @@
-"""``python -m spo_jax.plan`` as a user runs it; what it computes is tested in tests/unit/test_plan.py."""
+"""``python -m spo_jax.plan`` as a user runs it; what it computes is tested in tests/system/test_plan.py."""
 
 import re
 import sys

@@ -127,7 +127,7 @@ def test_disturbed_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path, dat
     assert ours["accuracy"] == theirs["accuracy"] and ours["records"] == theirs["records"]
 
 
-@pytest.mark.slow  # in the suite: tests/unit/test_spm.py, without the command
+@pytest.mark.slow  # in the suite: tests/spm/test_spm.py, without the command
 def test_eight_devices_that_split_the_weights_give_the_numbers_of_one(undisturbed, tmp_path, data):
     """They go on from the last checkpoint but one of the run on one device."""
     workdir, _ = undisturbed

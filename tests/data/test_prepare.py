@@ -273,7 +273,7 @@ def test_names_of_data_that_cannot_be_opened(tmp_path):
 
 
 def test_another_data_set_is_refused(tmp_path):
-    from tests.unit.test_prompts import prepare as prepare_prompts
+    from tests.data.test_prompts import prepare as prepare_prompts
 
     folder = prepare_prompts(tmp_path, "caption", ["a fox"])
     refused("holds the data set 'my_prompts'", open_pairs, f"{folder}@train")

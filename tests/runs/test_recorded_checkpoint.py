@@ -1,6 +1,6 @@
 """A checkpoint written by JAX 0.10.2 and orbax 0.12.8 is read, whichever versions are installed, bit for bit.
 
-    python -m tests.unit.test_recorded_checkpoint     writes it anew
+    python -m tests.runs.test_recorded_checkpoint     writes it anew
 
 It has the state of each optimizer, with an average and accumulated gradients; its numbers are counted, not computed.
 """

@@ -1,6 +1,6 @@
 """Where every weight of the published models lies on eight devices, against recorded lists; and weights without a rule.
 
-After a change that is meant: ``python -m tests.unit.test_shardings`` writes the lists anew, and ``git diff`` shows it.
+After a change that is meant: ``python -m tests.distributed.test_shardings`` writes the lists anew, see ``git diff``.
 """
 
 import difflib
