@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from spo_jax.errors import UserError
+from spo_jax.formats.json_files import Json
 from spo_jax.formats.original_layout import LAYOUTS, UNET, V_PREDICTION, VAE, ZERO_SNR
 from spo_jax.formats.stored import StoredArray
 from spo_jax.models import published
@@ -24,11 +24,12 @@ _PUBLISHED = {
 }
 _SD2_BASE_STEPS = 875_000  # by which diffusers knows stable-diffusion-2-base
 _SD2_BASE_SIZE = 64  # of its latents
+_STABILITY = "https://github.com/Stability-AI/generative-models"
 _PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 _ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
 
 
-def part_config(path: Path, kind: str, part: str, arrays: Mapping[str, StoredArray]) -> dict[str, Any]:
+def part_config(path: Path, kind: str, part: str, arrays: Mapping[str, StoredArray]) -> Json:
     """The ``config.json`` of a part, in diffusers' or transformers' fields.
 
     Raises:
@@ -44,19 +45,19 @@ def part_config(path: Path, kind: str, part: str, arrays: Mapping[str, StoredArr
     return config | (_open_clip if whose == "open_clip" else _clip)(sizes, prefix)
 
 
-def scheduler_config(kind: str, prediction_type: str, arrays: Mapping[str, StoredArray]) -> dict[str, Any]:
+def scheduler_config(kind: str, prediction_type: str, arrays: Mapping[str, StoredArray]) -> Json:
     """The ``scheduler_config.json`` that diffusers takes for a single file of a kind, with what the file marks."""
     marked = {"rescale_betas_zero_snr": True} if ZERO_SNR in arrays else {}
     return _PUBLISHED[kind]["scheduler"] | {"prediction_type": prediction_type} | marked
 
 
-def index_config(kind: str) -> dict[str, Any]:
+def index_config(kind: str) -> Json:
     """The ``model_index.json``, without the classes of the parts."""
     return dict(_PUBLISHED[kind]["model_index"])
 
 
 def recorded_prediction_type(
-    path: Path, kind: str, arrays: Mapping[str, StoredArray], metadata: Mapping[str, str], beside: Mapping[str, Any]
+    path: Path, kind: str, arrays: Mapping[str, StoredArray], metadata: Mapping[str, str], beside: Json
 ) -> str | None:
     """What the UNet predicts, as far as a single file tells; None for an SD2.x that does not.
 
@@ -84,7 +85,35 @@ def recorded_prediction_type(
     return _ARCHITECTURES.get(metadata.get("modelspec.architecture", ""))
 
 
-def with_latent_size(kind: str, config: dict[str, Any], prediction_type: str) -> dict[str, Any]:
+def model_spec(
+    kind: str, title: str, prediction_type: str, image_size: tuple[int, int] | None, *, is_lora: bool = False
+) -> dict[str, str]:
+    """A file's header after Stability AI's ModelSpec 1.0, by which programs tell and show what a file is.
+
+    Args:
+      kind: "SD1", "SD2" or "SDXL".
+      title: of the file.
+      prediction_type: of the scheduler.
+      image_size: height and width that the model was made for, if they are known.
+      is_lora: the file holds adapters, not a pipeline.
+    """
+    v2 = "stable-diffusion-v2-768-v" if prediction_type == "v_prediction" else "stable-diffusion-v2-512"
+    architecture = {"SD1": "stable-diffusion-v1", "SD2": v2, "SDXL": "stable-diffusion-xl-v1-base"}[kind]
+    header = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora" if is_lora else architecture,
+        "modelspec.implementation": "diffusers" if is_lora and kind != "SDXL" else _STABILITY,
+        "modelspec.title": title,
+    }
+    if prediction_type in ("epsilon", "v_prediction"):  # the specification knows no others
+        header["modelspec.prediction_type"] = "v" if prediction_type == "v_prediction" else "epsilon"
+    if image_size is not None:
+        height, width = image_size
+        header["modelspec.resolution"] = f"{width}x{height}"
+    return header
+
+
+def with_latent_size(kind: str, config: Json, prediction_type: str) -> Json:
     """The UNet's config with the size that the model was trained for: SD2.x came in two."""
     return config | ({"sample_size": _SD2_BASE_SIZE} if kind == "SD2" and prediction_type == "epsilon" else {})
 
@@ -128,7 +157,7 @@ class _Sizes:
         return channels // divisor
 
 
-def _unet(sizes: _Sizes, kind: str) -> dict[str, Any]:
+def _unet(sizes: _Sizes, kind: str) -> Json:
     levels: list[list[int]] = [[]]
     for i in range(1, sizes.count(f"{UNET}input_blocks.")):
         if sizes.has(f"{UNET}input_blocks.{i}.0.op."):
@@ -142,7 +171,7 @@ def _unet(sizes: _Sizes, kind: str) -> dict[str, Any]:
     middle = sizes.count(f"{UNET}middle_block.1.transformer_blocks.")
     for width in widths:
         sizes.divided(width, _GROUPS, "the number of groups of its normalization")
-    config: dict[str, Any] = {
+    config: Json = {
         "in_channels": sizes.of(f"{UNET}input_blocks.0.0.weight", 1),
         "out_channels": sizes.of(f"{UNET}out.2.weight", 0),
         "block_out_channels": widths,
@@ -164,7 +193,7 @@ def _unet(sizes: _Sizes, kind: str) -> dict[str, Any]:
     return config
 
 
-def _vae(sizes: _Sizes) -> dict[str, Any]:
+def _vae(sizes: _Sizes) -> Json:
     num_levels = sizes.count(f"{VAE}encoder.down.")
     widths = [sizes.of(f"{VAE}encoder.down.{i}.block.0.conv2.weight", 0) for i in range(max(1, num_levels))]
     for width in widths:
@@ -180,7 +209,7 @@ def _vae(sizes: _Sizes) -> dict[str, Any]:
     }
 
 
-def _clip(sizes: _Sizes, prefix: str) -> dict[str, Any]:
+def _clip(sizes: _Sizes, prefix: str) -> Json:
     inner = f"{prefix}text_model." if sizes.has(f"{prefix}text_model.") else prefix
     width = sizes.of(f"{inner}embeddings.token_embedding.weight", 1)
     return {
@@ -193,7 +222,7 @@ def _clip(sizes: _Sizes, prefix: str) -> dict[str, Any]:
     }
 
 
-def _open_clip(sizes: _Sizes, prefix: str) -> dict[str, Any]:
+def _open_clip(sizes: _Sizes, prefix: str) -> Json:
     width = sizes.of(f"{prefix}token_embedding.weight", 1)
     layers = sizes.count(f"{prefix}transformer.resblocks.")
     config = {

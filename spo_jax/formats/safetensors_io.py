@@ -143,9 +143,3 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[
             code = re.search(r"os error (\d+)", str(error))
             number = int(code[1]) if code else errno.EIO
             raise OSError(number, os.strerror(number)) from error
-
-
-def param_shapes(module: Any, *inputs: Any, dtype: Any = jnp.float32, **kwargs: Any) -> Any:
-    """Shapes of a module's parameters, as ``dtype``, without computing anything."""
-    shapes = jax.eval_shape(lambda *a: module.init(jax.random.key(0), *a, **kwargs), *inputs)["params"]
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), shapes)
