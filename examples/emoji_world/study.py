@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from spo_jax import cli
 from spo_jax.errors import UserError
-from spo_jax.formats.pipeline import read_json
+from spo_jax.formats.json_files import read_json
 from spo_jax.spo import recipe as spo
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py", "The recipe.", lock_config=True)

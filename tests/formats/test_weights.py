@@ -23,7 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from spo_jax.distributed.mesh import make_mesh, replicated
 from spo_jax.errors import UserError
 from spo_jax.formats.hub import local
-from spo_jax.formats.pipeline import clip_shapes, read_clip, read_pipeline, read_text_encoder, read_unet, read_vae
+from spo_jax.formats.networks import network_shapes
+from spo_jax.formats.pipeline import read_clip, read_pipeline, read_text_encoder, read_unet, read_vae
 from spo_jax.formats.safetensors_io import index_safetensors, read_tensors, write_tensors
 from spo_jax.formats.weights import open_weights, read_params
 from spo_jax.models import CLIPModel
@@ -334,5 +335,5 @@ def test_released_preference_model_is_read_from_its_file(tmp_path, config_beside
 
 def test_clip_without_a_config_has_the_size_of_vit_h_14():
     clip = CLIPModel.from_config(CLIP_VIT_H, step_aware=False)
-    assert sum(x.size for x in jax.tree.leaves(clip_shapes(clip))) == 986_109_441
+    assert sum(x.size for x in jax.tree.leaves(network_shapes(clip))) == 986_109_441
     assert clip.image_size == 224
