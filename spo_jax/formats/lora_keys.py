@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.traverse_util
+from jaxtyping import PyTree
 
 from spo_jax.formats import names
 from spo_jax.formats.original_names import unet_name
@@ -83,7 +84,7 @@ def diffusers_keys(layer: Layer) -> LayerKeys:
     return LayerKeys(f"{module}.{down}.weight", f"{module}.{up}.weight", f"{module}.alpha")
 
 
-def kohya_keys(layer: Layer, unet_shapes: Any) -> LayerKeys:
+def kohya_keys(layer: Layer, unet_shapes: PyTree) -> LayerKeys:
     """As the kohya trainer writes it, and ComfyUI, A1111, diffusers and the trainer itself read it.
 
     For SD1.x and SD2.x these are diffusers' names, for SDXL those of the original UNet (``input_blocks_4_1_...``): the
@@ -101,7 +102,7 @@ def kohya_keys(layer: Layer, unet_shapes: Any) -> LayerKeys:
     return LayerKeys(f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha")
 
 
-def spellings(shapes: Mapping[str, Any]) -> dict[str, Layer]:
+def spellings(shapes: Mapping[str, PyTree]) -> dict[str, Layer]:
     """Every layer that can be adapted, by every name that a file may call it.
 
     Args:
@@ -121,7 +122,7 @@ def spellings(shapes: Mapping[str, Any]) -> dict[str, Layer]:
     return layers
 
 
-def _names_inside(part: str, module: str, shapes: Mapping[str, Any]) -> Iterator[str]:
+def _names_inside(part: str, module: str, shapes: Mapping[str, PyTree]) -> Iterator[str]:
     yield module
     if part == UNET:
         yield unet_name(module, shapes[UNET])
@@ -187,6 +188,6 @@ def text_width(key: str, shape: tuple[int, ...]) -> int | None:
     return shape[1] if re.search(r"attn2[._]to_[kv]$", parsed.module) else None
 
 
-def is_sdxl(unet_shapes: Any) -> bool:
+def is_sdxl(unet_shapes: PyTree) -> bool:
     """Whether a UNet with these parameters is SDXL's, which alone embeds sizes and pooled text."""
     return "add_embedding" in unet_shapes

@@ -15,6 +15,7 @@ from spo_jax.formats.original_layout import LAYOUTS, UNET, V_PREDICTION, VAE, ZE
 from spo_jax.formats.stored import StoredArray
 from spo_jax.models import published
 
+Arrays = Mapping[str, StoredArray]
 HEAD_SIZE = 64  # channels of a head, in all published models but SD1.x, which has 8 heads everywhere
 _GROUPS = 32
 _PUBLISHED = {
@@ -29,42 +30,51 @@ _PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": 
 _ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
 
 
-def part_config(path: Path, kind: str, part: str, arrays: Mapping[str, StoredArray]) -> Json:
-    """The ``config.json`` of a part, in diffusers' or transformers' fields.
-
-    Raises:
-      UserError: a key that tells a size is missing, or the sizes do not tell the number of heads or groups.
-    """
-    sizes = _Sizes(path, arrays)
-    config = _PUBLISHED[kind][part]
-    if part == "unet":
-        return config | _unet(sizes, kind)
-    if part == "vae":
-        return config | _vae(sizes)
-    whose, prefix = LAYOUTS[kind][part]
-    return config | (_open_clip if whose == "open_clip" else _clip)(sizes, prefix)
-
-
-def scheduler_config(kind: str, prediction_type: str, arrays: Mapping[str, StoredArray]) -> Json:
-    """The ``scheduler_config.json`` that diffusers takes for a single file of a kind, with what the file marks."""
-    marked = {"rescale_betas_zero_snr": True} if ZERO_SNR in arrays else {}
-    return _PUBLISHED[kind]["scheduler"] | {"prediction_type": prediction_type} | marked
-
-
-def index_config(kind: str) -> Json:
-    """The ``model_index.json``, without the classes of the parts."""
-    return dict(_PUBLISHED[kind]["model_index"])
-
-
-def recorded_prediction_type(
-    path: Path, kind: str, arrays: Mapping[str, StoredArray], metadata: Mapping[str, str], beside: Json
-) -> str | None:
-    """What the UNet predicts, as far as a single file tells; None for an SD2.x that does not.
+def pipeline_configs(
+    path: Path, kind: str, arrays: Arrays, prediction_type: str, given: Mapping[str, Json] | None = None
+) -> dict[str, Json]:
+    """The configs of a pipeline in a single file: "index", "scheduler" and one for each part.
 
     Args:
       path: of the file, for messages.
       kind: "SD1", "SD2" or "SDXL".
       arrays: of the file.
+      prediction_type: what the UNet predicts, if no scheduler is given.
+      given: configs that are known; the others are as diffusers takes them for such a file.
+
+    Raises:
+      UserError: a key that tells a size is missing, or the sizes do not tell the number of heads or groups.
+    """
+    marked = {"rescale_betas_zero_snr": True} if ZERO_SNR in arrays else {}
+    configs = {
+        "index": dict(_PUBLISHED[kind]["model_index"]),
+        "scheduler": _PUBLISHED[kind]["scheduler"] | {"prediction_type": prediction_type} | marked,
+    } | dict(given or {})
+    for part in LAYOUTS[kind]:
+        if part not in configs:
+            configs[part] = part_config(path, kind, part, arrays)
+            if part == "unet" and kind == "SD2" and configs["scheduler"].get("prediction_type", "epsilon") == "epsilon":
+                configs[part]["sample_size"] = _SD2_BASE_SIZE
+    return configs
+
+
+def part_config(path: Path, kind: str, part: str, arrays: Arrays) -> Json:
+    """The ``config.json`` of a part, in diffusers' or transformers' fields; arguments as of ``pipeline_configs``."""
+    sizes, config = _Sizes(path, arrays), _PUBLISHED[kind][part]
+    if part == "unet":
+        return config | _unet(sizes, kind)
+    return config | (_vae(sizes) if part == "vae" else _text_encoder(sizes, *LAYOUTS[kind][part]))
+
+
+def recorded_prediction_type(
+    path: Path, kind: str, arrays: Arrays, metadata: Mapping[str, str], beside: Json
+) -> str | None:
+    """What the UNet predicts, as far as a single file tells; None for an SD2.x that does not.
+
+    Args:
+      path: of the file, for messages; ``kind`` and ``arrays`` as of ``pipeline_configs``.
+      kind: see there.
+      arrays: see there.
       metadata: of a safetensors file's header.
       beside: values beside the ``state_dict`` of a PyTorch file.
 
@@ -113,15 +123,10 @@ def model_spec(
     return header
 
 
-def with_latent_size(kind: str, config: Json, prediction_type: str) -> Json:
-    """The UNet's config with the size that the model was trained for: SD2.x came in two."""
-    return config | ({"sample_size": _SD2_BASE_SIZE} if kind == "SD2" and prediction_type == "epsilon" else {})
-
-
 class _Sizes:
     """Shapes of a file's arrays, and how many layers of a name there are."""
 
-    def __init__(self, path: Path, arrays: Mapping[str, StoredArray]):
+    def __init__(self, path: Path, arrays: Arrays):
         self._path, self._arrays = path, arrays
 
     def of(self, key: str, axis: int) -> int:
@@ -209,31 +214,26 @@ def _vae(sizes: _Sizes) -> Json:
     }
 
 
-def _clip(sizes: _Sizes, prefix: str) -> Json:
-    inner = f"{prefix}text_model." if sizes.has(f"{prefix}text_model.") else prefix
-    width = sizes.of(f"{inner}embeddings.token_embedding.weight", 1)
-    return {
-        "vocab_size": sizes.of(f"{inner}embeddings.token_embedding.weight", 0),
-        "max_position_embeddings": sizes.of(f"{inner}embeddings.position_embedding.weight", 0),
-        "hidden_size": width,
-        "num_attention_heads": sizes.divided(width, HEAD_SIZE, "the number of its attention heads"),
-        "intermediate_size": sizes.of(f"{inner}encoder.layers.0.mlp.fc1.weight", 0),
-        "num_hidden_layers": sizes.count(f"{inner}encoder.layers."),
-    }
-
-
-def _open_clip(sizes: _Sizes, prefix: str) -> Json:
-    width = sizes.of(f"{prefix}token_embedding.weight", 1)
-    layers = sizes.count(f"{prefix}transformer.resblocks.")
+def _text_encoder(sizes: _Sizes, whose: str, prefix: str) -> Json:
+    if whose == "clip":
+        inner = f"{prefix}text_model." if sizes.has(f"{prefix}text_model.") else prefix
+        tokens, positions = (f"{inner}embeddings.{name}_embedding.weight" for name in ("token", "position"))
+        layers, wide = f"{inner}encoder.layers.", "mlp.fc1.weight"
+    else:
+        tokens, positions = f"{prefix}token_embedding.weight", f"{prefix}positional_embedding"
+        layers, wide = f"{prefix}transformer.resblocks.", "mlp.c_fc.weight"
+    width = sizes.of(tokens, 1)
     config = {
-        "vocab_size": sizes.of(f"{prefix}token_embedding.weight", 0),
-        "max_position_embeddings": sizes.of(f"{prefix}positional_embedding", 0),
+        "vocab_size": sizes.of(tokens, 0),
+        "max_position_embeddings": sizes.of(positions, 0),
         "hidden_size": width,
         "num_attention_heads": sizes.divided(width, HEAD_SIZE, "the number of its attention heads"),
-        "intermediate_size": sizes.of(f"{prefix}transformer.resblocks.0.mlp.c_fc.weight", 0),
-        "num_hidden_layers": layers,
+        "intermediate_size": sizes.of(f"{layers}0.{wide}", 0),
+        "num_hidden_layers": sizes.count(layers),
     }
+    if whose == "clip":
+        return config
     if prefix == LAYOUTS["SD2"]["text_encoder"][1]:
         # SD2.x takes what the last but one layer of OpenCLIP ViT-H gives, so that 23 of its 24 layers are used.
-        return config | {"num_hidden_layers": min(layers, published.TEXT_SD21["num_hidden_layers"])}
+        return config | {"num_hidden_layers": min(sizes.count(layers), published.TEXT_SD21["num_hidden_layers"])}
     return config | {"projection_dim": sizes.of(f"{prefix}text_projection", 1)}

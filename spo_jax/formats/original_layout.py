@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.traverse_util
+import jax
+from jaxtyping import PyTree
 
 from spo_jax.errors import UserError
 from spo_jax.formats import names
@@ -94,7 +96,7 @@ class Original(NamedTuple):
         return stored.transposed() if self.transposed else stored
 
 
-def originals(kind: str, part: str, shapes: Any) -> dict[tuple[str, ...], Original]:
+def originals(kind: str, part: str, shapes: PyTree) -> dict[tuple[str, ...], Original]:
     """Where each parameter of a part lies.
 
     Args:
@@ -108,7 +110,7 @@ def originals(kind: str, part: str, shapes: Any) -> dict[tuple[str, ...], Origin
     whose, prefix = LAYOUTS[kind][part]
     num_levels = sum(name.startswith("down_blocks_") for name in shapes.get("encoder", ()))
 
-    def one(path: tuple[str, ...], leaf: Any) -> Original:
+    def one(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> Original:
         key = names.torch_key(path)
         module, _, what = key.rpartition(".")
         if whose == "unet":

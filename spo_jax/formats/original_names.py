@@ -8,7 +8,8 @@ transformers' names, SD2.x and SDXL's second one those of open_clip.
 from __future__ import annotations
 
 import re
-from typing import Any
+
+from jaxtyping import PyTree
 
 _OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
@@ -61,7 +62,7 @@ _OPEN_CLIP_LAYER = {
 }
 
 
-def unet_name(module: str, shapes: Any) -> str:
+def unet_name(module: str, shapes: PyTree) -> str:
     """Original name of a layer of the UNet.
 
     A block takes as many numbers as it has resnets on the way up, one more than on the way down, where a downsampler
@@ -94,7 +95,7 @@ def unet_name(module: str, shapes: Any) -> str:
     return f"output_blocks.{first + int(layer)}.{place}.{rest}"
 
 
-def layers_per_block(shapes: Any) -> int:
+def layers_per_block(shapes: PyTree) -> int:
     """Resnets of the UNet's first block."""
     return sum(name.startswith("resnets_") for name in shapes.get("down_blocks_0", ()))
 

@@ -17,15 +17,7 @@ from spo_jax.files import write_text
 from spo_jax.formats.hub import resolve_model
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.networks import PARTS, build
-from spo_jax.formats.weights import (
-    Placement,
-    Weights,
-    choose_variant,
-    find_weights,
-    open_weights,
-    read_params,
-    say_variant,
-)
+from spo_jax.formats.weights import Placement, Weights, find_weights, open_weights, read_params
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -101,7 +93,13 @@ class PipelineFiles:
         if part not in self.folders:
             assert self.in_file is not None
             return self.in_file(part, shapes)
-        return open_weights(self.folders[part], PARTS[part].stem, _choose_variants(self.folders, self.variant)[part])
+        folder, stem, variant = self.folders[part], PARTS[part].stem, self.variant
+        if variant and find_weights(folder, stem, None) and not find_weights(folder, stem, variant):
+            others = (find_weights(other, PARTS[name].stem, variant) for name, other in self.folders.items())
+            if any(others):
+                notice(f"{folder}: there are no {variant} weights, so those without a variant are read.")
+                variant = None
+        return open_weights(folder, stem, variant)
 
     def read(self, part: str, dtype: DTypeLike, *, sharding: Placement = None) -> PyTree:
         """The parameters of a part; errors as of ``network``, ``weights`` and ``read_params``."""
@@ -184,25 +182,3 @@ def write_configs(files: PipelineFiles, folder: Path) -> None:
         write_text(folder / name, json.dumps(value, indent=2) + "\n")
     for name, source in files.tokenizers.items():
         shutil.copytree(resolve_model(source, weights=False), folder / name, copy_function=shutil.copyfile)
-
-
-def _choose_variants(folders: Mapping[str, Path], variant: str | None) -> dict[str, str | None]:
-    """The variant of weight files that is read of each part; says it where that is not the one asked for.
-
-    Without one asked for: none where there are such files, else the only one that is there. A part that lacks the one
-    asked for, while other parts have it, is read without one.
-    """
-    if variant is None:
-        chosen = {part: choose_variant(folder, PARTS[part].stem, None) for part, folder in folders.items()}
-        if any(chosen.values()):
-            say_variant({folders[part]: value for part, value in chosen.items() if value})
-        return chosen
-    have, plain = (
-        {part for part, folder in folders.items() if find_weights(folder, PARTS[part].stem, one) is not None}
-        for one in (variant, None)
-    )
-    without = sorted(plain - have) if have else []
-    if without:
-        listed = ", ".join(str(folders[part]) for part in without)
-        notice(f"{listed}: there are no {variant} weights, so those without a variant are read.")
-    return {part: None if part in without else variant for part in folders}

@@ -47,24 +47,14 @@ def open_single_file(path: Path) -> PipelineFiles:
     arrays, metadata, beside = _index(path)
     kind = kind_of(path, arrays)
     folder = config_folder(path)
-    files = [INDEX, SCHEDULER, *(f"{part}/config.json" for part in LAYOUTS[kind])]
-    given = {file: read_json(folder / file) for file in files if (folder / file).is_file()}
+    files = {"index": INDEX, "scheduler": SCHEDULER} | {part: f"{part}/config.json" for part in LAYOUTS[kind]}
+    given = {name: read_json(folder / file) for name, file in files.items() if (folder / file).is_file()}
     recorded = original_configs.recorded_prediction_type(path, kind, arrays, metadata, beside)
-    index, scheduler = given.get(INDEX), given.get(SCHEDULER)
-    if index is None:
-        index = original_configs.index_config(kind)
-    if scheduler is None:
-        scheduler = original_configs.scheduler_config(kind, recorded or "v_prediction", arrays)
-    configs = {}
-    for part in LAYOUTS[kind]:
-        known = given.get(f"{part}/config.json")
-        configs[part] = original_configs.part_config(path, kind, part, arrays) if known is None else known
-    if "unet/config.json" not in given:
-        predicted = str(scheduler.get("prediction_type", "epsilon"))
-        configs["unet"] = original_configs.with_latent_size(kind, configs["unet"], predicted)
+    configs = original_configs.pipeline_configs(path, kind, arrays, recorded or "v_prediction", given)
+    index, scheduler = configs.pop("index"), configs.pop("scheduler")
     if is_xl(index) != (kind == "SDXL"):
         raise UserError(f"File {folder / INDEX} is not that of the model in {path}.")
-    _say_what_was_assumed(path, arrays, recorded, SCHEDULER in given)
+    _say_what_was_assumed(path, arrays, recorded, "scheduler" in given)
     return PipelineFiles(
         path=path,
         index=index,

@@ -62,27 +62,27 @@ def write_checkpoint(
     shapes = {part: files.network(part, np.float32)[1] for part in files.configs}
     entries = dict(itertools.chain.from_iterable(_entries(kind, part, shapes[part]) for part in LAYOUTS[kind]))
     flat = {part: flax.traverse_util.flatten_dict(tree) for part, tree in shapes.items()}
-    sizes = {}
+    markers = _markers(files.scheduler)
+    sizes: dict[str, tuple[int, ...]] = dict.fromkeys(markers, (0,))
     for key, entry in entries.items():
         ours = flat[entry.part][entry.paths[0]].shape
         sizes[key] = entry.original.shape(names.torch_shape(entry.paths[0], ours))
-    markers = _markers(files.scheduler)
-    configs = config_folder(out) if _needs_configs(files, kind, sizes, markers, out) else None
+    configs = config_folder(out) if _needs_configs(files, kind, sizes, out) else None
     if configs is not None and configs.exists():
         raise UserError(
             f"{configs}, which would hold the configs of {out}, exists; remove it, or choose another --out."
         )
 
     def arrays() -> Iterator[np.ndarray]:
+        yield from (np.zeros(0, dtype) for _ in markers)
         for part, group in itertools.groupby(entries.items(), key=lambda item: item[1].part):
             values = flax.traverse_util.flatten_dict(parts[part]() if part in parts else files.read(part, np.float32))
             for key, entry in group:
                 yield _converted(key, entry, values, dtype)
-        yield from (np.zeros(0, dtype) for _ in markers)
 
     metadata = original_configs.model_spec(kind, out.stem, files.prediction_type, files.image_size)
-    every = sizes | dict.fromkeys(markers, (0,))
-    write_arrays(out, every, arrays(), dtype=dtype, metadata=metadata)
+    every = {key: jax.ShapeDtypeStruct(shape, dtype) for key, shape in sizes.items()}
+    write_arrays(out, every, arrays(), metadata=metadata)
     if configs is not None:
         write_configs(files, configs)
     return configs
@@ -133,19 +133,15 @@ def _markers(scheduler: Json) -> list[str]:
     return [key for key, is_so in marked.items() if is_so]
 
 
-def _needs_configs(
-    files: PipelineFiles, kind: str, sizes: Mapping[str, tuple[int, ...]], markers: list[str], out: Path
-) -> bool:
+def _needs_configs(files: PipelineFiles, kind: str, sizes: Mapping[str, tuple[int, ...]], out: Path) -> bool:
     """Whether somebody who has the file alone would take another pipeline for it."""
     arrays = {key: StoredArray(out, 0, np.dtype(np.float32), shape) for key, shape in sizes.items()}
-    arrays |= {key: StoredArray(out, 0, np.dtype(np.float32), (0,)) for key in markers}
-    predicted = files.prediction_type
     try:
-        configs = {part: original_configs.part_config(out, kind, part, arrays) for part in files.configs}
-        configs["unet"] = original_configs.with_latent_size(kind, configs["unet"], predicted)
+        configs = original_configs.pipeline_configs(out, kind, arrays, files.prediction_type)
+        del configs["index"]
         schedules = [
             make_schedule({**scheduler_of(config, out, sdxl=kind == "SDXL"), FILE: ""}, 20)
-            for config in (original_configs.scheduler_config(kind, predicted, arrays), files.scheduler)
+            for config in (configs.pop("scheduler"), files.scheduler)
         ]
         same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), *schedules)
     except (UserError, ValueError):

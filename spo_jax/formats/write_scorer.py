@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import flax.core
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from spo_jax.errors import UserError
 from spo_jax.files import write_text
@@ -18,7 +19,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
-def write_scorer(folder: str | Path, clip: CLIPModel, params: Any, *, dtype: Any = np.float32) -> None:
+def write_scorer(folder: str | Path, clip: CLIPModel, params: PyTree, *, dtype: DTypeLike = np.float32) -> None:
     """Writes ``config.json`` and ``model.safetensors``, which ``read_clip`` reads from the folder or from the file.
 
     The keys are transformers' CLIP names. Those of a step-aware model have the prefix ``model.`` and its time layers,
