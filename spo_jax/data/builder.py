@@ -9,14 +9,13 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from spo_jax.data.records import Record
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, first_line
 
 NAME = "preference_pairs"
 INFO = "dataset_info.json"
@@ -31,9 +30,9 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, split: str, records: Iterable[Record], **kwargs: Any):
+    def __init__(self, split: str, records: Iterable[Record], data_dir: Path):
         self._split, self._records = split, records
-        super().__init__(file_format="array_record", **kwargs)
+        super().__init__(file_format="array_record", data_dir=data_dir)
 
     def _info(self) -> tfds.core.DatasetInfo:
         # Plain bytes, not tfds.features.Image, which looks into a picture and refuses a broken one.
@@ -50,13 +49,13 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterable[tuple[int, Record]]]:
+    def _split_generators(self, dl_manager: object) -> dict[str, Iterable[tuple[int, Record]]]:
         return {self._split: self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, Record]]:
         yield from enumerate(self._records)
 
-    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+    def _download_and_prepare(self, dl_manager: object, download_config: object = None) -> None:
         # The inherited one collects a gigabyte in memory, and what is beyond goes through TensorFlow. Shuffling on disk
         # is not needed, because ArrayRecord is read in any order.
         serializer = tfds.core.example_serializer.ExampleSerializer(self.info.features.get_serialized_info())
@@ -79,7 +78,7 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
         self.info.set_splits(tfds.core.splits.SplitDict(infos))
 
 
-def _write_shards(template: Any, serialized: Iterable[bytes]) -> tuple[list[int], int]:
+def _write_shards(template: tfds.core.ShardedFileTemplate, serialized: Iterable[bytes]) -> tuple[list[int], int]:
     lengths: list[int] = []
     total, in_shard, writer = 0, 0, None
     for example in serialized:
@@ -113,13 +112,14 @@ def check_output(out: Path, split: str) -> None:
         raise UserError(f"--out={out} has other files in it; choose a new folder.")
 
 
-def open_builder(folder: Path) -> Any:
+def open_builder(folder: Path) -> tfds.core.DatasetBuilder:
     """The tfds builder of a prepared folder; UserError if it is none of ours."""
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # tfds raises whatever its parsers meet
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"Folder {folder} cannot be read as prepared data ({reason}); prepare it again.") from error
+        raise UserError(
+            f"Folder {folder} cannot be read as prepared data ({first_line(error)}); prepare it again."
+        ) from error
     if builder.name != NAME:
         raise UserError(f"Folder {folder} holds the data set {builder.name!r}, not what spo_jax.prepare writes.")
     return builder

@@ -17,15 +17,15 @@ import threading
 from collections import Counter
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from spo_jax.data.records import FAULTS, Fault, decode_pair
+from spo_jax.data.records import FAULTS, Fault, Records, decode_pair
 from spo_jax.errors import UserError
+from spo_jax.formats.json_files import Json
 
 _BUFFER_BYTES = 12 * 2**20  # of decoded pictures that wait in a worker
 
@@ -41,7 +41,7 @@ class PairBatch:
     positions: np.ndarray  # int64 [B], place in the stream over all epochs and processes; -1 for rows of weight 0
 
 
-def open_pairs(name: str) -> Any:
+def open_pairs(name: str) -> Records:
     """The records of ``FOLDER@SPLIT``, as ``python -m spo_jax.prepare`` has written them: has a length and an index.
 
     Raises:
@@ -93,12 +93,12 @@ class PairLoader:
 
     def __init__(
         self,
-        source: Any,
+        source: Records,
         *,
         batch_size: int,
         size: tuple[int, int],
         seed: int,
-        state: dict[str, Any] | None = None,
+        state: Json | None = None,
         shuffle: bool = True,
         num_epochs: int | None = None,
         num_workers: int = 2,
@@ -165,7 +165,7 @@ class PairLoader:
         # Not before: what an interruption finds half collected has not been handed out.
         self._position = behind
         self._counts = {name: count + outcomes.count(name) for name, count in self._counts.items()}
-        filler: dict[str, Any] = {
+        filler: Json = {
             "caption": "",
             "images": np.zeros((2, *self._size, 3), np.uint8),
             "labels": np.full(2, 0.5, np.float32),
@@ -182,7 +182,7 @@ class PairLoader:
             positions=np.array([row["position"] for row in full], np.int64),
         )
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """What has been handed out so far, as JSON can hold it: the next position, counts, and which stream it is.
 
         Position and stream are those of all processes. ``counts`` has ``used``, ``unlabelled`` and the names in
@@ -195,7 +195,7 @@ class PairLoader:
         """Ends the worker processes."""
         self._rows.close()
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: Json) -> None:
         for key, value in self._stream.items():
             if state["stream"].get(key) != value:
                 raise UserError(
@@ -221,10 +221,10 @@ class PairLoader:
 class _Decode:
     """What a worker does: (position in the stream, record number) to a row, or the reason why there is none."""
 
-    def __init__(self, source: Any, size: tuple[int, int], keep_only_with_label: bool):
+    def __init__(self, source: Records, size: tuple[int, int], keep_only_with_label: bool):
         self._source, self._size, self._keep_only_with_label = source, size, keep_only_with_label
 
-    def __call__(self, position: int, number: int) -> dict[str, Any]:
+    def __call__(self, position: int, number: int) -> Json:
         place = {"position": position, "record": number}
         try:
             record = self._source[number]
@@ -265,7 +265,7 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def total_state(state: dict[str, Any]) -> dict[str, Any]:
+def total_state(state: Json) -> Json:
     """The state of a ``PairLoader`` with the counts of all processes added up; all of them have to call it.
 
     This is what a checkpoint keeps, because from it any number of processes can go on.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from spo_jax.data.prompt_files import FEATURES, read_file
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, first_line
 from spo_jax.formats.hub import fetched
 
 TFDS = "tfds:"
@@ -40,10 +40,9 @@ def _from_tfds(source: str) -> list[str]:
         # Random access needs no TensorFlow, but a data set that was written as ArrayRecord.
         data = builder.as_data_source(split=split or "train")
     except Exception as error:  # of its own kinds, and those of whatever it reads
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"Data set {source!r} cannot be read ({reason}); give tfds:NAME@SPLIT or tfds:FOLDER@SPLIT of one that "
-            'is prepared with file_format="array_record".'
+            f"Data set {source!r} cannot be read ({first_line(error)}); give tfds:NAME@SPLIT or tfds:FOLDER@SPLIT of "
+            'one that is prepared with file_format="array_record".'
         ) from error
     feature = next((f for f in FEATURES if f in builder.info.features), None)
     if feature is None:

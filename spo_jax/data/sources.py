@@ -11,19 +11,19 @@ import csv
 import dataclasses
 import glob
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from spo_jax.data.prompt_files import json_lines
 from spo_jax.data.records import MAX_PICTURE_BYTES, Record
 from spo_jax.errors import UserError
+from spo_jax.formats.json_files import Json
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "num_example_per_prompt")
 KEYS = ("caption", "image_a", "image_b", "label")
@@ -136,7 +136,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         raise _damaged(path, error) from error
 
 
-def _values(column: pa.Array) -> list[Any]:
+def _values(column: pa.Array) -> list:
     if pa.types.is_struct(column.type):
         column = pc.struct_field(column, "bytes")
     if pa.types.is_dictionary(column.type):
@@ -196,7 +196,7 @@ def _open_table(path: Path) -> Source:
     return Source(captions.total(), read)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[Json]:
     lines = _lines(path)
     if path.suffix.lower() == ".csv":
         header = next(lines, "")
@@ -208,13 +208,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         except csv.Error as error:
             raise UserError(f"File {path}, line {reader.reader.line_num}: not valid CSV ({error}); mend it.") from error
         return
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"File {path}, line {number}: not valid JSON ({error}); mend it.") from error
+    for number, row in json_lines(lines, f"File {path}"):
         if not isinstance(row, dict):
             raise UserError(f"File {path}, line {number}: not an object with {', '.join(KEYS)}; mend it.")
         yield row
@@ -236,13 +230,13 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f"File {path} cannot be read ({error.strerror}); check its permissions.") from error
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     try:
-        return float(value)
+        return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return math.nan
 

@@ -85,7 +85,7 @@ def mended_unet(unet: UNet2DConditionModel, config: Json, file: Path) -> UNet2DC
     return unet.clone(sample_size=64)
 
 
-def scheduler_of(config: Json, file: Path, *, sdxl: bool) -> Json:
+def scheduler_of(config: Json, file: str | Path, *, sdxl: bool) -> Json:
     """A scheduler's config for ``make_schedule``: with its file's name, and mended as by ``StableDiffusionPipeline``.
 
     Raises:

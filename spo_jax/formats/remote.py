@@ -41,9 +41,13 @@ _UNUSED = ("safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae_1_
 class RemoteName:
     """A repository and what of it is meant.
 
-    ``site`` is "hub" or "github"; ``kind`` of a hub's repository is "model" or "dataset". ``revision`` is a commit, a
-    branch or a tag, and empty for the default branch. ``inside`` is a folder or a file in the repository, empty for all
-    of it. ``sha256`` is empty where it is not known.
+    Attributes:
+      site: "hub" or "github".
+      repo: "owner/name".
+      revision: a commit, a branch or a tag; empty for the default branch.
+      inside: a folder or a file in the repository; empty for all of it.
+      sha256: of the file; empty if it is not known.
+      kind: "model" or "dataset", of a repository of the hub.
     """
 
     site: str
@@ -124,17 +128,11 @@ def _lower(digits: str) -> str:
 
 
 def choose_files(remote: RemoteName, paths: Iterable[str], *, variant: str = "", weights: bool = True) -> list[str]:
-    """The files of a repository that are read here: configs, tokenizers and weights, never code.
+    """The files among ``paths``, all of a repository, that are read here: configs, tokenizers and weights, never code.
 
-    Args:
-      remote: what is meant of the repository.
-      paths: all its files.
-      variant: of the weight files, such as ``"fp16"``; what is not there in it is chosen without one.
-      weights: False chooses configs and tokenizers only.
-
-    Returns:
-      For a file that file, and the configs beside it if it holds weights. For a folder its configs and, in each folder
-      that has any, the weights: safetensors, or PyTorch's ``.bin`` where there are none.
+    For a file that file, and the configs beside it if it holds weights. For a folder its configs and, in each folder
+    that has any, the weights: safetensors, or PyTorch's ``.bin`` where there are none; of the ``variant`` (such as
+    ``"fp16"``), or without one where that is not there. ``weights=False`` leaves weights out.
     """
     paths = sorted(path for path in paths if not any(fnmatch.fnmatchcase(path, pattern) for pattern in _UNUSED))
     place = PurePosixPath(remote.inside or ".")

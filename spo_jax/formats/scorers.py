@@ -7,15 +7,16 @@ import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 import spo_jax
 from spo_jax.errors import UserError
 from spo_jax.formats.pipeline import Pipeline, read_clip
-from spo_jax.formats.tokenizers import fitted, read_tokenizer
+from spo_jax.formats.tokenizers import Tokenizer, fitted, read_tokenizer
 from spo_jax.formats.weights import Placement
 from spo_jax.preference.scorers import Scorer, make_clip_scorer, make_function_scorer
 
@@ -27,9 +28,9 @@ def make_scorer(
     fn: str = "",
     *,
     key: str = "config.scorer.fn",
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     sharding: Placement = None,
-) -> tuple[Scorer, Any]:
+) -> tuple[Scorer, PyTree]:
     """The judge and its parameters.
 
     Args:
@@ -48,17 +49,17 @@ def make_scorer(
     return make_clip_scorer(clip), params
 
 
-def tokenizer_of(path: str, pipeline: Pipeline) -> Any:
+def tokenizer_of(path: str, pipeline: Pipeline) -> Tokenizer:
     """A judge's tokenizer, at ``path``; the pipeline's first one if that is empty."""
     return read_tokenizer(path) if path else pipeline.tokenizer
 
 
-def fitted_to(scorer: Scorer, tokenizer: Any) -> Any:
+def fitted_to(scorer: Scorer, tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer of a judge's texts, see ``tokenizers.fitted``; a function takes any."""
     return tokenizer if scorer.tower is None else fitted(tokenizer, scorer.tower)
 
 
-def load_function(name: str, key: str = "config.scorer.fn") -> Callable[..., Any]:
+def load_function(name: str, key: str = "config.scorer.fn") -> Callable[..., jax.Array]:
     """The function ``"my_module:score"``, imported from the working directory or from what is installed.
 
     Raises:
@@ -85,7 +86,7 @@ def load_function(name: str, key: str = "config.scorer.fn") -> Callable[..., Any
 
 
 def check_function(
-    name: str, *, num_images: int, image_size: tuple[int, int], tokenizer: Any, key: str = "config.scorer.fn"
+    name: str, *, num_images: int, image_size: tuple[int, int], tokenizer: Tokenizer, key: str = "config.scorer.fn"
 ) -> None:
     """Traces the user's function on the shapes of a run, without computing anything.
 

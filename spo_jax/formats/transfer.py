@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from spo_jax.errors import UserError
+from huggingface_hub import errors
+
+from spo_jax.errors import UserError, notice
 
 TRIES = 5  # of one request or file, as long as nothing comes
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -132,7 +133,7 @@ def alone(lock: Path, what: str) -> Iterator[None]:
         try:
             held.enter_context(WeakFileLock(lock, timeout=5))
         except TimeoutError:
-            print(f"spo_jax: another process is fetching {what}; waiting for it.", file=sys.stderr)
+            notice(f"another process is fetching {what}; waiting for it.")
             held.enter_context(WeakFileLock(lock))
         yield
 
@@ -143,20 +144,18 @@ def _status(error: Exception) -> int:
 
 def _passes(error: Exception) -> bool:
     """Whether a transfer that failed may go on: after a broken connection or a busy server, not after a refusal."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     if status := _status(error):
         return status == 429 or status >= 500
-    if isinstance(error, UserError | OfflineModeIsEnabled):
+    if isinstance(error, UserError | errors.OfflineModeIsEnabled):
         return False
     return isinstance(error, ConnectionError) or getattr(error, "errno", None) is None
 
 
-def _wait(error: Any, failures: int) -> float | None:
+def _wait(error: Exception, failures: int) -> float | None:
     """Seconds to wait before the next try; None if the server asks for more than anyone would wait."""
-    asked = getattr(error, "response", None)
-    asked = asked.headers.get("Retry-After", "") if asked is not None else ""
+    response = getattr(error, "response", None)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
     wait = float(asked) if asked.isdigit() else min(2.0**failures, 10.0)
     if status := _status(error):
-        print(f"spo_jax: the server is busy ({status}); asking again in {wait:.0f} s.", file=sys.stderr)
+        notice(f"the server is busy ({status}); asking again in {wait:.0f} s.")
     return wait if wait <= _LONGEST_WAIT else None
