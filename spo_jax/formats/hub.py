@@ -64,7 +64,7 @@ def fetched(name: str | Path) -> Path:
 
 
 def remote_of(name: str | Path) -> RemoteName | None:
-    """The remote name; None for what is here or can only be a local path, as ``runs/a`` if there is a folder ``runs``."""
+    """The remote name; None for what is here or can only be a local path, such as ``runs/a``."""
     text = str(name)
     if exists(name) or ("@" not in text and "/" in text and exists(text.partition("/")[0] or "/")):
         return None
