@@ -71,15 +71,15 @@ class PairLoader:
     """An iterator of ``PairBatch``.
 
     Every good record comes exactly once an epoch, and one that cannot be used leaves a row of weight 0. With
-    ``num_epochs=None`` batches never end and go on across the border of epochs. With a number of epochs, every process
-    makes ``num_batches`` of them; what is missing in the last ones are rows of weight 0, too.
+    ``num_epochs=None`` batches never end, and one may hold records of two epochs. With a number of epochs every process
+    makes ``num_batches`` of them, and fills the last ones with rows of weight 0.
 
     Args:
       source: as ``open_pairs`` gives it.
       batch_size: B, of this process; a global batch is ``process_count`` times as large.
       size: (H, W) of the pictures.
       seed: of the order; any integer.
-      state: what ``state()`` of another loader gave: this one goes on with the next batch. The number of workers and
+      state: from ``state()`` of another loader: this one continues with the next batch. The number of workers and
         of processes and the batch size may have changed.
       shuffle: whether each epoch has an order of its own, or that of the source.
       num_workers: processes that decode; 0 does it here.
@@ -187,7 +187,7 @@ class PairLoader:
 
         Position and stream are those of all processes. ``counts`` has ``used``, ``unlabelled`` and the names in
         ``FAULTS``: the records of this process's share since it began, and on process 0 those of the state that it
-        began with. What is saved is ``total_state`` of it.
+        began with. A checkpoint keeps the ``total_state`` of it.
         """
         return {"position": self._position, "counts": dict(self._counts), "stream": dict(self._stream)}
 
@@ -266,10 +266,7 @@ def _die_with_parent() -> None:
 
 
 def total_state(state: Json) -> Json:
-    """The state of a ``PairLoader`` with the counts of all processes added up; all of them have to call it.
-
-    This is what a checkpoint keeps, because from it any number of processes can go on.
-    """
+    """The state of a ``PairLoader`` with the counts of all processes, which all call this: any number can resume it."""
     counts = state["counts"]
     by_process = multihost_utils.process_allgather(np.array(list(counts.values()), np.int32))  # JAX has no int64 here
     return state | {"counts": dict(zip(counts, by_process.sum(axis=0).tolist(), strict=True))}

@@ -17,12 +17,12 @@ TFDS = "tfds:"
 def read_prompts(path: str | Path) -> list[str]:
     """Prompts that are not empty, from a file or a data set.
 
-    A file has one a line, or is a JSON list of strings or of objects with a ``"caption"``, or JSON lines of the same
-    (``.jsonl``), or a table with such a column (``.csv``, ``.tsv``). ``"prompt"`` and ``"text"`` may stand for
-    ``"caption"``. It is local, or one of the hub or of GitHub, see ``formats/remote.py``.
+    A file, local or remote (see ``formats/remote.py``), has one prompt a line, or is a JSON list of strings or of
+    objects with a ``"caption"``, or JSON lines of the same (``.jsonl``), or a table with such a column (``.csv``,
+    ``.tsv``). ``"prompt"`` and ``"text"`` may stand for ``"caption"``.
 
-    Or, as ``tfds:NAME@SPLIT``, from a data set that TensorFlow Datasets has prepared, by its name or its folder; its
-    feature ``caption``, ``prompt`` or ``text`` is taken, its split ``train`` if none is named.
+    A data set, ``tfds:NAME@SPLIT`` or ``tfds:FOLDER@SPLIT``, is one that TensorFlow Datasets has prepared; the split is
+    ``train`` if none is named, and the feature one of the same names.
 
     Raises:
       UserError: the file is missing, unreadable, larger than 64 MiB, of another format, not UTF-8 (or UTF-16 with a

@@ -28,6 +28,7 @@ from spo_jax.formats.json_files import Json
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "num_example_per_prompt")
 KEYS = ("caption", "image_a", "image_b", "label")
 _MAX_LINE = 2**20
+_TEXT, _BYTES = (pa.string(), pa.large_string()), (pa.binary(), pa.large_binary())
 _ROWS = 32  # of a parquet file that are in memory at a time
 
 
@@ -60,18 +61,14 @@ def open_source(source: str) -> Source:
             raise UserError(f"No file {path} is there; give parquet files, a CSV or JSONL file, or its folder.")
     kinds = {path.suffix.lower() for path in paths}
     if kinds == {".parquet"}:
-        return _open_parquet(paths)
+        num_records = sum([_check_parquet(path) for path in paths])
+        return Source(num_records, lambda: (record for path in paths for record in _read_parquet(path)))
     if len(paths) == 1 and kinds <= {".csv", ".jsonl"}:
         return _open_table(paths[0])
     raise UserError(f"--source={source} must name parquet files, one CSV or JSONL file, or the folder of one.")
 
 
 # ----------------------------------------------------------------------------------------------------------- parquet
-def _open_parquet(paths: list[Path]) -> Source:
-    counts = [_check_parquet(path) for path in paths]
-    return Source(sum(counts), lambda: (record for path in paths for record in _read_parquet(path)))
-
-
 def _parquet_file(path: Path) -> pq.ParquetFile:
     # A buffer: without it, a row group's whole column is read at once.
     return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
@@ -87,29 +84,16 @@ def _check_parquet(path: Path) -> int:
         if name not in schema.names:
             raise UserError(f"File {path} has no column {name!r}; Pick-a-Pic's are {', '.join(COLUMNS)}.")
         kind = schema.field(name).type
-        fits, wanted = {
-            "caption": (_is_text, "text"),
-            "jpg_0": (_is_picture, 'bytes or a struct with "bytes"'),
-            "jpg_1": (_is_picture, 'bytes or a struct with "bytes"'),
-        }.get(name, (_is_number, "a number"))
-        if not fits(kind):
+        if name == "caption":
+            wanted, fits = "text", (kind.value_type if pa.types.is_dictionary(kind) else kind) in (*_TEXT, *_BYTES)
+        elif name in ("jpg_0", "jpg_1"):
+            is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+            wanted, fits = 'bytes or a struct with "bytes"', (kind.field("bytes").type if is_struct else kind) in _BYTES
+        else:
+            wanted, fits = "a number", _is_number(kind)
+        if not fits:
             raise UserError(f"File {path}: column {name!r} is {kind}; it must be {wanted}.")
     return count
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or _is_bytes(kind)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _is_picture(kind: pa.DataType) -> bool:
-    if not pa.types.is_struct(kind):
-        return _is_bytes(kind)
-    return kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -130,7 +114,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                         "label_0": math.nan if label_0 is None else label_0,
                         "label_1": math.nan if label_1 is None else label_1,
                         "has_label": has_label == 1,
-                        "num_example_per_prompt": _count(count),
+                        "num_example_per_prompt": int(count) if count is not None and 0 <= count < 2**31 else 0,
                     }
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
@@ -144,10 +128,6 @@ def _values(column: pa.Array) -> list:
     # Text as bytes: pyarrow does not check it, and one caption that is not UTF-8 must not end everything.
     column = column.cast(pa.float64(), safe=False) if _is_number(column.type) else column.cast(pa.large_binary())
     return column.to_pylist()
-
-
-def _count(value: float | None) -> int:
-    return int(value) if value is not None and 0 <= value < 2**31 else 0
 
 
 def _cut(picture: bytes | None) -> bytes:

@@ -43,8 +43,8 @@ def base_of(
 
     Args:
       loras: names of adapters.
-      model: of the flag, None if it was not given; the same holds for ``variant``, ``unet`` and ``vae``, which come
-        before what is recorded.
+      model: of the flag, None if it was not given; so are ``variant``, ``unet`` and ``vae``, which count more than what
+        is recorded.
       default: the model if there is neither a flag nor a workdir.
 
     Raises:

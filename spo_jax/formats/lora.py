@@ -50,9 +50,6 @@ def read_lora(path: str | Path, shapes: Mapping[str, PyTree]) -> dict[str, PyTre
       path: the file, or the folder that holds it; local, or on the hub (see ``resolve_model``).
       shapes: trees of parameters or their shapes by part, at least ``"unet"``; other entries are not looked at.
 
-    Returns:
-      A tree of adapters for each part that the file adapts.
-
     Raises:
       UserError: the file is missing or damaged; a key or shape does not fit the pipeline; it holds another kind of
         adapters, or numbers that are not finite.
@@ -75,7 +72,7 @@ def read_adapters(lora_names: Iterable[str], shapes: Mapping[str, PyTree]) -> di
 
 
 def check_lora_files(lora_names: Iterable[str]) -> None:
-    """Refuses names, strengths and files that no model can use, before one is read: of the files the headers are.
+    """Refuses names, strengths and files that no model can use, before a model is read; of the files headers are read.
 
     Raises:
       UserError: as ``read_lora``, of what can be told without a model and without the values.
@@ -87,8 +84,8 @@ def check_lora_files(lora_names: Iterable[str]) -> None:
 def starting_lora(key: jax.Array, params: PyTree, rank: int, lora_name: str | None) -> PyTree:
     """Adapters of the UNet to start training from: those of a file, and fresh ones where it has none.
 
-    The file's layers keep their ranks, and all of them are trained, also those that would get no fresh adapters; what
-    differs from the config is said.
+    The file's layers keep their ranks, and all of them are trained, also those that would get no fresh adapters; a
+    notice tells what differs from the config.
 
     Args:
       key: PRNG key of the fresh ones.
@@ -115,7 +112,7 @@ def starting_lora(key: jax.Array, params: PyTree, rank: int, lora_name: str | No
 
 
 def _say_what_differs(path: Path, read: Mapping[tuple[str, ...], jax.Array], rank: int) -> None:
-    """One line about adapters to start from that are others than the config would make."""
+    """One line about what differs between adapters to start from and those that the config would make."""
     ranks = sorted({x.shape[-1] for p, x in read.items() if p[-1] == "A"})
     more = sum(p[-1] == "A" and p[-2] not in TARGETS for p in read)
     said = []
@@ -264,11 +261,7 @@ def _read(file: _File, key: str) -> np.ndarray:
 
 def _check_family(file: _File, shapes: Mapping[str, PyTree]) -> None:
     """Refuses a file for UNets that take other text embeddings, which tells SD1.x, SD2.x and SDXL apart."""
-    ours = {
-        value.shape[0]
-        for path, value in flax.traverse_util.flatten_dict(shapes[lora_keys.UNET]).items()
-        if path[-3:] in (("attn2", "to_k", "kernel"), ("attn2", "to_v", "kernel"))
-    }
+    ours = lora_keys.text_widths(shapes[lora_keys.UNET])
     for key, array in file.arrays.items():
         width = lora_keys.text_width(key, array.shape)
         if width is not None and ours and width not in ours:

@@ -35,12 +35,7 @@ class PeftConfig:
     rank_stabilized: bool
 
     def scale(self, module: str, rank: int) -> float:
-        """What the product of the matrices of a layer is multiplied with.
-
-        Args:
-          module: the layer's name in its model, such as ``down_blocks.0. ... .attn1.to_q``.
-          rank: of its matrices.
-        """
+        """The factor of the product of a layer's matrices; ``module`` is the layer's name in its model."""
         alpha = next((a for pattern, a in self.patterns.items() if _matches(pattern, module)), self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
@@ -58,9 +53,13 @@ def read_configs(file: Path) -> dict[str, PeftConfig]:
         )
     try:
         fields = read_json(source) if source != file else json.loads(_in_header(file) or "{}")
-        own = {part: _below(fields, f"{part}.") for part in PARTS}
-        common = {k: v for k, v in fields.items() if not k.startswith(tuple(f"{part}." for part in PARTS))}
-        return {part: _config(source, one or common) for part, one in own.items() if one or common}
+        by_part: dict[str, Json] = {"": {}, **{part: {} for part in PARTS}}
+        for key, value in fields.items():
+            part, dot, field = key.partition(".")
+            of_part = dot and part in PARTS
+            by_part[part if of_part else ""][field if of_part else key] = value
+        common = by_part.pop("")
+        return {part: _config(source, one or common) for part, one in by_part.items() if one or common}
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"LoRA file {source} has damaged metadata ({error}); download or copy it again.") from error
 
@@ -71,10 +70,6 @@ def _in_header(file: Path) -> str | None:
             return (opened.metadata() or {}).get("lora_adapter_metadata")
     except safetensors.SafetensorError:
         return None  # a file of PyTorch
-
-
-def _below(fields: Json, prefix: str) -> Json:
-    return {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
 
 
 def _config(source: Path, fields: Json) -> PeftConfig:

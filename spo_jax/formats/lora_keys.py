@@ -75,9 +75,9 @@ def module_name(path: tuple[str, ...]) -> str:
 
 
 def diffusers_keys(layer: Layer) -> LayerKeys:
-    """As diffusers' own trainers write it: peft's names in the UNet, those of before in the text encoders.
+    """The keys that diffusers' own trainers write: peft's names in the UNet, older ones in the text encoders.
 
-    Of peft's names there, diffusers' reader understands those of the attention projections only.
+    In text encoders diffusers' reader understands peft's names of the attention projections only.
     """
     module = f"{layer.part}.{module_name(layer.path)}"
     down, up = ("lora_A", "lora_B") if layer.part == UNET else ("lora_linear_layer.down", "lora_linear_layer.up")
@@ -85,14 +85,10 @@ def diffusers_keys(layer: Layer) -> LayerKeys:
 
 
 def kohya_keys(layer: Layer, unet_shapes: PyTree) -> LayerKeys:
-    """As the kohya trainer writes it, and ComfyUI, A1111, diffusers and the trainer itself read it.
+    """The keys that the kohya trainer writes, and that it, ComfyUI, A1111 and diffusers read.
 
     For SD1.x and SD2.x these are diffusers' names, for SDXL those of the original UNet (``input_blocks_4_1_...``): the
     trainer runs another UNet there, and its own tools know no other names.
-
-    Args:
-      layer: which one.
-      unet_shapes: UNet parameters or their shapes.
     """
     module, sdxl = module_name(layer.path), is_sdxl(unet_shapes)
     if layer.part == UNET and sdxl:
@@ -103,11 +99,7 @@ def kohya_keys(layer: Layer, unet_shapes: PyTree) -> LayerKeys:
 
 
 def spellings(shapes: Mapping[str, PyTree]) -> dict[str, Layer]:
-    """Every layer that can be adapted, by every name that a file may call it.
-
-    Args:
-      shapes: trees of parameters or their shapes, for some of ``PARTS``.
-    """
+    """Every layer that can be adapted, by every name that a file may call it; ``shapes`` are trees by part."""
     layers: dict[str, Layer] = {}
     # The first text encoder comes last, because a name without prefix is its own.
     for part in reversed(PARTS):
@@ -186,6 +178,12 @@ def text_width(key: str, shape: tuple[int, ...]) -> int | None:
     if parsed is None or parsed.role != "down" or len(shape) < 2:
         return None
     return shape[1] if re.search(r"attn2[._]to_[kv]$", parsed.module) else None
+
+
+def text_widths(unet_shapes: PyTree) -> set[int]:
+    """Width of the text embeddings that a UNet takes; empty if it takes none."""
+    flat = flax.traverse_util.flatten_dict(unet_shapes)
+    return {x.shape[0] for path, x in flat.items() if path[-3:-1] in (("attn2", "to_k"), ("attn2", "to_v"))}
 
 
 def is_sdxl(unet_shapes: PyTree) -> bool:

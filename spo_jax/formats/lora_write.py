@@ -27,15 +27,10 @@ _VERSIONS = {"SD1": "sd_v1", "SD2": "sd_v2", "SDXL": "sdxl_base_v1-0"}  # kohya'
 
 
 def write_lora(path: str | Path, lora: PyTree, *, dtype: DTypeLike = np.float32) -> Path:
-    """Writes adapters as diffusers' trainers do, and diffusers reads them; returns the file's path.
+    """Writes adapters in the layout of diffusers' trainers; returns the file's path. Arguments as of ``write_kohya``.
 
     The layout has one alpha for all layers of a part, and here it is the rank: layers of smaller rank are filled up
     with zeros.
-
-    Args:
-      path: a folder, or a file name that ends in ``.safetensors``.
-      lora: a tree of adapters for each part, see ``read_lora``.
-      dtype: of the written tensors.
 
     Raises:
       UserError: the adapters are too large for the dtype.
@@ -99,7 +94,7 @@ def _kohya_header(
     unet_shapes: PyTree, title: str, prediction_type: str, image_size: tuple[int, int] | None
 ) -> dict[str, str]:
     """What programs sort and label files by: kohya's own fields, and ``model_spec``."""
-    is_sd2 = _text_width(unet_shapes) == _SD2_WIDTH
+    is_sd2 = _SD2_WIDTH in lora_keys.text_widths(unet_shapes)
     kind = "SDXL" if lora_keys.is_sdxl(unet_shapes) else "SD2" if is_sd2 else "SD1"
     return {
         # A1111 shows a file only with models of the version that the metadata name.
@@ -109,12 +104,6 @@ def _kohya_header(
         "ss_output_name": title,
         **model_spec(kind, title, prediction_type, image_size, is_lora=True),
     }
-
-
-def _text_width(unet_shapes: PyTree) -> int | None:
-    """Width of the text embeddings that a UNet takes."""
-    flat = flax.traverse_util.flatten_dict(unet_shapes)
-    return next((x.shape[0] for path, x in flat.items() if path[-3:] == ("attn2", "to_k", "kernel")), None)
 
 
 def _layers(lora: PyTree, dtype: DTypeLike) -> Iterator[tuple[Layer, np.ndarray, np.ndarray]]:

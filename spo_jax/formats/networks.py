@@ -17,13 +17,7 @@ from jaxtyping import PyTree
 from spo_jax.errors import UserError, first_line
 from spo_jax.formats.json_files import Json
 from spo_jax.formats.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM
-from spo_jax.models import (
-    AutoencoderKL,
-    CLIPModel,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    UNet2DConditionModel,
-)
+from spo_jax.models import AutoencoderKL, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
 from spo_jax.types import AddedConditions
 
 
@@ -52,15 +46,9 @@ def build(
     where: str,
     step_aware: bool | None = None,
 ) -> tuple[nn.Module, PyTree]:
-    """The network of a config and the shapes of its parameters.
+    """The network of class ``model`` that a ``config.json`` describes, and the shapes of its parameters.
 
-    Args:
-      model: its class.
-      config: the parsed ``config.json``.
-      dtype: of the computation.
-      params_dtype: of the parameters, if another.
-      where: names the config in messages.
-      step_aware: of a CLIP.
+    It computes in ``dtype``, and its parameters are of ``params_dtype`` if given. ``where`` names the config in messages.
 
     Raises:
       UserError: a field is not supported, or its values make no model.

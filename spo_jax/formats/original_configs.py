@@ -72,9 +72,7 @@ def recorded_prediction_type(
     """What the UNet predicts, as far as a single file tells; None for an SD2.x that does not.
 
     Args:
-      path: of the file, for messages; ``kind`` and ``arrays`` as of ``pipeline_configs``.
-      kind: see there.
-      arrays: see there.
+      path: of the file; ``path``, ``kind`` and ``arrays`` are those of ``pipeline_configs``.
       metadata: of a safetensors file's header.
       beside: values beside the ``state_dict`` of a PyTorch file.
 
@@ -98,14 +96,9 @@ def recorded_prediction_type(
 def model_spec(
     kind: str, title: str, prediction_type: str, image_size: tuple[int, int] | None, *, is_lora: bool = False
 ) -> dict[str, str]:
-    """A file's header after Stability AI's ModelSpec 1.0, by which programs tell and show what a file is.
+    """The header of a file after Stability AI's ModelSpec 1.0, by which programs tell and show what the file is.
 
-    Args:
-      kind: "SD1", "SD2" or "SDXL".
-      title: of the file.
-      prediction_type: of the scheduler.
-      image_size: height and width that the model was made for, if they are known.
-      is_lora: the file holds adapters, not a pipeline.
+    ``kind`` is "SD1", "SD2" or "SDXL", and ``image_size`` [height, width] of what the model was made for, if known.
     """
     v2 = "stable-diffusion-v2-768-v" if prediction_type == "v_prediction" else "stable-diffusion-v2-512"
     architecture = {"SD1": "stable-diffusion-v1", "SD2": v2, "SDXL": "stable-diffusion-xl-v1-base"}[kind]

@@ -65,8 +65,8 @@ _OPEN_CLIP_LAYER = {
 def unet_name(module: str, shapes: PyTree) -> str:
     """Original name of a layer of the UNet.
 
-    A block takes as many numbers as it has resnets on the way up, one more than on the way down, where a downsampler
-    has the last one; number 0 of the way down is the first convolution.
+    A block has as many numbers as it has resnets on the up path. That is one more than on the down path, where the last
+    number is the downsampler's; number 0 of the down path is the first convolution.
 
     Args:
       module: the layer's name in diffusers, such as ``down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q``.
@@ -101,12 +101,7 @@ def layers_per_block(shapes: PyTree) -> int:
 
 
 def vae_name(module: str, num_levels: int) -> str:
-    """Original name of a layer of the autoencoder.
-
-    Args:
-      module: the layer's name in diffusers, such as ``decoder.up_blocks.0.resnets.1.conv1``.
-      num_levels: resolutions that the autoencoder works at.
-    """
+    """Original name of a layer of an autoencoder of ``num_levels`` resolutions, for its name in diffusers."""
     match = _VAE_LEVEL.fullmatch(module)
     if match is None:
         for theirs, original in _VAE.items():
@@ -120,12 +115,9 @@ def vae_name(module: str, num_levels: int) -> str:
 
 
 def open_clip_key(key: str) -> str:
-    """Original key of a parameter of a text encoder of open_clip.
+    """Original key of a parameter of a text encoder of open_clip, for its key in transformers.
 
     Queries, keys and values of a layer are one parameter there, one below the other.
-
-    Args:
-      key: the parameter's key in transformers, such as ``text_model.encoder.layers.0.self_attn.q_proj.weight``.
     """
     module, _, leaf = key.rpartition(".")
     if module in _OPEN_CLIP:

@@ -212,15 +212,8 @@ def read_part(
     variant: str | None = None,
     sharding: Placement = None,
 ) -> tuple[nn.Module, PyTree]:
-    """A part of a pipeline ("unet", "vae", "text_encoder", "text_encoder_2") by itself, and its parameters.
-
-    Args:
-      part: its name.
-      folder: with its config and weights.
-      dtype: of the computation and of the parameters.
-      variant: of the weight files.
-      sharding: where the parameters go, see ``read_params``.
-    """
+    """The network of one part, "unet", "vae", "text_encoder" or "text_encoder_2", and its parameters, from its folder;
+    arguments as of ``read_pipeline``."""
     file = folder / "config.json"
     network, shapes = build(PARTS[part].model, read_json(file), dtype, where=f"File {file}")
     return network, read_params(open_weights(folder, PARTS[part].stem, variant), shapes, sharding=sharding)
@@ -245,9 +238,7 @@ def read_clip(
         local, or on the hub (see ``resolve_model``).
       step_aware: whether the model takes timesteps. From the weights of a plain CLIP its time layers start as the
         identity. None: it takes them if the file has time layers.
-      dtype: of the computation and of the parameters.
-      variant: of the weight files, such as ``"fp16"``.
-      sharding: where the parameters go, see ``read_params``.
+      dtype: and ``variant`` and ``sharding``, as of ``read_pipeline``.
     """
     path = resolve_model(path, variant=variant)
     is_file = path.is_file()

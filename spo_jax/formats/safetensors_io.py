@@ -80,8 +80,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 def write_params(path: Path, params: PyTree, *, dtype: DTypeLike = np.float32, prefix: str = "") -> None:
     """Writes a parameter tree in PyTorch naming and layout; the file appears complete or not at all.
 
-    Parameters are fetched, converted and written one at a time: beside the tree, which may be split over devices, the
-    host holds two copies of the largest of them.
+    Parameters, which may be split over devices, are fetched, converted and written one at a time: the host needs room
+    for two copies of the largest of them.
     """
     flat = {prefix + names.torch_key(path): (path, x) for path, x in flax.traverse_util.flatten_dict(params).items()}
     flat = dict(sorted(flat.items()))

@@ -1,4 +1,4 @@
-"""The judge that a config or a command names: a preference model, a plain CLIP, or a function of the user's own."""
+"""The scorer that a config or a command names: a preference model, a plain CLIP, or a function of the user's own."""
 
 from __future__ import annotations
 
@@ -31,14 +31,12 @@ def make_scorer(
     dtype: DTypeLike = jnp.float32,
     sharding: Placement = None,
 ) -> tuple[Scorer, PyTree]:
-    """The judge and its parameters.
+    """The scorer and its parameters.
 
     Args:
-      path: a CLIP, see ``read_clip``; step-aware if its weights have time layers, else plain.
+      path: a CLIP, see ``read_clip``, also for ``dtype`` and ``sharding``; step-aware if its weights have time layers.
       fn: ``"my_module:score"``, a function (see ``make_function_scorer``) that is taken instead; ``path`` is not read.
       key: the option that gave ``fn``, for messages.
-      dtype: of a CLIP.
-      sharding: where its parameters go.
 
     Raises:
       UserError: there is no such model or function.
@@ -50,12 +48,12 @@ def make_scorer(
 
 
 def tokenizer_of(path: str, pipeline: Pipeline) -> Tokenizer:
-    """A judge's tokenizer, at ``path``; the pipeline's first one if that is empty."""
+    """A scorer's tokenizer, at ``path``; the pipeline's first one if that is empty."""
     return read_tokenizer(path) if path else pipeline.tokenizer
 
 
 def fitted_to(scorer: Scorer, tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer of a judge's texts, see ``tokenizers.fitted``; a function takes any."""
+    """The tokenizer of a scorer's texts, see ``tokenizers.fitted``; a function takes any."""
     return tokenizer if scorer.tower is None else fitted(tokenizer, scorer.tower)
 
 
@@ -88,14 +86,14 @@ def load_function(name: str, key: str = "config.scorer.fn") -> Callable[..., jax
 def check_function(
     name: str, *, num_images: int, image_size: tuple[int, int], tokenizer: Tokenizer, key: str = "config.scorer.fn"
 ) -> None:
-    """Traces the user's function on the shapes of a run, without computing anything.
+    """Traces the user's function on the shapes of a run, without computing anything; an empty name is left alone.
 
     Args:
-      name: as in ``make_scorer``; nothing is checked if it is empty.
-      num_images: n, pictures at a time.
+      name: ``"my_module:score"``, which the option ``key`` gave.
+      num_images: n, images at a time.
       image_size: H and W.
       tokenizer: of the prompts; its ``model_max_length`` is L.
-      key: the option that gave ``name``.
+      key: for messages.
 
     Raises:
       UserError: JAX cannot trace the function, or its result is not float32 [n].

@@ -51,11 +51,7 @@ def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None)
 
 
 def fitted(tokenizer: Tokenizer, tower: CLIPTextTransformer) -> Tokenizer:
-    """The tokenizer with texts no longer than the tower's table of positions; most have none of their own, or the same.
-
-    Args:
-      tokenizer: of transformers.
-      tower: the text tower that reads its ids.
+    """The tokenizer with texts no longer than the table of positions of the tower that reads its ids.
 
     Raises:
       UserError: an id is beyond the tower's vocabulary, it has no token for padding or for an end, or no length.
@@ -117,12 +113,9 @@ def cut_off(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
 
 
 def cut_warning(tokenizers: Sequence[Tokenizer], texts: Sequence[str], what: str = "prompts") -> str | None:
-    """What to tell a user of texts that are longer than a tokenizer takes: how many, and what is cut off of the first.
+    """A warning about texts that are longer than one of the tokenizers takes; None if there are none.
 
-    Args:
-      tokenizers: all that read the texts.
-      texts: any number of them; the same one counts once.
-      what: they are.
+    It tells how many of the different texts, called ``what``, these are, and what is cut off of the first.
     """
     different = list(dict.fromkeys(texts))
     ends = zip(*(cut_off(tokenizer, different) for tokenizer in tokenizers), strict=True)

@@ -83,11 +83,8 @@ def index_torch_bin(path: Path) -> dict[str, StoredArray]:
 def index_training_checkpoint(path: Path) -> tuple[dict[str, StoredArray], Json]:
     """The tensors below ``"state_dict"``, as training programs write them, and the numbers and strings beside it.
 
-    Lists and dicts may be there too; objects of other kinds are refused as in ``index_torch_bin``. A file without that
-    level is read as by ``index_torch_bin``.
-
-    Raises:
-      UserError: as in ``index_torch_bin``.
+    Lists and dicts may be there too; objects of other kinds are refused. A file without that level, and errors, are as
+    of ``index_torch_bin``.
     """
     return _index(path, nested=True)
 
@@ -103,7 +100,10 @@ def _index(path: Path, *, nested: bool) -> tuple[dict[str, StoredArray], Json]:
             )
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             members = {member.filename: member for member in archive.infolist()}
-            root = _root(path, members)
+            roots = [name.removesuffix("data.pkl") for name in members if f"/{name}".endswith("/data.pkl")]
+            if len(roots) != 1:
+                raise UserError(f"Weight file {path} is a zip file, but not one of PyTorch's (no data.pkl).")
+            root = roots[0]  # the folder in the archive, with its slash, that everything lies in
             pickle = members[f"{root}data.pkl"]
             if pickle.file_size > _MAX_PICKLE_BYTES:
                 raise UserError(f"Weight file {path} has a table of more than {_MAX_PICKLE_BYTES} bytes; {_SAFER}.")
@@ -127,14 +127,6 @@ def _index(path: Path, *, nested: bool) -> tuple[dict[str, StoredArray], Json]:
     # the last one zipfile says that it cannot read this kind of archive.
     except (zipfile.BadZipFile, OSError, LookupError, TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"Weight file {path} is damaged or truncated ({error}); download or copy it again.") from error
-
-
-def _root(path: Path, members: dict[str, zipfile.ZipInfo]) -> str:
-    """The folder inside the archive, with its slash, that everything lies in."""
-    found = [name.removesuffix("data.pkl") for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
-    if len(found) != 1:
-        raise UserError(f"Weight file {path} is a zip file, but not one of PyTorch's (no data.pkl).")
-    return found[0]
 
 
 def _start(path: Path, file: io.BufferedIOBase, member: zipfile.ZipInfo) -> int:

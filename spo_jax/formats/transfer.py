@@ -34,12 +34,12 @@ class NotTheFile(UserError):
 
 
 def transfer(url: str, headers: dict[str, str], target: Path, size: int, name: str) -> None:
-    """Appends to ``target`` until it is whole; a connection that breaks is made again.
+    """Appends the content at ``url`` to ``target`` until it is whole; a connection that breaks is made again.
 
     Args:
       url: of the content.
       headers: of the request, without a range.
-      target: holds what came before.
+      target: holds the bytes that came before.
       size: in bytes; -1 if it is not known, then the server has to tell it.
       name: for the progress bar, which is shown on a terminal only.
 

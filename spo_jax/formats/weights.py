@@ -79,7 +79,9 @@ def open_weights(folder: Path, stem: str, variant: str | None = None) -> Weights
     path = find_weights(folder, stem, chosen)
     if path is None:
         file = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
-        raise UserError(missing(folder / file, "Weight file") + _others(folder))
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt"))
+        hint = f" It has {', '.join(others[:3])}; if one is meant, name its variant (--variant, config.variant)."
+        raise UserError(missing(folder / file, "Weight file") + (hint if others else ""))
     return _open_shards(path) if path.suffix == ".json" else open_file(path)
 
 
@@ -109,15 +111,6 @@ def choose_variant(folder: Path, stem: str, variant: str | None) -> str | None:
     names = {match[1] or match[2] for match in matches if match}
     found = [name for name in names if find_weights(folder, stem, name) is not None]
     return found[0] if len(found) == 1 else None
-
-
-def _others(folder: Path) -> str:
-    found = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt"))
-    return (
-        f" It has {', '.join(found[:3])}; if one is meant, name its variant (--variant, config.variant)."
-        if found
-        else ""
-    )
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -151,17 +144,14 @@ def _open_shards(index: Path) -> Weights:
 def read_params(source: Path | Weights, shapes: PyTree, *, prefix: str = "", sharding: Placement = None) -> PyTree:
     """Reads one model's parameters: every key is used exactly once and every shape agrees.
 
-    Each parameter is read, brought to our layout and dtype, and put on its devices before the next one is read, so that
-    the host holds one of them at a time beside what the devices hold.
+    Parameters are read, brought to our layout and dtype, and put on their devices one at a time, so that the host needs
+    room for one of them only.
 
     Args:
       source: a weight file, or what ``open_weights`` gave, in PyTorch naming and layout.
       shapes: tree of ``jax.ShapeDtypeStruct``; the result has its structure and dtypes.
       prefix: what every key of the file starts with (the released preference models use ``"model."``).
       sharding: where the parameters go; None is JAX's default device.
-
-    Returns:
-      A tree of ``jax.Array``.
 
     Raises:
       UserError: a missing, left-over or wrongly shaped key, by name (before anything is read); or one with numbers that

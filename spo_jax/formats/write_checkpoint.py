@@ -48,8 +48,8 @@ def write_checkpoint(
     Args:
       out: the ``.safetensors`` file.
       files: of the pipeline.
-      parts: by name, such as "unet", what gives the parameters of a part that is not to be as in the pipeline. It is
-        called when their turn to be written has come, which is after all checks.
+      parts: by name, functions that give the parameters of the parts that are not to be as in the pipeline. Each is
+        called after all checks, when its part is written.
       dtype: of everything in the file.
 
     Returns:
@@ -58,7 +58,8 @@ def write_checkpoint(
     Raises:
       UserError: the pipeline is not complete or has no place in this layout, or a value is not finite in ``dtype``.
     """
-    kind = _kind(files)
+    kind = "SD2" if files.configs["text_encoder"].get("hidden_act") == _GELU else "SD1"
+    kind = "SDXL" if files.is_xl else kind
     shapes = {part: files.network(part, np.float32)[1] for part in files.configs}
     entries = dict(itertools.chain.from_iterable(_entries(kind, part, shapes[part]) for part in LAYOUTS[kind]))
     flat = {part: flax.traverse_util.flatten_dict(tree) for part, tree in shapes.items()}
@@ -89,12 +90,6 @@ def write_checkpoint(
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
-def _kind(files: PipelineFiles) -> str:
-    if files.is_xl:
-        return "SDXL"
-    return "SD2" if files.configs["text_encoder"].get("hidden_act") == _GELU else "SD1"
-
-
 def _entries(kind: str, part: str, shapes: PyTree) -> list[tuple[str, _Entry]]:
     """The keys of a part in the file, each with what it is made of, sorted."""
     joined: dict[str, list[tuple[tuple[str, ...], Original]]] = {}

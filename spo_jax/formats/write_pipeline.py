@@ -145,7 +145,7 @@ def _files_of(source: Path, library: str | None, variant: str | None, *, weights
     chosen = [index]
     if index.suffix == ".json":
         chosen += sorted({source / name for name in read_weight_map(index).values()})
-    return files | {path: _plain(path.name, found) for path in chosen}
+    return files | {path: path.name.replace(f".{found}" if found else "", "", 1) for path in chosen}
 
 
 def _copy(files: Mapping[Path, str], out: Path) -> None:
@@ -170,10 +170,6 @@ def _compute_in_float32(config: Path) -> None:
 
 def _stem(library: str | None) -> str:
     return DIFFUSERS_STEM if library == "diffusers" else TRANSFORMERS_STEM
-
-
-def _plain(name: str, variant: str | None) -> str:
-    return name.replace(f".{variant}", "", 1) if variant else name
 
 
 def _holds_weights(path: Path) -> bool:

@@ -26,11 +26,8 @@ def write_scorer(folder: str | Path, clip: CLIPModel, params: PyTree, *, dtype: 
     as in the released ``.bin`` files: the original program loads the file as the state of its module. A plain model has
     neither, and transformers' ``CLIPModel.from_pretrained`` loads the folder.
 
-    Args:
-      folder: is made if it does not exist; files of an earlier call are replaced.
-      clip: the model.
-      params: its parameters, on one device or split over several; they are fetched one at a time.
-      dtype: of the written weights.
+    The folder is made if it does not exist, and files of an earlier call are replaced. Parameters may be split over
+    devices.
 
     Raises:
       UserError: the folder cannot be written.
