@@ -384,30 +384,23 @@ def _size_on_github(remote: RemoteName) -> int:
 def _one_sentence(remote: RemoteName, path: str = "") -> Iterator[None]:
     """Turns what a request or a transfer raises into one sentence for the user."""
     what = f"{path} of {remote.repo}" if path else remote.repo
+    sentences: dict[type[Exception], str] = {
+        errors.GatedRepoError: f"{remote.repo} is gated: open {page(remote)}, accept its terms, and set HF_TOKEN to a "
+        "token of yours (or log in with `hf auth login`).",
+        errors.RevisionNotFoundError: f"{remote.repo} has no revision {remote.revision or 'main'}; its commits are "
+        f"listed at {page(remote)}/commits/main.",
+        errors.RepositoryNotFoundError: f"There is no repository {remote.repo} at {page(remote)}, or it is private, "
+        "and nothing of that name is here; check the name, and for a private one set HF_TOKEN to a token of yours (or "
+        "log in with `hf auth login`).",
+        errors.HFValidationError: f"{remote.repo} is no name of a repository on the hub, and nothing of that name is "
+        "here.",
+    }
     try:
         yield
     except UserError:
         raise
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{remote.repo} is gated: open {page(remote)}, accept its terms, and set HF_TOKEN to a token of yours "
-            "(or log in with `hf auth login`)."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(
-            f"{remote.repo} has no revision {remote.revision or 'main'}; its commits are listed at "
-            f"{page(remote)}/commits/main."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"There is no repository {remote.repo} at {page(remote)}, or it is private, and nothing of that name is "
-            "here; check the name, and for a private one set HF_TOKEN to a token of yours (or log in with "
-            "`hf auth login`)."
-        ) from error
-    except errors.HFValidationError as error:
-        raise UserError(
-            f"{remote.repo} is no name of a repository on the hub, and nothing of that name is here."
-        ) from error
+    except tuple(sentences) as error:
+        raise UserError(next(text for kind, text in sentences.items() if isinstance(error, kind))) from error
     except Exception as error:  # network, proxy, authentication and disk fail in many ways
         response, number = getattr(error, "response", None), getattr(error, "errno", None)
         reason = first_line(error).rstrip(".") or type(error).__name__

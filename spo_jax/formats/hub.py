@@ -171,4 +171,6 @@ def missing(path: Path, what: str = "File") -> str:
                 f"{what} {path} is not in the hub's cache; if {repo} has it, fetch it with "
                 f"`hf download {repo} {file} --revision {folder.name}`."
             )
+    if path.is_symlink():
+        return f"{what} {path} is a link to {os.readlink(path)}, which does not exist; put the file itself there."
     return f"{what} {path} does not exist; is {path.parent} a complete model folder?"

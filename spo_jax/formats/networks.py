@@ -48,7 +48,7 @@ def build(
 ) -> tuple[nn.Module, PyTree]:
     """The network of class ``model`` that a ``config.json`` describes, and the shapes of its parameters.
 
-    It computes in ``dtype``, and its parameters are of ``params_dtype`` if given. ``where`` names the config in messages.
+    It computes in ``dtype``, and so are its parameters, or of ``params_dtype``. ``where`` names the config in messages.
 
     Raises:
       UserError: a field is not supported, or its values make no model.

@@ -33,14 +33,14 @@ _ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768
 def pipeline_configs(
     path: Path, kind: str, arrays: Arrays, prediction_type: str, given: Mapping[str, Json] | None = None
 ) -> dict[str, Json]:
-    """The configs of a pipeline in a single file: "index", "scheduler" and one for each part.
+    """The configs of a pipeline in a single file, "index", "scheduler" and one for each part, as diffusers takes them.
 
     Args:
       path: of the file, for messages.
       kind: "SD1", "SD2" or "SDXL".
       arrays: of the file.
       prediction_type: what the UNet predicts, if no scheduler is given.
-      given: configs that are known; the others are as diffusers takes them for such a file.
+      given: those of the configs that are known.
 
     Raises:
       UserError: a key that tells a size is missing, or the sizes do not tell the number of heads or groups.
@@ -71,13 +71,8 @@ def recorded_prediction_type(
 ) -> str | None:
     """What the UNet predicts, as far as a single file tells; None for an SD2.x that does not.
 
-    Args:
-      path: of the file; ``path``, ``kind`` and ``arrays`` are those of ``pipeline_configs``.
-      metadata: of a safetensors file's header.
-      beside: values beside the ``state_dict`` of a PyTorch file.
-
-    Raises:
-      UserError: the header names another prediction type.
+    A safetensors file may tell it in the ``metadata`` of its header (UserError if that names an unknown type), a
+    PyTorch file by values ``beside`` its ``state_dict``.
     """
     said = metadata.get("modelspec.prediction_type")
     if said is not None:

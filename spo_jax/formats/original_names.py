@@ -82,7 +82,7 @@ def unet_name(module: str, shapes: PyTree) -> str:
         rest = _RESNET[rest]
     if way is None:
         return f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}.{rest}"
-    numbers = layers_per_block(shapes) + 1
+    numbers = 1 + sum(name.startswith("resnets_") for name in shapes.get("down_blocks_0", ()))
     first = int(block) * numbers
     if kind == "downsamplers":
         return f"input_blocks.{first + numbers}.0.op"
@@ -93,11 +93,6 @@ def unet_name(module: str, shapes: PyTree) -> str:
     if way == "down":
         return f"input_blocks.{first + int(layer) + 1}.{place}.{rest}"
     return f"output_blocks.{first + int(layer)}.{place}.{rest}"
-
-
-def layers_per_block(shapes: PyTree) -> int:
-    """Resnets of the UNet's first block."""
-    return sum(name.startswith("resnets_") for name in shapes.get("down_blocks_0", ()))
 
 
 def vae_name(module: str, num_levels: int) -> str:

@@ -145,7 +145,7 @@ def described(files: PipelineFiles, dtype: DTypeLike) -> Pipeline:
     networks = {part: network for part, (network, _) in built.items()}
     places = {part: files.folders.get(part, files.path) for part in networks}
     if files.own_vae is not None:
-        own, _ = build(AutoencoderKL, files.own_vae, dtype, where=f"Model {files.path}, vae")
+        own, _ = build(AutoencoderKL, files.own_vae, dtype, where=f"File {files.path}, vae")
         check_vae(files.path, own, places["vae"], networks["vae"])
     check_parts(files.path, networks, places)
     if not files.is_xl:

@@ -124,13 +124,7 @@ def open_folder(
     replaced: Mapping[str, Path] | None = None,
     read: ReadConfig = read_config,
 ) -> PipelineFiles:
-    """The files of a diffusers pipeline folder.
-
-    Args:
-      folder: of the pipeline.
-      variant: of the weight files.
-      replaced: folders of parts that are not the pipeline's own; its own need not be there then.
-      read: reads a config.
+    """The files of a diffusers pipeline folder; parts that are ``replaced`` by other folders need not be in it.
 
     Raises:
       UserError: a config is missing or malformed, or the pipeline is of another kind.

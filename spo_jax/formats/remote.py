@@ -41,13 +41,9 @@ _UNUSED = ("safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae_1_
 class RemoteName:
     """A repository and what of it is meant.
 
-    Attributes:
-      site: "hub" or "github".
-      repo: "owner/name".
-      revision: a commit, a branch or a tag; empty for the default branch.
-      inside: a folder or a file in the repository; empty for all of it.
-      sha256: of the file; empty if it is not known.
-      kind: "model" or "dataset", of a repository of the hub.
+    ``site`` is "hub" or "github"; ``kind`` of a hub's repository is "model" or "dataset". ``revision`` is a commit, a
+    branch or a tag, ``inside`` a folder or a file in the repository, and ``sha256`` that file's checksum; if empty,
+    they stand for the default branch, the whole repository, and an unknown checksum.
     """
 
     site: str

@@ -113,9 +113,6 @@ def write_arrays(
       shapes: shape and dtype in the file by key, in the order of ``arrays``.
       arrays: of these shapes; they are converted to the dtypes.
       metadata: goes into the header, beside the ``format`` that PyTorch's readers look for.
-
-    Raises:
-      OSError: it cannot be written.
     """
     header: Json = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0

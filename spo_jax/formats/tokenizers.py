@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from spo_jax.errors import UserError, first_line
-from spo_jax.formats.hub import missing, resolve_model
+from spo_jax.formats.hub import local, missing, resolve_model
 from spo_jax.models.clip import CLIPTextTransformer
 
 Tokenizer: TypeAlias = Any  # transformers.CLIPTokenizer, whose module takes seconds to import
@@ -35,6 +35,8 @@ def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None)
     """
     from transformers import CLIPTokenizer  # takes seconds to import; nothing else here needs it
 
+    if isinstance(folder, Path) and not local(folder).is_dir():
+        raise UserError(missing(folder, "Tokenizer"))
     folder = resolve_model(folder, weights=False)
     # transformers 5 saves one tokenizer.json, published pipelines have the two files that it is made of.
     vocabulary = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]

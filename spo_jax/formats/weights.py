@@ -81,6 +81,8 @@ def open_weights(folder: Path, stem: str, variant: str | None = None) -> Weights
         file = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
         others = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt"))
         hint = f" It has {', '.join(others[:3])}; if one is meant, name its variant (--variant, config.variant)."
+        if any(re.search(r"-\d+-of-\d+\.", other) for other in others):
+            hint = f" It has shards ({', '.join(others[:3])}), but not their index, {file}.index.json; copy it as well."
         raise UserError(missing(folder / file, "Weight file") + (hint if others else ""))
     return _open_shards(path) if path.suffix == ".json" else open_file(path)
 

@@ -49,13 +49,8 @@ def pipeline_shapes(
 ) -> Pipeline:
     """What ``read_base`` gives, with ``jax.ShapeDtypeStruct`` for parameters and without tokenizers.
 
-    Args:
-      base: local models, or repositories whose configs are in the hub's cache or ship with the package.
-      dtype: of the networks.
-      place: where each parameter lies, by its path in ``Pipeline.params`` and its shape.
-      height: of the images, None for what the model has; so are ``width`` and ``remat`` of ``read_base``.
-      width: as ``height``.
-      remat: as in ``read_base``.
+    Configs are those of local models and of the hub's cache, or else those of published models, which ship with the
+    package. ``place`` tells where each parameter lies, by its path in ``Pipeline.params`` and its shape.
 
     Raises:
       UserError: there is no config to be found, or it is not supported, or the parts do not fit each other.
@@ -114,8 +109,7 @@ def clip_shapes(
         what is not here and not known: every released preference model is one.
       dtype: of the network.
       place: where each parameter lies.
-      step_aware: whether it has time layers (what training reads from the weights). A plain CLIP that is known by its
-        name has none.
+      step_aware: whether it has time layers; a plain CLIP that is known by its name has none.
       what: its name in the parameters of a program, with which its paths begin.
       params_dtype: of its parameters, if another.
       known_plain: False gives time layers even to one that is known to have none, as training from it does.

@@ -84,6 +84,14 @@ def test_a_damaged_file_is_told(changed, file, content):
         read_tokenizer(folder)
 
 
+def test_a_pipeline_without_its_tokenizer_is_told(tmp_path):
+    folder = shutil.copytree(small_pipeline(), tmp_path / "model")
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(UserError) as error:
+        read_pipeline(folder)
+    assert str(error.value) == f"Tokenizer {folder / 'tokenizer'} does not exist; is {folder} a complete model folder?"
+
+
 def test_a_pipeline_with_a_tokenizer_without_a_length_encodes_as_with_one(tmp_path):
     folder = shutil.copytree(small_pipeline(), tmp_path / "model")
     file = folder / "tokenizer" / "tokenizer_config.json"

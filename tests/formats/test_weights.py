@@ -125,6 +125,15 @@ def test_missing_shard_is_named(tmp_path, kind):
         read_unet(tmp_path / "m")
 
 
+def test_shards_without_their_index_are_told(tmp_path):
+    lay_out("unet", tmp_path / "m", "safetensors shards", None)
+    (tmp_path / "m" / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    with pytest.raises(
+        UserError, match=r"shards \(.*not their index, diffusion_pytorch_model\.safetensors\.index\.json"
+    ):
+        read_unet(tmp_path / "m")
+
+
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "a\\..\\x.safetensors"])
 def test_index_may_not_leave_its_folder(tmp_path, name):
     (tmp_path / "m").mkdir()
