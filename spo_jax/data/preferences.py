@@ -1,8 +1,8 @@
 """Batches of preference pairs: prepared records, shuffled, decoded in worker processes, resumable to the record.
 
-The stream of a seed is all epochs one after the other, each in its own order. A record's position is its place in this
-stream. All processes together take the next positions as one global batch, whatever is there, and process i of n has
-rows i::n of it. So batches are the same for any number of processes, and a state is little more than a position.
+The stream of a seed is all epochs one after the other, each in its own order; a record's position is its place in this
+stream. All processes together take the next positions as one global batch, of which process i of n has the rows i::n.
+So batches are the same for any number of processes, and a state is little more than a position.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from spo_jax.data.records import FAULTS, Fault, Records, decode_pair
 from spo_jax.errors import UserError
 from spo_jax.formats.json_files import Json
 
-_BUFFER_BYTES = 12 * 2**20  # of decoded pictures that wait in a worker
+_BUFFER_BYTES = 12 * 2**20  # of decoded images that wait in a worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PairBatch:
 
     captions: list[str]
     images: np.ndarray  # uint8 [B, 2, H, W, 3]
-    labels: np.ndarray  # float32 [B, 2], preference for each picture; they add up to 1, a tie is (0.5, 0.5)
+    labels: np.ndarray  # float32 [B, 2], preference for each image; they add up to 1, a tie is (0.5, 0.5)
     weights: np.ndarray  # float32 [B], 1 / num_example_per_prompt; 0 where there is no record, or none that can be used
     positions: np.ndarray  # int64 [B], place in the stream over all epochs and processes; -1 for rows of weight 0
 
@@ -77,7 +77,7 @@ class PairLoader:
     Args:
       source: as ``open_pairs`` gives it.
       batch_size: B, of this process; a global batch is ``process_count`` times as large.
-      size: (H, W) of the pictures.
+      size: (H, W) of the images.
       seed: of the order; any integer.
       state: from ``state()`` of another loader: this one continues with the next batch. The number of workers and
         of processes and the batch size may have changed.
@@ -128,7 +128,7 @@ class PairLoader:
         records = grain.MapDataset.range(len(source)).seed(seed % 2**32)
         records = (records.shuffle() if shuffle else records).repeat(num_epochs)
         rows = records.map_with_index(self._decode)[self._position + process_index :: process_count]
-        # No threads: each would hold decoded pictures of its own.
+        # No threads: each would hold decoded images of its own.
         stream = rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         item = 6 * size[0] * size[1]
         buffer = max(2, min(batch_size, _BUFFER_BYTES // item))

@@ -23,7 +23,7 @@ _OTHERS = (
     *(".npy", ".npz", ".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz"),
     *(".rtf", ".doc", ".docx", ".odt", ".pdf", ".py", ".ipynb", ".db", ".sqlite"),
 )
-# How JSON begins, and no prompt: an object or a list that goes on with a string, or ends the line.
+# JSON begins like this, and no prompt does: an object or a list, then a string or the end of the line.
 _JSON = re.compile(r'\s*(\[\s*)?\{\s*("|[\r\n])|\s*\[[^\S\r\n]*("|[\r\n])')
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 _MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # behind UTF-32's, which begin with them

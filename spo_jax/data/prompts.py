@@ -63,7 +63,7 @@ def num_batches(num_prompts: int, batch_size: int) -> int:
 def batch_indices(num_prompts: int, batch_size: int, seed: int, batch: int) -> np.ndarray:
     """Prompt indices [batch_size] of the ``batch``-th batch since the start of training.
 
-    A function of its arguments alone, so that a run that was killed goes on in the same order. Each epoch has its own
+    Depends on its arguments alone, so that a resumed run continues in the same order. Each epoch has its own
     permutation; its last batch wraps around to keep shapes static.
     """
     epoch, position = divmod(batch, num_batches(num_prompts, batch_size))

@@ -1,4 +1,4 @@
-"""A record of a preference data set: what it holds, what is wrong with it, and its pictures as arrays.
+"""A record of a preference data set: what it holds, what is wrong with it, and its images as arrays.
 
 Every fault has a name in ``FAULTS``; it is the name under which the record is counted. Nothing here needs JAX.
 """
@@ -100,13 +100,13 @@ def decode_pair(record: Record, size: tuple[int, int]) -> Json:
 
 
 def decode_picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
-    """An encoded picture as uint8 [H, W, 3]: RGB, resized to cover ``size`` = (H, W), cut to it around its centre.
+    """An encoded image as uint8 [H, W, 3]: RGB, resized to cover ``size`` = (H, W), cut to it around its centre.
 
-    As the released code has it (transformers' CLIP processor on PIL): bicubic with antialias, the longer side rounded
-    down, transparency dropped, orientation tags ignored. 16 bits are scaled to 8.
+    As in the released code (transformers' CLIP processor on PIL): bicubic with antialias, the longer side rounded down,
+    transparency dropped, orientation tags ignored. 16 bits are scaled to 8.
 
     Raises:
-      Fault: no picture of an allowed format, damaged, or too large; the size is read before anything is decoded.
+      Fault: no image of an allowed format, damaged, or too large; the size is read before anything is decoded.
     """
     with warnings.catch_warnings():
         # Pillow's own limit of pixels, which is higher, and its remarks about metadata.
@@ -123,7 +123,7 @@ def decode_picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
         if max(width * height, math.prod(resized)) > MAX_PICTURE_PIXELS:
             raise Fault("picture_too_large")
         try:
-            picture.load()  # all that follows would copy, also where nothing is to be done
+            picture.load()  # the steps below would copy even where they change nothing
             picture = _as_rgb(picture)
             if resized != (height, width):
                 picture = picture.resize((resized[1], resized[0]), Image.Resampling.BICUBIC)

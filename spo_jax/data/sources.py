@@ -1,7 +1,7 @@
-"""Preference pairs as others have them: Pick-a-Pic's parquet files, or a folder with a CSV or JSONL file and pictures.
+"""Reads the preference pairs of others: Pick-a-Pic's parquet files, or a folder with a CSV or JSONL file and images.
 
-Records are streamed; a field that is missing becomes an empty value, which the loader judges. What makes a whole file
-useless is refused.
+Records are streamed. A missing field becomes an empty value, which later counts as a fault of its record; a file that is
+useless as a whole is refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def open_source(source: str) -> Source:
     """The records of parquet files (a glob pattern), or of a CSV or JSONL file or the folder that has one.
 
     Raises:
-      UserError: there is nothing, or a file cannot be read, lacks a column, or names pictures outside of its folder.
+      UserError: there is nothing, or a file cannot be read, lacks a column, or names images outside of its folder.
     """
     source = os.path.expanduser(source)
     if Path(source).is_dir():
@@ -180,7 +180,7 @@ def _rows(path: Path) -> Iterator[Json]:
     lines = _lines(path)
     if path.suffix.lower() == ".csv":
         header = next(lines, "")
-        # As spreadsheets write it in half of Europe.
+        # Spreadsheets in many European languages write semicolons.
         sign = ";" if ";" in header and "," not in header else ","
         reader = csv.DictReader(itertools.chain([header], lines), strict=True, delimiter=sign)
         try:
@@ -222,7 +222,7 @@ def _number(value: object) -> float:
 
 
 def _inside(folder: Path, name: str) -> Path | None:
-    """The path of a picture, or None if it leads out of the folder, be it by a link."""
+    """The path of an image, or None if it leads out of the folder, also by a link."""
     if "\0" in name:
         return None
     path = Path(os.path.realpath(folder / name))

@@ -1,4 +1,4 @@
-"""Fetches files of the Hugging Face hub and of GitHub into the hub's cache; goes on where it stopped, and verifies.
+"""Fetches files of the Hugging Face hub and of GitHub into the hub's cache; resumes transfers, and verifies files.
 
     HF_HOME/hub/models--org--name/snapshots/<commit>/...    files of the hub, in its own layout (links to blobs/<hash>)
     HF_HOME/spo_jax/github/owner/repo/<commit>/...          files of GitHub
@@ -187,7 +187,7 @@ def fetch(remote: RemoteName, file: RemoteFile, *, again: bool = False) -> Path:
     for the same file: one fetches it. With ``again`` the file here is damaged, and stays until the new one has come.
 
     Raises:
-      UserError: it is not accessible, what came is not what it should be, or it cannot be written.
+      UserError: it is not accessible, has another size or checksum, or cannot be written.
       Unreachable: the server cannot be asked.
     """
     from huggingface_hub.utils import build_hf_headers
@@ -324,7 +324,7 @@ def _known_listing(remote: RemoteName) -> dict[str, RemoteFile] | None:
 def _ask_listing(remote: RemoteName) -> dict[str, RemoteFile]:
     def ask(api: Any) -> list[Any]:
         place = {"revision": remote.revision, "repo_type": remote.kind}
-        api.repo_info(remote.repo, timeout=_SILENCE, **place)  # says soon if there is no network
+        api.repo_info(remote.repo, timeout=_SILENCE, **place)  # fails soon without network
         return list(api.list_repo_tree(remote.repo, recursive=True, **place))
 
     files = []

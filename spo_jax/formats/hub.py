@@ -19,7 +19,7 @@ from spo_jax.formats.remote import RemoteName, parse_remote
 
 PREFIX = "emoji:"  # of the files of the emoji world, which ship with the package
 _EMOJI = Path(__file__).parents[1] / "emoji"
-MAX_STRENGTH = 1000  # of adapters; what is meant lies between -2 and 2
+MAX_STRENGTH = 1000  # of adapters; sensible ones are between -2 and 2
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

@@ -1,7 +1,7 @@
 """Reading LoRA files of others: diffusers, peft, the kohya trainer, OneTrainer; in safetensors or PyTorch's files.
 
-Whatever the layout, what is read is a dict of parts, ``{"unet": tree, "text_encoder": tree, "text_encoder_2": tree}``,
-of which those are missing that the file does not adapt. A tree holds float32 adapters, see ``models/lora.py``.
+Every layout is read as ``{"unet": tree, "text_encoder": tree, "text_encoder_2": tree}``, without the parts that the
+file does not adapt. A tree holds float32 adapters, see ``models/lora.py``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ part's tree, ``("down_blocks_0", "attentions_0", ..., "attn1", "to_out_0")``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import flax.traverse_util
@@ -107,19 +107,13 @@ def spellings(shapes: Mapping[str, PyTree]) -> dict[str, Layer]:
             if path[-1] != "kernel":
                 continue
             layer, module = Layer(part, path[:-1]), module_name(path[:-1])
-            for name in _names_inside(part, module, shapes):
+            # transformers 5 leaves out the first part of the names in text encoders.
+            other = unet_name(module, shapes[UNET]) if part == UNET else module.removeprefix("text_model.")
+            for name in (module, other):
                 dotted = [prefix + name for prefix in ("", *_DOTTED[part])]
                 underscored = [prefix + name.replace(".", "_") for prefix in _KOHYA[part]]
                 layers |= dict.fromkeys((*dotted, *underscored), layer)
     return layers
-
-
-def _names_inside(part: str, module: str, shapes: Mapping[str, PyTree]) -> Iterator[str]:
-    yield module
-    if part == UNET:
-        yield unet_name(module, shapes[UNET])
-    elif module.startswith("text_model."):  # which transformers 5 leaves out
-        yield module.removeprefix("text_model.")
 
 
 class Key(NamedTuple):

@@ -1,7 +1,7 @@
 """Configs of the models in a single file: the published ones, with the sizes of the file's arrays.
 
-Numbers of heads and of groups, the size of pictures and the noise schedule are not in the file: they are those of the
-published models, as diffusers takes them.
+The file does not tell the numbers of heads and of groups, the size of images and the noise schedule: they are those of
+the published models, as in diffusers.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ FIRST_CONVOLUTION = f"{UNET}input_blocks.0.0.weight"
 # What holds no information that is used here: averages of the UNet, of which diffusers reads none either; the noise
 # schedule; buffers of text encoders; projections and layers behind what Stable Diffusion takes from them; what the
 # autoencoder was trained with.
-_LEFT_OUT = re.compile(
+LEFT_OUT = re.compile(
     r"model_ema\..*|first_stage_model\.(model_ema|loss)\..*|denoiser\.sigmas"
     rf"|{V_PREDICTION}|{ZERO_SNR}"
     r"|betas|logvar|lvlb_weights|(log_one_minus_|sqrt_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?"
@@ -119,11 +119,6 @@ def originals(kind: str, part: str, shapes: PyTree) -> dict[tuple[str, ...], Ori
         )
 
     return {path: one(path, leaf) for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
-
-
-def is_left_out(key: str) -> bool:
-    """Whether a key of a single file holds nothing that is used here."""
-    return _LEFT_OUT.fullmatch(key) is not None
 
 
 def kind_of(path: Path, arrays: Mapping[str, StoredArray]) -> str:

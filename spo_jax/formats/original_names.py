@@ -1,8 +1,8 @@
 """Names of layers in the original checkpoints of Stable Diffusion, which single files and trainers keep.
 
-The original UNet counts through all blocks (``input_blocks.4.1...``); diffusers counts blocks, and layers in each. The
-original autoencoder counts its levels from the picture on, also on the way up. SD1.x and SDXL's first text encoder have
-transformers' names, SD2.x and SDXL's second one those of open_clip.
+The original UNet numbers the layers of all blocks through (``input_blocks.4.1...``); diffusers numbers blocks, and the
+layers in each. The original autoencoder numbers its levels from the image inwards, in the decoder too. SD1.x and SDXL's
+first text encoder have transformers' names, SD2.x and SDXL's second one those of open_clip.
 """
 
 from __future__ import annotations

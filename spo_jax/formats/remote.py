@@ -1,4 +1,4 @@
-"""Names of files that lie elsewhere, as a config or a command gives them.
+"""Names of files on the Hugging Face hub and on GitHub, as a config or a command gives them.
 
     org/name@<40 digits>[/path]                     a repository of the Hugging Face hub, or a folder or file in it
     org/name[@branch or tag][/path]                 the same; the commit is looked up once and written down
@@ -164,7 +164,7 @@ def _weights_in(folder: PurePosixPath, paths: Iterable[str], variant: str) -> li
         if match:
             forms.setdefault((match["variant"] or "", match["kind"]), []).append(path)
     variants = {name for name, _ in forms}
-    only = variants if len(variants) == 1 else ()  # what is there in one variant alone is read as that
+    only = variants if len(variants) == 1 else ()  # files of one variant alone are read without asking for it
     for name in (variant, "", *only):
         for kind in ("safetensors", "bin"):
             if (name, kind) in forms:

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from spo_jax.errors import UserError, notice
 from spo_jax.formats import names, original_configs
 from spo_jax.formats.json_files import Json, read_json
-from spo_jax.formats.original_layout import LAYOUTS, is_left_out, kind_of, originals
+from spo_jax.formats.original_layout import LAYOUTS, LEFT_OUT, kind_of, originals
 from spo_jax.formats.pipeline_files import INDEX, SCHEDULER, PipelineFiles, is_xl, tokenizer_of
 from spo_jax.formats.safetensors_io import index_safetensors, read_metadata
 from spo_jax.formats.stored import StoredArray
@@ -124,7 +124,9 @@ def _find(path: Path, kind: str, part: str, shapes: PyTree, arrays: dict[str, St
     left = [
         key
         for key in arrays
-        if key not in used and not is_left_out(key) and (key.startswith(prefix) or not key.startswith(tuple(whole)))
+        if key not in used
+        and not LEFT_OUT.fullmatch(key)
+        and (key.startswith(prefix) or not key.startswith(tuple(whole)))
     ]
     if left:
         listed = ", ".join(sorted(left)[:3]) + (", ..." if len(left) > 3 else "")

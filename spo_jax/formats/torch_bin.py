@@ -77,19 +77,15 @@ def index_torch_bin(path: Path) -> dict[str, StoredArray]:
       UserError: the file is missing or damaged, in the format before PyTorch 1.6, compressed, or holds anything but a
         dict of tensors (a trained optimizer, a whole model, an attack).
     """
-    return _index(path, nested=False)[0]
+    return index_training_checkpoint(path, nested=False)[0]
 
 
-def index_training_checkpoint(path: Path) -> tuple[dict[str, StoredArray], Json]:
+def index_training_checkpoint(path: Path, *, nested: bool = True) -> tuple[dict[str, StoredArray], Json]:
     """The tensors below ``"state_dict"``, as training programs write them, and the numbers and strings beside it.
 
-    Lists and dicts may be there too; objects of other kinds are refused. A file without that level, and errors, are as
-    of ``index_torch_bin``.
+    Lists and dicts may be there too; objects of other kinds are refused. A file without that level is as one of
+    ``index_torch_bin``, and so is any with ``nested=False``; errors are the same.
     """
-    return _index(path, nested=True)
-
-
-def _index(path: Path, *, nested: bool) -> tuple[dict[str, StoredArray], Json]:
     if not path.is_file():
         raise UserError(missing(path, "Weight file"))
     try:

@@ -1,10 +1,10 @@
-"""One HTTP transfer into a file: it goes on where the last one stopped, and takes nothing else for the file.
+"""One HTTP transfer into a file: it resumes the last one, and refuses whatever is not the file.
 
-what is here      what comes       what is done
+on disk           answer           what is done
 nothing           200              written from the start
 a part            206, the rest    appended
 a part            200, all of it   written from the start: the server knows no ranges
-any               another length, a web page, more than the file has: refused, and what is here stays
+any               another length, a web page, more than the file has: refused, and the file on disk stays
 """
 
 from __future__ import annotations

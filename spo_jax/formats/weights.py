@@ -67,8 +67,8 @@ def open_weights(folder: Path, stem: str, variant: str | None = None) -> Weights
     Args:
       folder: the model's folder.
       stem: of the file names, ``DIFFUSERS_STEM`` or ``TRANSFORMERS_STEM``.
-      variant: the name between stem and suffix, such as ``"fp16"`` in ``model.fp16.safetensors``. Where there is
-        nothing without a variant, and one variant, None takes that and says so.
+      variant: the name between stem and suffix, such as ``"fp16"`` in ``model.fp16.safetensors``. None takes files
+        without one, or else the only variant there is, with a notice.
 
     Raises:
       UserError: there is none of these files, or one of them, or a shard, is damaged or missing.

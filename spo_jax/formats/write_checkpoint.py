@@ -27,7 +27,7 @@ from spo_jax.formats.single_file import CLIP_VOCABULARY, config_folder
 from spo_jax.formats.stored import StoredArray
 from spo_jax.models.clip import CLIPTextTransformer
 
-_GELU = "gelu"  # the activation of open_clip's text encoders; the others' is quick_gelu
+_GELU = "gelu"  # the activation of open_clip's text encoders; others have quick_gelu
 
 
 class _Entry(NamedTuple):

@@ -34,7 +34,7 @@ _WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".msgpack", ".h5", ".onnx",
 
 
 def check_output_folder(out: str | Path) -> None:
-    """Refuses to write a folder where something is already."""
+    """Raises UserError if there is something at ``out`` already."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} exists and is not an empty folder; choose another name.")
@@ -119,7 +119,7 @@ def _copy_parts(
         folder = replaced.get(name, source / name)
         if folder.is_dir():
             files = _files_of(folder, part[0], variant, weights=name not in without)
-            if name in replaced:  # whatever else may lie in a folder of someone's own
+            if name in replaced:  # such a folder may hold other files of the user's
                 files = {path: to for path, to in files.items() if _holds_weights(path) or to == "config.json"}
             _copy(files, out / name)
         elif name in _OPTIONAL:
