@@ -1,7 +1,7 @@
 """Reads the preference pairs of others: Pick-a-Pic's parquet files, or a folder with a CSV or JSONL file and images.
 
-Records are streamed. A missing field becomes an empty value, which later counts as a fault of its record; a file that is
-useless as a whole is refused.
+Records are streamed. A missing field becomes an empty value, which later counts as a fault of its record; a file that
+is useless as a whole is refused.
 """
 
 from __future__ import annotations

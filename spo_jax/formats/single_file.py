@@ -120,14 +120,8 @@ def _find(path: Path, kind: str, part: str, shapes: PyTree, arrays: dict[str, St
             raise UserError(f"File {path}: {key!r} has the shape {stored.shape} where {wanted} belongs; get it again.")
         used.add(key)
         found[names.torch_key(tree_path)] = original.view(stored, ours)
-    whole = {prefix for _, prefix in LAYOUTS[kind].values()}
-    left = [
-        key
-        for key in arrays
-        if key not in used
-        and not LEFT_OUT.fullmatch(key)
-        and (key.startswith(prefix) or not key.startswith(tuple(whole)))
-    ]
+    others = tuple({other for _, other in LAYOUTS[kind].values()} - {prefix})
+    left = [key for key in arrays if key not in used and not LEFT_OUT.fullmatch(key) and not key.startswith(others)]
     if left:
         listed = ", ".join(sorted(left)[:3]) + (", ..." if len(left) > 3 else "")
         raise UserError(
