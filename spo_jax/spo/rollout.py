@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -33,17 +33,12 @@ class Rollout:
     score_std: jax.Array
 
 
-class SamplePairs(Protocol):
-    """Everything of sampling."""
-
-    def __call__(
-        self, params: dict[str, PyTree], trained: PyTree, prompts: PromptBatch, key: jax.Array
-    ) -> tuple[PreferencePairs, jax.Array]:
-        """Pairs [S, B, ...] and scores [E, B, k] of the B prompts. Everything of a prompt stays on its device."""
+# ``(params, trained, prompts, key) -> (pairs [S, B, ...], scores [E, B, k])``.
+SamplePairs = Callable[[dict[str, PyTree], PyTree, PromptBatch, jax.Array], tuple[PreferencePairs, jax.Array]]
 
 
 def make_pool(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, process: Process, mesh: Mesh) -> SamplePairs:
-    """The program that samples pools and makes pairs of them."""
+    """The program that samples pools and makes pairs of them; everything of a prompt stays on its device."""
     predict_guided = make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale)
     threshold = constant_threshold(config.pairs.threshold)
     sampling = config.sampling
