@@ -34,7 +34,9 @@ def test_the_example_is_the_true_preference_and_trains(example, monkeypatch):
     score = __import__("my_scorer").score
     np.testing.assert_allclose(score(images, None, None), colorfulness(images) / 10, rtol=1e-5)
 
-    result = run_in(example, command(example / "w", num_batches=1, scorer__fn="my_scorer:score", model=small_pipeline()))
+    result = run_in(
+        example, command(example / "w", num_batches=1, scorer__fn="my_scorer:score", model=small_pipeline())
+    )
     assert result.returncode == 0, result.stderr
     summary = json.loads((example / "w" / "summary.json").read_text(encoding="utf-8"))
     for model in ("base", "tuned"):
