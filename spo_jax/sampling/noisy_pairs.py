@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
 
 from spo_jax import rng
 from spo_jax.diffusion.guidance import make_guided_prediction
