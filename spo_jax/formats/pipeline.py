@@ -21,11 +21,12 @@ from spo_jax.formats.networks import PARTS, build
 from spo_jax.formats.parts import check_parts, check_vae, mended_unet, scheduler_of
 from spo_jax.formats.pipeline_files import PipelineFiles, open_folder, tokenizer_of
 from spo_jax.formats.single_file import open_single_file
-from spo_jax.formats.tokenizers import Tokenizer, check_lengths, read_tokenizer
+from spo_jax.formats.tokenizers import BlankTokenizer, check_lengths, read_tokenizer
 from spo_jax.formats.weights import TRANSFORMERS_STEM, Placement, open_file, open_weights, read_params
 from spo_jax.models import AutoencoderKL, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
 from spo_jax.models.clip import is_time_layer, with_identity_time_layers
 from spo_jax.models.published import CLIP_VIT_H
+from spo_jax.types import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _part_folder(part: str, path: Path) -> Path:
 
 
 def described(files: PipelineFiles, dtype: DTypeLike) -> Pipeline:
-    """The pipeline that its configs describe, with shapes for ``params`` and no tokenizers.
+    """The pipeline that its configs describe, with shapes for ``params`` and tokenizers that give blank ids.
 
     Raises:
       UserError: a config is not supported, or the parts do not fit each other.
@@ -152,14 +153,19 @@ def described(files: PipelineFiles, dtype: DTypeLike) -> Pipeline:
         networks["unet"] = mended_unet(networks["unet"], files.configs["unet"], files.source("unet"))
     return Pipeline(
         folder=files.path,
-        tokenizer=None,
         scheduler_config=scheduler_of(files.scheduler, files.source("scheduler"), sdxl=files.is_xl),
         params={part: shapes for part, (_, shapes) in built.items()},
         force_zeros_for_empty_prompt=files.is_xl and bool(files.index.get("force_zeros_for_empty_prompt", True)),
         replaced=files.replaced,
         variant=files.variant,
+        tokenizer=_blank(networks["text_encoder"]),
+        tokenizer_2=_blank(networks["text_encoder_2"]) if files.is_xl else None,
         **networks,
     )
+
+
+def _blank(text_encoder: CLIPTextModel) -> BlankTokenizer:
+    return BlankTokenizer(text_encoder.config.get("max_position_embeddings", 77))
 
 
 def read_pipeline(

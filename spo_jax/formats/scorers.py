@@ -1,4 +1,4 @@
-"""The scorer that a config or a command names: a preference model, a plain CLIP, or a function of the user's own."""
+"""Scorers by name: a user's own function, and the tokenizer that goes with a scorer."""
 
 from __future__ import annotations
 
@@ -10,54 +10,22 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import PyTree
 
 import spo_jax
 from spo_jax.errors import UserError
-from spo_jax.formats.pipeline import Pipeline, read_clip
-from spo_jax.formats.tokenizers import Tokenizer, fitted, read_tokenizer
-from spo_jax.formats.weights import Placement
-from spo_jax.preference.scorers import Scorer, make_clip_scorer, make_function_scorer
+from spo_jax.formats.tokenizers import fitted
+from spo_jax.preference.scorers import ImageScorer, make_function_scorer
+from spo_jax.types import Tokenizer
 
 _NOT_THE_USERS = re.compile(r"site-packages|^<frozen|" + re.escape(str(Path(spo_jax.__file__).parent)))
 
 
-def make_scorer(
-    path: str,
-    fn: str = "",
-    *,
-    key: str = "config.scorer.fn",
-    dtype: DTypeLike = jnp.float32,
-    sharding: Placement = None,
-) -> tuple[Scorer, PyTree]:
-    """The scorer and its parameters.
-
-    Args:
-      path: a CLIP, see ``read_clip``, also for ``dtype`` and ``sharding``; step-aware if its weights have time layers.
-      fn: ``"my_module:score"``, a function (see ``make_function_scorer``) that is taken instead; ``path`` is not read.
-      key: the option that gave ``fn``, for messages.
-
-    Raises:
-      UserError: there is no such model or function.
-    """
-    if fn:
-        return make_function_scorer(load_function(fn, key)), {}
-    clip, params = read_clip(path, step_aware=None, dtype=dtype, sharding=sharding)
-    return make_clip_scorer(clip), params
-
-
-def tokenizer_of(path: str, pipeline: Pipeline) -> Tokenizer:
-    """A scorer's tokenizer, at ``path``; the pipeline's first one if that is empty."""
-    return read_tokenizer(path) if path else pipeline.tokenizer
-
-
-def fitted_to(scorer: Scorer, tokenizer: Tokenizer) -> Tokenizer:
+def fitted_to(scorer: ImageScorer, tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer of a scorer's texts, see ``tokenizers.fitted``; a function takes any."""
     return tokenizer if scorer.tower is None else fitted(tokenizer, scorer.tower)
 
 
-def load_function(name: str, key: str = "config.scorer.fn") -> Callable[..., jax.Array]:
+def load_function(name: str, key: str = "config.scorer.fn") -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """The function ``"my_module:score"``, imported from the working directory or from what is installed.
 
     Raises:

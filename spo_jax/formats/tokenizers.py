@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+
 from spo_jax.errors import UserError, first_line
 from spo_jax.formats.hub import local, missing, resolve_model
 from spo_jax.models.clip import CLIPTextTransformer
+from spo_jax.types import Tokenizer
 
-Tokenizer: TypeAlias = Any  # transformers.CLIPTokenizer, whose module takes seconds to import
+ClipTokenizer: TypeAlias = Any  # transformers.CLIPTokenizer, whose module takes seconds to import
 Tokens: TypeAlias = Any  # int32 [B, L], of numpy: the compiled programs take it as a jax.Array
 _NAMED = 3  # texts that a warning quotes
 _QUOTED = 200  # characters of each
@@ -27,7 +30,17 @@ class Tokenized(Protocol):
     def tokenizer_2(self) -> Tokenizer | None: ...
 
 
-def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None) -> Tokenizer:
+class BlankTokenizer:
+    """Stands for a tokenizer where only shapes count."""
+
+    def __init__(self, length: int) -> None:
+        self.model_max_length = length
+
+    def __call__(self, texts: list[str], **_options: object) -> dict[str, np.ndarray]:
+        return {"input_ids": np.zeros((len(texts), self.model_max_length), np.int32)}
+
+
+def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None) -> ClipTokenizer:
     """The CLIP tokenizer in ``folder``, local or on the hub (see ``resolve_model``), fitted to a tower if one is given.
 
     Raises:
@@ -52,7 +65,7 @@ def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None)
     return tokenizer if tower is None else fitted(tokenizer, tower)
 
 
-def fitted(tokenizer: Tokenizer, tower: CLIPTextTransformer) -> Tokenizer:
+def fitted(tokenizer: ClipTokenizer, tower: CLIPTextTransformer) -> ClipTokenizer:
     """The tokenizer with texts no longer than the table of positions of the tower that reads its ids.
 
     Raises:
@@ -80,7 +93,7 @@ def fitted(tokenizer: Tokenizer, tower: CLIPTextTransformer) -> Tokenizer:
     return tokenizer
 
 
-def check_lengths(tokenizers: Mapping[str, Tokenizer]) -> None:
+def check_lengths(tokenizers: Mapping[str, ClipTokenizer]) -> None:
     """Raises UserError if the text encoders of a pipeline would give sequences of different lengths."""
     lengths = {name: tokenizer.model_max_length for name, tokenizer in tokenizers.items()}
     if len(set(lengths.values())) > 1:
@@ -107,14 +120,14 @@ def tokenize_prompts(pipeline: Tokenized, texts: list[str]) -> tuple[Tokens, ...
     return tuple(tokenize(tokenizer, texts) for tokenizer in tokenizers_of(pipeline))
 
 
-def cut_off(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
+def cut_off(tokenizer: ClipTokenizer, texts: list[str]) -> list[str]:
     """The end of each text that has no place in the tokenizer's length, as diffusers names it; empty if all has."""
     length = tokenizer.model_max_length
     all_ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []
     return [tokenizer.decode(ids[length - 1 : -1]) if len(ids) > length else "" for ids in all_ids]
 
 
-def cut_warning(tokenizers: Sequence[Tokenizer], texts: Sequence[str], what: str = "prompts") -> str | None:
+def cut_warning(tokenizers: Sequence[ClipTokenizer], texts: Sequence[str], what: str = "prompts") -> str | None:
     """A warning about texts that are longer than one of the tokenizers takes; None if there are none.
 
     It tells how many of the different texts, called ``what``, these are, and what is cut off of the first.

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from spo_jax.distributed.offload import in_host_memory
+from spo_jax.distributed.sharding import weight_shardings
 from spo_jax.errors import UserError
 from spo_jax.formats.base import Base
-from spo_jax.formats.hub import find_file, local, repository_of
+from spo_jax.formats.hub import exists, find_file, local, repository_of, with_strength
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.networks import build
 from spo_jax.formats.pipeline import Pipeline, described, for_run
@@ -24,8 +25,9 @@ from spo_jax.formats.pipeline_files import open_folder
 from spo_jax.formats.remote import is_weight_file
 from spo_jax.formats.single_file import open_single_file
 from spo_jax.models import CLIPModel, published
-
-Place = Callable[[tuple[str, ...], tuple[int, ...]], Sharding]
+from spo_jax.runs.assembly import Place, sharded
+from spo_jax.runs.state import TrainState
+from spo_jax.types import Tokenizer
 
 
 def placed(shapes: PyTree, place: Place, prefix: tuple[str, ...] = ()) -> PyTree:
@@ -47,7 +49,7 @@ def pipeline_shapes(
     width: int | None = None,
     remat: bool = False,
 ) -> Pipeline:
-    """What ``read_base`` gives, with ``jax.ShapeDtypeStruct`` for parameters and without tokenizers.
+    """What ``read_base`` gives, with ``jax.ShapeDtypeStruct`` for parameters and blank tokenizers.
 
     Configs are those of local models and of the hub's cache, or else those of published models, which ship with the
     package. ``place`` tells where each parameter lies, by its path in ``Pipeline.params`` and its shape.
@@ -143,3 +145,42 @@ def device_bytes(tree: PyTree) -> int:
         return int(jnp.dtype(leaf.dtype).itemsize) * math.prod(shape)
 
     return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+
+
+class Shapes:
+    """See ``assembly.Load``: networks by their configs alone."""
+
+    def pipeline(self, base: Base, dtype: DTypeLike, place: Place) -> Pipeline:
+        """See ``pipeline_shapes``."""
+        return pipeline_shapes(base, dtype, place)
+
+    def clip(
+        self,
+        name: str,
+        part: str,
+        place: Place,
+        *,
+        dtype: DTypeLike,
+        params_dtype: DTypeLike | None = None,
+        step_aware: bool | None = None,
+    ) -> tuple[CLIPModel, PyTree]:
+        """``clip_shapes``; where the weights would tell, only a CLIP that is known by its name is taken as plain."""
+        options = {"step_aware": step_aware is not False, "known_plain": step_aware is None}
+        return clip_shapes(name, dtype, place, what=part, params_dtype=params_dtype, **options)
+
+    def tokenizer(self, name: str, default: Tokenizer) -> Tokenizer:
+        """The default, which is blank."""
+        return default
+
+    def prompts(self, name: str, limit: int | None = None) -> list[str]:
+        """Blank ones, as many as there may be."""
+        return [""] * (limit or 1)
+
+    def adapters(self, name: str) -> str:
+        """None where they are not here: mostly the shapes are those of fresh adapters."""
+        return name if exists(with_strength(name)[0]) else ""
+
+    def state(self, make: Callable[[PyTree], TrainState], params: PyTree, mesh: Mesh) -> TrainState:
+        """Shapes of the state."""
+        state = jax.eval_shape(make, params)
+        return sharded(state, weight_shardings(mesh, state))
