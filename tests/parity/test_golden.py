@@ -14,15 +14,9 @@ from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.formats import names
 from spo_jax.formats.json_files import read_json
 from spo_jax.formats.lora import read_lora
-<<<<<<< HEAD
-from spo_jax.formats.pipeline import read_clip, read_text_encoder, read_unet, read_vae
-from spo_jax.preference.losses import preference_loss
-from spo_jax.preference.pairs import compare, make_pairs
-=======
 from spo_jax.formats.pipeline import read_clip, read_text_encoder, read_unet, read_vae
 from spo_jax.preference.losses import OBJECTIVES, LossOptions, PairOutputs, preference_loss
 from spo_jax.preference.pairs import compare, constant_threshold, make_pairs
->>>>>>> main
 from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.spo.update import make_loss, pair_losses
 from spo_jax.types import PreferencePairs, PromptBatch
