@@ -35,7 +35,7 @@ FAST = {
     "runs": ("test_artifacts.py", "test_metrics.py", "test_recorded_checkpoint.py"),
     "spm": ("test_spm_report.py",),
     "spo": ("test_exchange.py", "test_report.py"),
-    "system": ("test_processes.py",),
+    "system": ("test_processes.py", "test_wheel.py"),
 }
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -56,5 +56,5 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what is fast."""
     for item in items:
-        if _is_fast(item.path):
+        if _is_fast(item.path) and item.get_closest_marker("slow") is None:
             item.add_marker("fast")
