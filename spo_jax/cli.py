@@ -103,6 +103,11 @@ def config_path(value: str) -> str:
     return f"{shipped[name]}{colon}{argument}"
 
 
+def read_config(value: str) -> ConfigDict:
+    """The config that ``--config=value`` gives, for use in Python; see ``config_path``. Keys can be set, not added."""
+    return config_flags.ConfigFileFlagParser("config").parse(config_path(value))
+
+
 def workdir_of(flag: flags.FlagHolder) -> Path:
     """The folder behind a ``--workdir`` flag; UserError if it is missing or empty."""
     if not flag.value:

@@ -131,6 +131,16 @@ def test_a_shipped_config_takes_an_argument(parse, monkeypatch, tmp_path):
     assert parse("--config=configs/sd15.py:16gb")["config"].value.to_dict() == small.to_dict()
 
 
+def test_a_config_is_read_in_python_as_by_the_flag(parse, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = cli.read_config("sd15:16gb")
+    assert config.to_dict() == parse("--config=sd15:16gb")["config"].value.to_dict()
+    with pytest.raises(AttributeError):
+        config.no_such_key = 1
+    with pytest.raises(UserError, match="'sd16' is neither"):
+        cli.read_config("sd16")
+
+
 def test_every_shipped_config_has_a_name():
     assert set(cli.shipped_configs()) == {path.stem for path in (ROOT / "configs").glob("*.py")}
 
