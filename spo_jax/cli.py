@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import os
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -105,7 +106,8 @@ def config_path(value: str) -> str:
 
 def read_config(value: str) -> ConfigDict:
     """The config that ``--config=value`` gives, for use in Python; see ``config_path``. Keys can be set, not added."""
-    return config_flags.ConfigFileFlagParser("config").parse(config_path(value))
+    path, colon, argument = config_path(value).partition(":")
+    return runpy.run_path(path)["get_config"](*[argument] if colon else []).lock()
 
 
 def workdir_of(flag: flags.FlagHolder) -> Path:
