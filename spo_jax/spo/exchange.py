@@ -6,13 +6,13 @@ The order of the pairs is one random permutation over all devices, so a minibatc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Int, PyTree
 
 from spo_jax import rng
 from spo_jax.distributed.mesh import AXES, constrain_batch
@@ -26,21 +26,31 @@ def arrange(key: jax.Array, valid: jax.Array, scores: jax.Array) -> tuple[jax.Ar
     return order, num_valid, scores.mean(), scores.std()
 
 
-def make_exchange(mesh: Mesh, minibatch_size: int) -> Callable[..., tuple[PromptBatch, PreferencePairs, jax.Array]]:
-    """``exchange(prompts, pairs, order, count, start) -> (prompts, pairs, mask)``: one minibatch.
+class Exchange(Protocol):
+    """From B prompts and their pairs [S, B, ...] to one minibatch of P pairs."""
 
-    Args:
-      mesh: the devices; B prompts and P = ``minibatch_size`` pairs are split over all of them.
-      minibatch_size: P.
+    def __call__(
+        self,
+        prompts: PromptBatch,
+        pairs: PreferencePairs,
+        order: Int[Array, " s*b"],
+        count: Int[Array, ""],
+        start: Int[Array, ""],
+    ) -> tuple[PromptBatch, PreferencePairs, Bool[Array, " p"]]:
+        """Pairs ``order[start : start + P]``, [P, ...], with the prompt of each (without the scorer's text).
 
-    Returns:
-      A function of the B prompts, their pairs [S, B, ...], ``order`` and ``count`` of ``compact``, and the place in the
-      order where the minibatch starts. It gives pairs ``order[start : start + P]``, [P, ...], with the prompt of each
-      (without the preference model's text), and which of them exist: behind ``count`` rows only fill up. It raises
-      AssertionError where pairs, prompts or order are not of the same S steps and B prompts.
-    """
+        ``order`` and ``count`` are those of ``compact``. The mask says which of the pairs exist: behind ``count`` rows
+        only fill up.
 
-    def give(pairs: PreferencePairs, rows: Any, index: jax.Array) -> Any:
+        Raises:
+          AssertionError: pairs, prompts or order are not of the same S steps and B prompts.
+        """
+
+
+def make_exchange(mesh: Mesh, minibatch_size: int) -> Exchange:
+    """The exchange of a mesh; B prompts and P = ``minibatch_size`` pairs are split over all of its devices."""
+
+    def give(pairs: PreferencePairs, rows: PyTree, index: jax.Array) -> PyTree:
         """On one device: adds what it has of the minibatch to what the others have, and keeps its share."""
         local_size = pairs.timesteps.shape[1]
         step, prompt = jnp.divmod(index, local_size * mesh.size)
@@ -68,8 +78,7 @@ def make_exchange(mesh: Mesh, minibatch_size: int) -> Callable[..., tuple[Prompt
         index = order[jnp.minimum(position, order.shape[0] - 1)]
         rows = (prompts.embeddings, prompts.added)
         minibatch, (embeddings, added) = given(dataclasses.replace(pairs, valid=None), rows, index)
-        no_text: Any = None
-        taken = dataclasses.replace(prompts, embeddings=embeddings, added=added, scorer_text=no_text)
+        taken = dataclasses.replace(prompts, embeddings=embeddings, added=added, scorer_text=None)
         return taken, minibatch, constrain_batch(mesh, position < count)
 
     return exchange
