@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -20,28 +21,23 @@ class Denoiser(Protocol):
         """The output for latents [n, h, w, c] at timesteps [n], context [n, L, D] -> [n, h, w, c]."""
 
 
-class GuidedPrediction(Protocol):
-    """What sampling and losses call: one output for each of n latents and their prompts."""
-
-    def __call__(
-        self,
-        variables: PyTree,
-        latents: Float[Array, "n h w c"],
-        timesteps: Num[Array, " n"],
-        prompts: PromptBatch,
-    ) -> Float[Array, "n h w c"]:
-        """The guided output, float32; ``prompts`` has n rows. Gradients flow through both halves."""
+# ``(variables, latents [n, h, w, c], timesteps [n], prompts of n rows) -> float32 [n, h, w, c]``.
+GuidedPrediction = Callable[[PyTree, jax.Array, jax.Array, PromptBatch], jax.Array]
 
 
 def make_guided_prediction(denoiser: Denoiser, guidance_scale: float) -> GuidedPrediction:
     """``uncond + w (text - uncond)``, both in one batch; with w = 1 that is ``text``, and there is no second half.
+
+    Gradients flow through both halves.
 
     Args:
       denoiser: the network.
       guidance_scale: w.
     """
 
-    def predict(variables: PyTree, latents: jax.Array, timesteps: jax.Array, prompts: PromptBatch) -> jax.Array:
+    def predict(
+        variables: PyTree, latents: Float[Array, "n h w c"], timesteps: Num[Array, " n"], prompts: PromptBatch
+    ) -> Float[Array, "n h w c"]:
         if guidance_scale == 1.0:
             added = () if prompts.added is None else (prompts.added,)
             return denoiser(variables, latents, timesteps, prompts.embeddings, *added).astype(jnp.float32)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,20 +36,10 @@ class Measured(NamedTuple):
     scores: dict[str, np.ndarray]
 
 
-class MeasureBatch(Protocol):
-    """Samples some of N prompts and scores the images."""
-
-    def __call__(
-        self,
-        params: dict[str, PyTree],
-        variables: PyTree,
-        prompts: PromptBatch,
-        texts: Texts,
-        key: jax.Array,
-        numbers: Int[Array, " b"],
-        /,
-    ) -> tuple[Float[Array, "b H W 3"], dict[str, jax.Array]]:
-        """Images in [-1, 1] and their scores [b] by metric; ``numbers`` are the prompts' places among all N."""
+# ``(params, UNet's variables, prompts, texts, key, numbers [B]) -> (images, scores [B] by metric)``.
+MeasureBatch = Callable[
+    [dict[str, PyTree], PyTree, PromptBatch, Texts, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]
+]
 
 
 def make_measure_batch(
@@ -71,7 +61,7 @@ def make_measure_batch(
       chunk: images that a device decodes and scores at a time, at most; 0 for its share of the batch.
 
     Returns:
-      A function in which a prompt's noise depends on the key and its number alone.
+      A function of B of the N prompts and their numbers, which with the key decide their noise.
     """
     sample_latents, decode = make_sample(pipeline, schedule, options), make_decode(pipeline)
     shape = pipeline.latent_shape
@@ -82,8 +72,8 @@ def make_measure_batch(
         prompts: PromptBatch,
         texts: Texts,
         key: jax.Array,
-        numbers: jax.Array,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        numbers: Int[Array, " b"],
+    ) -> tuple[Float[Array, "b H W 3"], dict[str, jax.Array]]:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
         initial = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "initial"), shape))(keys)
         noise = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,11 @@ from spo_jax.types import Tokenizer
 EncodeText = Callable[[dict[str, PyTree], jax.Array], jax.Array]  # (params, tokens int [n, L]) -> [n, ...]
 
 
-class ScoreImages(Protocol):
-    """Scores some of N images, one for each prompt."""
-
-    def __call__(
-        self,
-        params: dict[str, PyTree],
-        images: Float[Array, "n H W 3"],
-        texts: Shaped[Array, "N ..."] | None,
-        numbers: Int[Array, " n"],
-    ) -> Shaped[Array, " n"]:
-        """A number or truth value for each image in [-1, 1]; ``numbers`` are their prompts' places among all N."""
+# ``(params, images in [-1, 1], texts of all N prompts, numbers) -> scores``, numbers or truth values; ``numbers`` are
+# the places of the images' prompts among all N.
+ScoreImages = Callable[
+    [dict[str, PyTree], Float[Array, "n H W 3"], Shaped[Array, "N ..."] | None, Int[Array, " n"]], Shaped[Array, " n"]
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -47,36 +47,13 @@ class PairAccuracy:
     gain: dict[str, Difference]
 
 
-class MeasurePairs(Protocol):
-    """Counts of one batch of pairs at one timestep."""
-
-    def __call__(
-        self,
-        params: dict[str, PyTree],
-        images: UInt8[Array, "b 2 H W 3"],
-        labels: Float[Array, "b 2"],
-        weights: Float[Array, " b"],
-        prompts: PromptBatch,
-        texts: dict[str, jax.Array],
-        timestep: Int[Array, ""],
-        positions: UInt[Array, " b"],
-        key: jax.Array,
-        /,
-    ) -> PairAccuracy:
-        """Sums over the pairs whose weight is not 0.
-
-        ``params`` has the base model's parts and those of the scorers, by name, under ``"scorers"``; ``texts`` are the
-        captions by scorer. The key and a pair's position decide its noise, whatever the batch.
-        """
-
-
 class AccuracyPrograms(NamedTuple):
     """What a measurement computes, compiled once for all timesteps.
 
     Attributes:
       encode_captions: an ``EncodeCaptions``.
       encode_texts: ``(scorers' parameters, tokens) -> texts``, all of them by scorer.
-      measure_pairs: a ``MeasurePairs``.
+      measure_pairs: ``(params, images, labels, weights, prompts, texts, timestep, positions, key) -> PairAccuracy``.
     """
 
     encode_captions: jax.stages.Wrapped
@@ -102,13 +79,13 @@ def make_accuracy_programs(
 
     def measure_pairs(
         params: dict[str, PyTree],
-        images: jax.Array,
-        labels: jax.Array,
-        weights: jax.Array,
+        images: UInt8[Array, "b 2 H W 3"],
+        labels: Float[Array, "b 2"],
+        weights: Float[Array, " b"],
         prompts: PromptBatch,
         texts: dict[str, jax.Array],
-        timestep: jax.Array,
-        positions: jax.Array,
+        timestep: Int[Array, ""],
+        positions: UInt[Array, " b"],
         key: jax.Array,
     ) -> PairAccuracy:
         timesteps = jnp.full((len(images),), timestep)
@@ -150,7 +127,7 @@ def measure_accuracy(
 
     Args:
       made: see there.
-      params: as ``MeasurePairs`` takes them.
+      params: the base model's parts, and those of the scorers, by name, under ``"scorers"``.
       batches: of this process; rows of weight 0 do not count.
       timesteps: where to measure.
       key: of the noise.

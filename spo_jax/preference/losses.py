@@ -10,7 +10,7 @@ log-probability.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import chex
 import flax.struct
@@ -66,11 +66,7 @@ class PairErrors:
     lose_reference: jax.Array
 
 
-class PairObjective(Protocol):
-    """An objective on a sampled pair."""
-
-    def __call__(self, process: Process, outputs: PairOutputs, pair: PreferencePairs, options: LossOptions) -> PairLoss:
-        """The loss of one pair, from what the networks give for it."""
+PairObjective = Callable[[Process, PairOutputs, PreferencePairs, LossOptions], PairLoss]  # of one sampled pair
 
 
 class Objective(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import chex
 import jax
@@ -41,13 +41,8 @@ class ImageScorer(NamedTuple):
     tower: CLIPTextTransformer | None = None
 
 
-class ScoreCandidates(Protocol):
-    """Scores the candidates of one step."""
-
-    def __call__(
-        self, params: dict[str, PyTree], candidates: Candidates, text: Shaped[Array, "b ..."]
-    ) -> Float[Array, "b k"]:
-        """Scores of B prompts' k candidates each; ``text`` has a row for each prompt."""
+# Scores of B prompts' k candidates each; the text has a row for each prompt.
+ScoreCandidates = Callable[[dict[str, PyTree], Candidates, Shaped[Array, "b ..."]], Float[Array, "b k"]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +21,8 @@ Tokens = tuple[Ids, ...]  # int32 [B, L] for each text encoder of a pipeline
 EncodeCaptions = Callable[[PyTree, Tokens], PromptBatch]
 
 
-class Encode(Protocol):
-    """Text encoders of a pipeline, and the text of a scorer, as one function."""
-
-    def __call__(
-        self,
-        params: PyTree,
-        tokens: Tokens,
-        negative_tokens: Tokens | None,
-        scorer_tokens: Ids | None,
-    ) -> PromptBatch:
-        """The prompts of ``tokens`` [B, L], with the negative prompt of ``negative_tokens`` [1, L] for all of them.
-
-        Without negative tokens the negative embeddings are zeros.
-        """
+# ``(params, tokens, negative tokens, scorer tokens) -> PromptBatch``; without negative tokens (None) those are zeros.
+Encode = Callable[[PyTree, Tokens, Tokens | None, Ids | None], PromptBatch]
 
 
 def make_encode(pipeline: Pipeline, scorer: Scorer | None = None) -> Encode:

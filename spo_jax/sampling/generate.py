@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,35 +29,12 @@ class SamplingOptions:
     solver: str = "ddim"
 
 
-class SampleLatents(Protocol):
-    """A plain sampler of a pipeline's UNet."""
-
-    def __call__(
-        self,
-        variables: PyTree,
-        prompts: PromptBatch,
-        initial: Float[Array, "b h w c"],
-        noise: Float[Array, "n b h w c"] | None = None,
-    ) -> Float[Array, "b h w c"]:
-        """Final latents.
-
-        ``variables`` are the UNet's: ``{"params": ...}``, with ``"lora"`` for a tuned model. ``noise``, of N steps, may
-        be None when ``eta`` is 0.
-        """
+# ``(variables of the UNet, prompts, x_T, noise of the N steps or None) -> latents [B, h, w, c]``.
+SampleLatents = Callable[[PyTree, PromptBatch, jax.Array, jax.Array | None], jax.Array]
 
 
-class Generate(Protocol):
-    """``SampleLatents`` and the decoder; ``params`` has ``"vae"``."""
-
-    def __call__(
-        self,
-        params: dict[str, PyTree],
-        variables: PyTree,
-        prompts: PromptBatch,
-        initial: Float[Array, "b h w c"],
-        noise: Float[Array, "n b h w c"] | None = None,
-    ) -> Float[Array, "b H W 3"]:
-        """Images, about in [-1, 1]."""
+# The same with the parameters before it, of which it reads ``"vae"``: images [B, H, W, 3].
+Generate = Callable[[dict[str, PyTree], PyTree, PromptBatch, jax.Array, jax.Array | None], jax.Array]
 
 
 def make_decode(pipeline: Pipeline) -> Decode:
@@ -73,12 +49,18 @@ def make_decode(pipeline: Pipeline) -> Decode:
 
 
 def make_sample(pipeline: Pipeline, schedule: Schedule, options: SamplingOptions) -> SampleLatents:
-    """The sampler of a pipeline."""
+    """The sampler of a pipeline.
+
+    The UNet's variables are ``{"params": ...}``, with ``"lora"`` for a tuned model. The noise may be None if eta is 0.
+    """
     predict_guided = make_guided_prediction(pipeline.unet.apply, options.guidance_scale)
 
     def sample_latents(
-        variables: PyTree, prompts: PromptBatch, initial: jax.Array, noise: jax.Array | None = None
-    ) -> jax.Array:
+        variables: PyTree,
+        prompts: PromptBatch,
+        initial: Float[Array, "b h w c"],
+        noise: Float[Array, "n b h w c"] | None,
+    ) -> Float[Array, "b h w c"]:
         def predict(latents: jax.Array, timestep: jax.Array) -> jax.Array:
             return predict_guided(variables, latents, jnp.full((latents.shape[0],), timestep), prompts)
 
@@ -98,7 +80,7 @@ def make_generate(pipeline: Pipeline, schedule: Schedule, options: SamplingOptio
         variables: PyTree,
         prompts: PromptBatch,
         initial: jax.Array,
-        noise: jax.Array | None = None,
+        noise: jax.Array | None,
     ) -> jax.Array:
         return decode(params, sample_latents(variables, prompts, initial, noise))
 

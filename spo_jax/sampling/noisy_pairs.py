@@ -7,7 +7,7 @@ step. Everything here is a function of its arguments; no gradient flows into the
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +21,8 @@ from spo_jax.formats.pipeline import Pipeline
 from spo_jax.sampling.generate import make_decode
 from spo_jax.types import PromptBatch
 
-
-class PredictClean(Protocol):
-    """The base model's one-step prediction of the images of pairs."""
-
-    def __call__(
-        self,
-        params: dict[str, PyTree],
-        images: UInt8[Array, "b 2 H W 3"],
-        prompts: PromptBatch,
-        timesteps: Int[Array, " b"],
-        keys: Shaped[Array, " b"],
-    ) -> Float[Array, "b 2 H W 3"]:
-        """Images about in [-1, 1], float32.
-
-        ``params`` has ``"unet"`` and ``"vae"``, ``prompts`` b rows; each pair has its own key, so that its noise does
-        not depend on the batch that it is in.
-        """
+# ``(params, images, prompts, timesteps, keys) -> images float32 [B, 2, H, W, 3]``, about in [-1, 1].
+PredictClean = Callable[[dict[str, PyTree], jax.Array, PromptBatch, jax.Array, jax.Array], jax.Array]
 
 
 def make_predict_clean(pipeline: Pipeline, process: Process, guidance_scale: float, chunk: int = 0) -> PredictClean:
@@ -49,6 +34,10 @@ def make_predict_clean(pipeline: Pipeline, process: Process, guidance_scale: flo
       guidance_scale: w of classifier-free guidance.
       chunk: pairs that go through autoencoder and UNet at a time, a divisor of b and a multiple of the number of
         devices; 0 for all of them. The numbers are the same.
+
+    Returns:
+      A function of ``params`` (``"unet"``, ``"vae"``), images, prompts of b rows, timesteps, and a key for each pair:
+      so its noise does not depend on the batch that it is in.
     """
     predict_guided = make_guided_prediction(pipeline.unet.apply, guidance_scale)
     decode = make_decode(pipeline)
@@ -64,12 +53,8 @@ def make_predict_clean(pipeline: Pipeline, process: Process, guidance_scale: flo
         return (mean + jnp.exp(0.5 * log_variance) * noise) * vae.scaling_factor
 
     def predict_together(
-        params: dict[str, PyTree],
-        images: UInt8[Array, "b 2 H W 3"],
-        prompts: PromptBatch,
-        timesteps: Int[Array, " b"],
-        keys: jax.Array,
-    ) -> Float[Array, "b 2 H W 3"]:
+        params: dict[str, PyTree], images: jax.Array, prompts: PromptBatch, timesteps: jax.Array, keys: jax.Array
+    ) -> jax.Array:
         latents = encode(params, images, keys)
         noise = jax.vmap(lambda key: jax.random.normal(rng.stream(key, "noise"), latents.shape[2:]))(keys)
         noisy = jax.vmap(process.add_noise)(latents, noise[:, None], timesteps)
@@ -82,8 +67,12 @@ def make_predict_clean(pipeline: Pipeline, process: Process, guidance_scale: flo
         return clean.reshape(-1, 2, *clean.shape[1:])
 
     def predict_clean(
-        params: dict[str, PyTree], images: jax.Array, prompts: PromptBatch, timesteps: jax.Array, keys: jax.Array
-    ):
+        params: dict[str, PyTree],
+        images: UInt8[Array, "b 2 H W 3"],
+        prompts: PromptBatch,
+        timesteps: Int[Array, " b"],
+        keys: Shaped[Array, " b"],
+    ) -> Float[Array, "b 2 H W 3"]:
         def some(rows: PyTree) -> jax.Array:
             images, (embeddings, added), timesteps, keys = rows
             some_prompts = dataclasses.replace(prompts, embeddings=embeddings, added=added)

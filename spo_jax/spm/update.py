@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -41,17 +41,8 @@ class SPMMetrics:
     grad_norm: jax.Array
 
 
-class SPMUpdate(Protocol):
-    """A step on a minibatch."""
-
-    def __call__(
-        self, state: TrainState, frozen: dict[str, PyTree], pairs: LabelledPairs, key: jax.Array
-    ) -> tuple[TrainState, SPMMetrics]:
-        """The next state.
-
-        ``frozen`` has the base model's parts and maybe ``"labeller"``; ``key`` is the root key of the run's pairs:
-        timestep and noise of a pair are named by its place in the stream of records.
-        """
+# ``(state, frozen parameters, pairs, root key of the run's pairs) -> (state, metrics)``.
+SPMUpdate = Callable[[TrainState, dict[str, PyTree], LabelledPairs, jax.Array], tuple[TrainState, SPMMetrics]]
 
 
 class SeenPairs(NamedTuple):
@@ -104,6 +95,10 @@ def make_spm_update(
       seen: how pairs are seen; each gets one of the timesteps.
       optimizer: acts on the preference model's parameters.
       relabel: gives the pairs new labels, with the parameters ``frozen["labeller"]``.
+
+    Returns:
+      A function of the state, the base model's parameters and maybe the labeller's, a global batch, and a key: timestep
+      and noise of a pair are named by its place in the stream of records.
     """
 
     def update(

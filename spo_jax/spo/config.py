@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     # A preference model or a plain CLIP such as PickScore, as a folder, a weight file of a ViT-H/14, or
     # org/name@commit. Whether it is told the timestep is read from its weights.
     c.scorer.path = "scorer"
-    c.scorer.fn = ""  # "my_module:score", a function of your own instead of scorer.path; see docs/judges.md
+    c.scorer.fn = ""  # "my_module:score", a function of your own instead of scorer.path; see docs/scorers.md
     c.scorer.tokenizer = ""  # its tokenizer; empty: the pipeline's first one
     c.scorer.step_aware = True  # False tells it t = 0 at every step (ablation)
     c.scorer.chunk = 0  # pictures that a device decodes and scores at a time, at most; 0: all that it has

@@ -6,7 +6,7 @@ The order of the pairs is one random permutation over all devices, so a minibatc
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
 
 import chex
 import jax
@@ -26,29 +26,20 @@ def arrange(key: jax.Array, valid: jax.Array, scores: jax.Array) -> tuple[jax.Ar
     return order, num_valid, scores.mean(), scores.std()
 
 
-class Exchange(Protocol):
-    """From B prompts and their pairs [S, B, ...] to one minibatch of P pairs."""
-
-    def __call__(
-        self,
-        prompts: PromptBatch,
-        pairs: PreferencePairs,
-        order: Int[Array, " s*b"],
-        count: Int[Array, ""],
-        start: Int[Array, ""],
-    ) -> tuple[PromptBatch, PreferencePairs, Bool[Array, " p"]]:
-        """Pairs ``order[start : start + P]``, [P, ...], with the prompt of each (without the scorer's text).
-
-        ``order`` and ``count`` are those of ``compact``. The mask says which of the pairs exist: behind ``count`` rows
-        only fill up.
-
-        Raises:
-          AssertionError: pairs, prompts or order are not of the same S steps and B prompts.
-        """
+# ``(prompts, pairs [S, B, ...], order, count, start) -> (prompts, pairs [P, ...], mask)``, see ``make_exchange``.
+Exchange = Callable[
+    [PromptBatch, PreferencePairs, jax.Array, jax.Array, jax.Array], tuple[PromptBatch, PreferencePairs, jax.Array]
+]
 
 
 def make_exchange(mesh: Mesh, minibatch_size: int) -> Exchange:
-    """The exchange of a mesh; B prompts and P = ``minibatch_size`` pairs are split over all of its devices."""
+    """From B prompts and their pairs to one minibatch of P = ``minibatch_size`` pairs, all split over the devices.
+
+    Returns:
+      A function that gives pairs ``order[start : start + P]`` with the prompt of each (without the scorer's text), and
+      which of them exist: behind ``count`` rows only fill up. ``order`` and ``count`` are those of ``compact``. It
+      raises AssertionError where pairs, prompts or order are not of the same S steps and B prompts.
+    """
 
     def give(pairs: PreferencePairs, rows: PyTree, index: jax.Array) -> PyTree:
         """On one device: adds what it has of the minibatch to what the others have, and keeps its share."""
@@ -69,7 +60,13 @@ def make_exchange(mesh: Mesh, minibatch_size: int) -> Exchange:
     spread, by_prompt, everywhere = (PartitionSpec(*axes) for axes in ((AXES,), (None, AXES), ()))
     given = jax.shard_map(give, mesh=mesh, in_specs=(by_prompt, spread, everywhere), out_specs=spread)
 
-    def exchange(prompts: PromptBatch, pairs: PreferencePairs, order: jax.Array, count: jax.Array, start: jax.Array):
+    def exchange(
+        prompts: PromptBatch,
+        pairs: PreferencePairs,
+        order: Int[Array, " r"],
+        count: Int[Array, ""],
+        start: Int[Array, ""],
+    ) -> tuple[PromptBatch, PreferencePairs, Bool[Array, " p"]]:
         num_steps, num_prompts = pairs.timesteps.shape
         chex.assert_equal_shape_prefix([pairs.timesteps, pairs.latents, pairs.win, pairs.lose], 2)
         chex.assert_shape(order, (num_steps * num_prompts,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -33,26 +33,18 @@ class Rollout:
     score_std: jax.Array
 
 
-class SamplePairs(Protocol):
-    """Everything of sampling."""
-
-    def __call__(
-        self, params: dict[str, PyTree], trained: PyTree, prompts: PromptBatch, key: jax.Array
-    ) -> tuple[PreferencePairs, jax.Array]:
-        """Pairs [S, B, ...] and scores [E, B, k] of the B prompts. Everything of a prompt stays on its device."""
+# ``(params, trained, prompts, key) -> (pairs [S, B, ...], scores [E, B, k])``.
+SamplePairs = Callable[[dict[str, PyTree], PyTree, PromptBatch, jax.Array], tuple[PreferencePairs, jax.Array]]
 
 
-class SamplePool(Protocol):
-    """Sampling without pairs."""
-
-    def __call__(self, params: dict[str, PyTree], trained: PyTree, prompts: PromptBatch, key: jax.Array) -> Pool:
-        """The pool of the B prompts. Everything of a prompt stays on its device."""
+# ``(params, trained, prompts, key) -> pool``; everything of a prompt stays on its device.
+SamplePool = Callable[[dict[str, PyTree], PyTree, PromptBatch, jax.Array], Pool]
 
 
 def make_sample_pool(
     config: ConfigDict, pipeline: Pipeline, scorer: Scorer, process: Process, mesh: Mesh
 ) -> SamplePool:
-    """The program that samples pools and scores them."""
+    """The program that samples the pools of a batch of prompts and scores them."""
     predict_guided = make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale)
     sampling = config.sampling
     options = PoolOptions(sampling.num_plain_steps, sampling.num_inner_steps, sampling.eta, sampling.continuation)

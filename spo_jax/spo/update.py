@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import chex
 import flax.struct
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 from ml_collections import ConfigDict
 
 from spo_jax.diffusion.guidance import GuidedPrediction, interleave
@@ -36,31 +35,14 @@ class UpdateMetrics:
     grad_norm: jax.Array
 
 
-class MinibatchLoss(Protocol):
-    """The loss of a minibatch, for use with ``jax.grad``."""
-
-    def __call__(
-        self,
-        trained: PyTree,
-        average: PyTree | None,
-        params: PyTree,
-        prompts: PromptBatch,
-        pairs: PreferencePairs,
-        mask: Bool[Array, " p"],
-    ) -> tuple[jax.Array, PairLoss]:
-        """Mean and sums over the P pairs in ``mask``.
-
-        ``params`` are the UNet's, ``prompts`` has a row for each pair, ``average`` is that of ``trained``.
-        """
+# ``(trained, its average, UNet's parameters, prompts, pairs, mask) -> (masked mean, masked sums)``.
+MinibatchLoss = Callable[
+    [PyTree, PyTree | None, PyTree, PromptBatch, PreferencePairs, jax.Array], tuple[jax.Array, PairLoss]
+]
 
 
-class Update(Protocol):
-    """A step on a minibatch."""
-
-    def __call__(
-        self, state: TrainState, params: PyTree, prompts: PromptBatch, pairs: PreferencePairs, mask: Bool[Array, " p"]
-    ) -> tuple[TrainState, UpdateMetrics]:
-        """The next state; arguments as those of ``MinibatchLoss``."""
+# ``(state, UNet's parameters, prompts, pairs, mask) -> (state, metrics)``.
+Update = Callable[[TrainState, PyTree, PromptBatch, PreferencePairs, jax.Array], tuple[TrainState, UpdateMetrics]]
 
 
 def pair_losses(
@@ -86,7 +68,7 @@ def pair_losses(
 
 
 def make_loss(predict: GuidedPrediction, process: Process, objective: Objective, options: LossOptions) -> MinibatchLoss:
-    """The loss of a minibatch.
+    """The loss of P pairs for use with ``jax.grad``; prompts have a row for each.
 
     The reference is the same network without the ``trained`` variables (see ``TrainState``). The network runs once a
     pair and model, or on both latents where win and lose may start from different ones.
@@ -98,8 +80,8 @@ def make_loss(predict: GuidedPrediction, process: Process, objective: Objective,
         params: PyTree,
         prompts: PromptBatch,
         pairs: PreferencePairs,
-        mask: jax.Array,
-    ) -> tuple[jax.Array, PairLoss]:
+        mask: Bool[Array, " p"],
+    ) -> tuple[Float[Array, ""], PairLoss]:
         latents, timesteps = pairs.latents, pairs.timesteps
         if pairs.lose_latents is not None:
             latents, timesteps = interleave(latents, pairs.lose_latents), jnp.repeat(timesteps, 2)
