@@ -23,6 +23,7 @@ import pytest
 
 # What `-m fast` runs: modules without PyTorch, and quick, because they compile no network.
 FAST = {
+    "commands": ("test_readme.py",),
     "data": ("test_prompt_files.py", "test_prompts.py"),
     "diffusion": ("test_guidance.py",),
     "distributed": ("test_mesh.py", "test_roll_call.py"),
