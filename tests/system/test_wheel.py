@@ -72,3 +72,8 @@ def test_an_installed_wheel_trains_outside_of_the_checkout(sources, tmp_path):
     flags = ["--lora=run", "--prompt=a fox on a teal background", "--out=fox.png"]
     run([python, "-m", "spo_jax.generate", *flags], place, PYTHONPATH="")
     assert (place / "fox.png").is_file()
+
+    shutil.copy(ROOT / "examples" / "pool_step_by_step.ipynb", place)
+    execute = "from nbclient.cli import main; main()"
+    run([python, "-c", execute, "pool_step_by_step.ipynb"], place, PYTHONPATH="")
+    assert (place / "pool.png").is_file()
