@@ -289,7 +289,7 @@ def test_a_login_page_leaves_what_came_before(hub, tmp_path):
 # A process that ends, as by SIGKILL, when a connection breaks.
 STOPPED = """
 import os, sys
-from spo_jax.checkpoints import transfer
+from spo_jax.formats import transfer
 transfer._wait = lambda error, failures: os._exit(9)
 sys.argv = ["fetch", "--config=configs/tiny.py", *sys.argv[1:]]
 import runpy
