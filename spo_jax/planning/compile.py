@@ -96,7 +96,7 @@ def _main() -> None:
         jax.config.update("jax_num_cpu_devices", target.num_devices)
     config = ConfigDict(json.loads(request["config"]))
     run = make_run(config, make_mesh(config.mesh.data, config.mesh.fsdp, devices_of(target)))
-    program = run.program(request["program"])
+    program = run.programs[request["program"]]
     lowered = program.function.lower(*program.arguments)
     answer = _kept(key_of(target, lowered.as_text()), lambda: compile_lowered(lowered, target.platform))
     if answer["status"] == "compiled":

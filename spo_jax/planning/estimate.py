@@ -18,10 +18,11 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from spo_jax.distributed.mesh import AXES, make_mesh, mesh_sizes, round_up
-from spo_jax.planning.programs import Run, extra_bytes, make_run
+from spo_jax.planning.programs import extra_bytes, make_run
 from spo_jax.planning.shapes import device_bytes
 from spo_jax.planning.targets import Target
 from spo_jax.planning.walk import Aval, SizeOf, walk
+from spo_jax.runs.assembly import Assembly
 
 # These were fitted to the programs of docs/memory.md (benchmarks/memory_table.json), compiled with jax 0.10.2 and
 # libtpu 0.0.52, and are frozen: a better fit to those would not be a better estimate of others.
@@ -48,7 +49,7 @@ class _Habit(NamedTuple):
 
 _HABITS = {
     "encode": _Habit(whole=True, unread=("train", "remat", "evaluation", "scorer.chunk")),
-    "judge text": _Habit(whole=True, unread=("train", "remat", "scorer.chunk")),
+    "metric texts": _Habit(whole=True, unread=("train", "remat", "scorer.chunk")),
     "pool": _Habit(gathered=0.6, unread=("train", "remat", "evaluation")),
     "arrange": _Habit(whole=True, unread=("remat", "scorer.chunk", "evaluation")),
     "exchange": _Habit(all_rows=True, unread=("remat", "scorer.chunk", "evaluation")),
@@ -71,13 +72,13 @@ class _Traced(NamedTuple):
 _known: dict[str, _Traced] = {}
 
 
-def abstract_run(config: ConfigDict, target: Target) -> Run:
+def abstract_run(config: ConfigDict, target: Target) -> Assembly:
     """The run on the target's mesh, for the sizes of what is resident; its programs cannot be made."""
     sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, target.num_devices)
     return make_run(config, AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
 
 
-def resident_bytes(run: Run) -> dict[str, int]:
+def resident_bytes(run: Assembly) -> dict[str, int]:
     """Bytes on a device of what is there all the time, by what it is."""
     return {name: device_bytes(tree) for name, tree in run.resident.items()}
 
@@ -125,7 +126,7 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
 
 def _trace(share: ConfigDict, name: str, platform: str, fsdp: int) -> _Traced:
     run = _run_of(share.to_json())
-    program = run.program(name)
+    program = run.programs[name]
     traced = program.function.trace(*program.arguments)
     # Without what nobody reads, such as results of a forward pass that is repeated for its inner values.
     jaxpr, used = partial_eval.dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.jaxpr.outvars))
@@ -143,7 +144,7 @@ def _trace(share: ConfigDict, name: str, platform: str, fsdp: int) -> _Traced:
 
 
 @functools.lru_cache(maxsize=2)  # one device's share, and the whole batch
-def _run_of(config: str) -> Run:
+def _run_of(config: str) -> Assembly:
     return make_run(ConfigDict(json.loads(config)), make_mesh(1, 1, jax.devices()[:1]))
 
 
@@ -151,14 +152,14 @@ def _is_split(leaf: jax.ShapeDtypeStruct) -> bool:
     return "fsdp" in tuple(leaf.sharding.spec)
 
 
-def _with_split_gradients(size_of: SizeOf, run: Run, fsdp: int) -> SizeOf:
+def _with_split_gradients(size_of: SizeOf, run: Assembly, fsdp: int) -> SizeOf:
     """The size on a device: gradients and updates of split weights are split like them, and known by their shapes."""
     # A product or a convolution makes a gradient with its axes in another order.
     split = {tuple(sorted(leaf.shape)) for leaf in jax.tree.leaves(run.resident["trained"]) if _is_split(leaf)}
     return lambda aval: size_of(aval) // (fsdp if tuple(sorted(aval.shape)) in split else 1)
 
 
-def _split_bytes(run: Run, leaves: Sequence[jax.ShapeDtypeStruct], itemsize: int) -> list[int]:
+def _split_bytes(run: Assembly, leaves: Sequence[jax.ShapeDtypeStruct], itemsize: int) -> list[int]:
     """Bytes, in the dtype of the network, of those weights among ``leaves`` that ``mesh.fsdp`` splits, by network."""
     split = {id(leaf) for leaf in leaves if _is_split(leaf)}
     return [

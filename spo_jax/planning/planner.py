@@ -16,9 +16,9 @@ from spo_jax.errors import UserError
 from spo_jax.planning.collectives import Traffic
 from spo_jax.planning.compile import compile_program, versions
 from spo_jax.planning.estimate import abstract_run, estimate_program, resident_bytes
-from spo_jax.planning.programs import Run
 from spo_jax.planning.shapes import num_parameters
 from spo_jax.planning.targets import GIB, Target, check_installed
+from spo_jax.runs.assembly import Assembly
 
 _MAX_TURNS = 40
 _LARGE_REST = 75  # percent; with so little left for programs, weights are split before anything else is given up
@@ -54,7 +54,7 @@ class Need:
 class Plan:
     """What a run needs on each device: what is resident, in bytes by what it is, and each program's need."""
 
-    run: Run
+    run: Assembly
     resident: dict[str, int]
     needs: Sequence[Need]
 
