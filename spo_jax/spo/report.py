@@ -79,7 +79,7 @@ def write_report(
 
 def _headline(summary: Summary, metrics: Mapping[str, Metric]) -> str:
     base, tuned, spread, wins = (summary[key] for key in ("base", "tuned", "base_std", "win_rate"))
-    model = str(summary["config"]["model"])
+    model = str(summary["config"].get("model", ""))
 
     def gain(name: str) -> str:
         before, after, deviation = base[name], tuned[name], spread.get(name)

@@ -7,8 +7,8 @@ import subprocess
 import jax
 import numpy as np
 import pytest
-
 from spo_jax.evaluation.colorfulness import colorfulness
+
 from tests.small_pipeline import small_pipeline
 from tests.system.commands import ROOT, command, environment
 
