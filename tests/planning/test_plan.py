@@ -157,7 +157,7 @@ def test_a_residual_sum_takes_the_place_of_a_summand():
 
 
 def test_results_that_are_made_together_keep_their_own_inputs_only():
-    """Adapters' gradients, small, and the gradient that goes on, large: the barrier between them is no array of both."""
+    """Gradients of adapters, small, and the one that goes on, large: the barrier between them is no array of both."""
 
     def small_and_large(x, a):
         large = x @ a
