@@ -108,7 +108,7 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
     read = share.to_dict()
     for key in habit.unread if config.method == "spo" else ():
         *path, last = key.split(".")
-        functools.reduce(dict.__getitem__, path, read).pop(last)
+        functools.reduce(dict.__getitem__, path, read).pop(last, None)
     key = json.dumps([name, target.platform, fsdp, read], sort_keys=True, default=str)
     if key not in _known:
         _known[key] = _trace(share, name, target.platform, fsdp)
