@@ -23,6 +23,7 @@ import pytest
 
 # What `-m fast` runs: modules without PyTorch, and quick, because they compile no network.
 FAST = {
+    "commands": ("test_readme.py",),
     "data": ("test_prompt_files.py", "test_prompts.py"),
     "diffusion": ("test_guidance.py",),
     "distributed": ("test_mesh.py", "test_roll_call.py"),
@@ -35,7 +36,7 @@ FAST = {
     "runs": ("test_artifacts.py", "test_metrics.py", "test_recorded_checkpoint.py"),
     "spm": ("test_spm_report.py",),
     "spo": ("test_exchange.py", "test_report.py"),
-    "system": ("test_processes.py",),
+    "system": ("test_processes.py", "test_wheel.py"),
 }
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -56,5 +57,5 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what is fast."""
     for item in items:
-        if _is_fast(item.path):
+        if _is_fast(item.path) and item.get_closest_marker("slow") is None:
             item.add_marker("fast")

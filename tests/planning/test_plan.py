@@ -286,9 +286,7 @@ def test_a_program_of_the_emoji_models_compiles_as_estimated_on_a_cpu():
     assert (answer.status, answer.message) == ("compiled", "")
     assert answer.traffic == Traffic({}, {}) and answer.seconds > 0
     _, extra, own = estimate_program(config, target, "encode")
-    assert (extra + own) / 3 < answer.own < 3 * (extra + own), (
-        "a CPU's compiler fuses less"
-    )
+    assert (extra + own) / 3 < answer.own < 3 * (extra + own), "a CPU's compiler fuses less"
 
 
 # ------------------------------------------------------------------------------------------------- answers of compilers
