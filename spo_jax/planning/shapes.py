@@ -185,8 +185,14 @@ def _find_config(name: str | Path, file: str, default: Any = None) -> dict[str, 
 class BlankTokenizer:
     """Stands for a tokenizer where only shapes count."""
 
+    name_or_path, eos_token_id, pad_token_id = "", 0, 0
+
     def __init__(self, length: int) -> None:
         self.model_max_length = length
+
+    def get_vocab(self) -> dict[str, int]:
+        """One token."""
+        return {"": 0}
 
     def __call__(self, texts: list[str], **_options: object) -> dict[str, np.ndarray]:
         return {"input_ids": np.zeros((len(texts), self.model_max_length), np.int32)}
