@@ -71,8 +71,6 @@ def fitted(tokenizer: ClipTokenizer, tower: CLIPTextTransformer) -> ClipTokenize
     Raises:
       UserError: an id is beyond the tower's vocabulary, it has no token for padding or for an end, or no length.
     """
-    if isinstance(tokenizer, BlankTokenizer):
-        return BlankTokenizer(min(tokenizer.model_max_length, tower.max_position_embeddings))
     name = tokenizer.name_or_path
     for kind in ("eos", "pad"):
         if getattr(tokenizer, f"{kind}_token_id") is None:

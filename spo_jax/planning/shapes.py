@@ -24,7 +24,9 @@ from spo_jax.formats.pipeline import Pipeline, described, for_run
 from spo_jax.formats.pipeline_files import open_folder
 from spo_jax.formats.remote import is_weight_file
 from spo_jax.formats.single_file import open_single_file
+from spo_jax.formats.tokenizers import BlankTokenizer
 from spo_jax.models import CLIPModel, published
+from spo_jax.models.clip import CLIPTextTransformer
 from spo_jax.runs.assembly import Place, sharded
 from spo_jax.runs.state import TrainState
 from spo_jax.types import Tokenizer
@@ -168,9 +170,9 @@ class Shapes:
         options = {"step_aware": step_aware is not False, "known_plain": step_aware is None}
         return clip_shapes(name, dtype, place, what=part, params_dtype=params_dtype, **options)
 
-    def tokenizer(self, name: str, default: Tokenizer) -> Tokenizer:
-        """The default, which is blank."""
-        return default
+    def tokenizer(self, name: str, default: Tokenizer, tower: CLIPTextTransformer | None) -> Tokenizer:
+        """A blank one of the length that the tower takes."""
+        return default if tower is None else BlankTokenizer(tower.max_position_embeddings)
 
     def prompts(self, name: str, limit: int | None = None) -> list[str]:
         """Blank ones, as many as there may be."""

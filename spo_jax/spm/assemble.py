@@ -34,7 +34,6 @@ from spo_jax.evaluation.pair_accuracy import (
 )
 from spo_jax.formats.base import base_of_config
 from spo_jax.formats.pipeline import Pipeline, with_image_size
-from spo_jax.formats.scorers import fitted_to
 from spo_jax.models.clip import CLIPModel
 from spo_jax.preference.scorers import ImageScorer, make_clip_scorer, score_pairs
 from spo_jax.runs.assembly import Load, Program, key_shape, on_all, shapes_of, sharded, split
@@ -137,14 +136,14 @@ def assemble(config: ConfigDict, mesh: Mesh, load: Load) -> SPM:
     )
     clip = clip.clone(remat=config.remat)
     scorer = make_clip_scorer(clip)
-    tokenizer = fitted_to(scorer, load.tokenizer(config.scorer.tokenizer, pipeline.tokenizer))
+    tokenizer = load.tokenizer(config.scorer.tokenizer, pipeline.tokenizer, clip.tower)
     tokenizers, frozen, relabel = Tokenizers(pipeline, tokenizer), dict(pipeline.params), None
     if config.labels.judge:
         labeller_clip, frozen["labeller"] = load.clip(config.labels.judge, "labeller", place, dtype=dtype)
         # It sees the images themselves, as CLIP's own image processor would show them.
         labeller = make_clip_scorer(labeller_clip, antialias=True)
         relabel = make_relabel(labeller, config.labels.threshold)
-        reads = fitted_to(labeller, load.tokenizer(config.labels.tokenizer, pipeline.tokenizer))
+        reads = load.tokenizer(config.labels.tokenizer, pipeline.tokenizer, labeller_clip.tower)
         tokenizers = tokenizers._replace(labeller=reads)
     asked, fixed = {SCORER: AskedScorer(scorer, tokenizer)}, {}
     if config.scorer.step_aware:
@@ -152,7 +151,7 @@ def assemble(config: ConfigDict, mesh: Mesh, load: Load) -> SPM:
     if config.validation.plain:
         plain_clip, fixed[PLAIN] = load.clip(config.validation.plain, "plain", place, dtype=dtype)
         plain = make_clip_scorer(plain_clip)
-        asked[PLAIN] = AskedScorer(plain, fitted_to(plain, tokenizer), step_aware=False)
+        asked[PLAIN] = AskedScorer(plain, load.tokenizer("", tokenizer, plain_clip.tower), step_aware=False)
     # Only the timesteps of training matter; the number of sampling steps plays no part.
     process = make_schedule(pipeline.scheduler_config, num_steps=1)
     check_timesteps(config, process.num_train_timesteps)

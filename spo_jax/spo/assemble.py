@@ -28,7 +28,7 @@ from spo_jax.evaluation.metrics import METRICS, EncodeText, Metric, MetricSetup,
 from spo_jax.formats.base import base_of_config
 from spo_jax.formats.lora import starting_lora
 from spo_jax.formats.pipeline import Pipeline, with_image_size
-from spo_jax.formats.scorers import check_function, fitted_to, load_function
+from spo_jax.formats.scorers import check_function, load_function
 from spo_jax.formats.tokenizers import tokenize
 from spo_jax.preference.losses import OBJECTIVES, LossOptions, Objective
 from spo_jax.preference.scorers import (
@@ -154,9 +154,9 @@ def assemble(config: ConfigDict, mesh: Mesh, load: Load) -> SPO:
     process = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
     check_trainable(process)
     params = dict(pipeline.params)
-    tokenizer = load.tokenizer(config.scorer.tokenizer, pipeline.tokenizer)
-    image_scorer = _image_scorer(config, pipeline, params, mesh, load, tokenizer)
-    tokenizer = tokenizer if image_scorer is None else fitted_to(image_scorer, tokenizer)
+    image_scorer = _image_scorer(config, pipeline, params, mesh, load)
+    tower = None if image_scorer is None else image_scorer.tower
+    tokenizer = load.tokenizer(config.scorer.tokenizer, pipeline.tokenizer, tower)
     setup = ScorerSetup(config.scorer, image_scorer, make_decode(pipeline), mesh.size)
     scorer = SCORERS[config.scorer.kind](setup)
     preference = None if image_scorer is None else NamedScorer(image_scorer, "scorer", tokenizer)
@@ -194,13 +194,13 @@ def _image_scorer(
     params: dict[str, PyTree],
     mesh: Mesh,
     load: Load,
-    tokenizer: Tokenizer,
 ) -> ImageScorer | None:
     """The scorer of images behind SPO's, if it has one; adds its parameters."""
     settings = config.scorer
     if settings.fn:
         count = config.prompts_per_batch * config.sampling.num_candidates
         size = piece_size(count, mesh.size, settings.chunk)
+        tokenizer = load.tokenizer(settings.tokenizer, pipeline.tokenizer, None)
         check_function(settings.fn, num_images=size, image_size=pipeline.image_size, tokenizer=tokenizer)
         params["scorer"] = {}
         return make_function_scorer(load_function(settings.fn))
@@ -234,7 +234,7 @@ def _open_metrics(
         place, dtype = weight_placement(mesh, offload=config.offload), jnp.dtype(config.dtype)
         clip, params[CLIP] = load.clip(config.evaluation.judge, CLIP, place, dtype=dtype, step_aware=False)
         scorer = make_clip_scorer(clip)
-        return NamedScorer(scorer, CLIP, fitted_to(scorer, pipeline.tokenizer))
+        return NamedScorer(scorer, CLIP, load.tokenizer("", pipeline.tokenizer, clip.tower))
 
     setup = MetricSetup(of_preference, of_clip)
     return {name: METRICS[name](setup) for name in config.evaluation.metrics}
