@@ -66,7 +66,7 @@ class Plan:
 
 def check(config: ConfigDict, target: Target) -> None:
     """Raises UserError for a config that no run can use, or not on so many devices."""
-    methods.config_of(config.method).check(config)
+    methods.module_of(config.method, "config").check(config, target.num_devices)
     count = target.num_devices
     mesh_sizes(config.mesh.data, config.mesh.fsdp, count)
     keys = ["prompts_per_batch", "train.minibatch_size"]

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from spo_jax.data.prompts import read_prompts
 from spo_jax.distributed.sharding import weight_shardings
 from spo_jax.formats.base import Base, read_base
+from spo_jax.formats.lora import check_lora_files
 from spo_jax.formats.pipeline import Pipeline, read_clip
 from spo_jax.formats.tokenizers import fitted, read_tokenizer
 from spo_jax.models.clip import CLIPModel, CLIPTextTransformer
@@ -55,7 +56,8 @@ class Weights:
         return read_prompts(name)[:limit]
 
     def adapters(self, name: str) -> str:
-        """The same name."""
+        """The same name, whose file can be read."""
+        check_lora_files([name] if name else [])
         return name
 
     def state(self, make: Callable[[PyTree], TrainState], params: PyTree, mesh: Mesh) -> TrainState:

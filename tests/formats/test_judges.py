@@ -14,7 +14,7 @@ from spo_jax.distributed.mesh import make_mesh
 from spo_jax.errors import UserError
 from spo_jax.formats.hub import local
 from spo_jax.formats.pipeline import read_clip, read_pipeline
-from spo_jax.formats.scorers import check_function, load_function
+from spo_jax.formats.scorers import function_scorer, load_function
 from spo_jax.formats.write_scorer import write_scorer
 from spo_jax.models.clip import is_time_layer
 from spo_jax.preference.scorers import ScorerSetup, image_candidates_scorer, make_clip_scorer, make_function_scorer
@@ -142,17 +142,16 @@ def test_a_module_that_is_not_there_is_refused():
 def test_a_function_that_training_could_not_use_is_refused(module, body, words):
     name = module(f"def score(images, tokens, timesteps):\n    {body}")
     with pytest.raises(UserError) as caught:
-        check_function(f"{name}:score", num_images=4, image_size=(8, 12), tokenizer=Tokenizer)
+        function_scorer(f"{name}:score", num_images=4, image_size=(8, 12), tokenizer=Tokenizer)
     assert words in str(caught.value) and f"config.scorer.fn={name}:score" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_good_function_is_traced_on_the_shapes_of_the_run_and_not_computed(module):
-    check_function("", num_images=4, image_size=(8, 12), tokenizer=Tokenizer)
     name = module("shapes = []\ndef score(images, tokens, timesteps):\n"
                   "    shapes.append([x.shape for x in (images, tokens, timesteps)])\n"
                   "    assert isinstance(images, jax.core.Tracer)\n    return images.mean((1, 2, 3))")  # fmt: skip
-    check_function(f"{name}:score", num_images=4, image_size=(8, 12), tokenizer=Tokenizer)
+    function_scorer(f"{name}:score", num_images=4, image_size=(8, 12), tokenizer=Tokenizer)
     assert __import__(name).shapes == [[(4, 8, 12, 3), (4, 6), (4,)]]
 
 

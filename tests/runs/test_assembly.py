@@ -57,7 +57,7 @@ def same(a, b):
 @pytest.mark.parametrize(("method", "make"), [("spo", spo_config), ("spm", spm_config)])
 def test_training_calls_the_programs_that_are_planned_with_what_is_planned(method, make, tmp_path, monkeypatch):
     config, mesh, calls = make(tmp_path), make_mesh(-1, 1), {}
-    recipe = methods.recipe_of(method)
+    recipe = methods.module_of(method, "recipe")
     assemble = recipe.assemble
 
     def recorded(*args):
@@ -76,8 +76,8 @@ def test_training_calls_the_programs_that_are_planned_with_what_is_planned(metho
     with config.unlocked():
         config.mesh.data, config.mesh.fsdp = -1, 1
     monkeypatch.setattr(recipe, "assemble", recorded)
-    recipe.train(config, tmp_path / "run")
-    plan = methods.assemble_of(method).assemble(config, mesh, Shapes())
+    methods.train(config, tmp_path / "run")
+    plan = methods.module_of(method, "assemble").assemble(config, mesh, Shapes())
     assert set(calls) == set(plan.programs), "all that is planned is run, and all that is run is planned"
     leaf = {"is_leaf": lambda x: isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], jax.sharding.Sharding)}
     for name, program in plan.programs.items():
