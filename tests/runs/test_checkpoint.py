@@ -236,7 +236,7 @@ import sys
 import jax.numpy as jnp
 from absl import logging
 from spo_jax.errors import UserError
-from spo_jax.training import checkpoint
+from spo_jax.runs import checkpoint
 logging.set_verbosity(logging.WARNING)
 folder, limit = sys.argv[1], int(sys.argv[2])
 if limit:
