@@ -23,7 +23,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-import tests.shapes
+import tests.shapes  # noqa: F401 (named below)
 
 # What `-m fast` runs: modules without PyTorch, and quick, because they compile no network.
 FAST = {
