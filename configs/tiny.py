@@ -32,5 +32,7 @@ def get_config() -> ConfigDict:
     c.evaluation.prompts = "emoji:prompts/held_out.txt"
     c.evaluation.num_prompts = 200
     c.evaluation.batch_size = 50
+    # The true preference of the emoji world, which the scorer has learned and training does not see, leads the report.
+    c.evaluation.metrics = ("colorfulness", "preference_score", "alignment_top1")
     c.evaluation.judge = "emoji:model/clip"
     return c

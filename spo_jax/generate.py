@@ -87,7 +87,7 @@ def main() -> None:
     from spo_jax.formats.tokenizers import cut_warning, tokenizers_of
     from spo_jax.images import grid, grid_size, to_uint8, write_png
     from spo_jax.sampling.encode import encode_prompts, make_encode
-    from spo_jax.sampling.generate import make_generate
+    from spo_jax.sampling.generate import SamplingOptions, make_generate
 
     prompts = PROMPT.value or read_prompts(PROMPTS_FILE.value)
     check_place(OUT.value)
@@ -104,10 +104,10 @@ def main() -> None:
     params = {**pipeline.params, "lora": lora}
     make = make_dpm_schedule if SOLVER.value == "dpmpp_2m" else make_schedule
     schedule = make(pipeline.scheduler_config, STEPS.value)
-    options = {"guidance_scale": GUIDANCE_SCALE.value, "eta": ETA.value, "solver": SOLVER.value}
-    generate = jax.jit(make_generate(pipeline, schedule, **options))
+    options = SamplingOptions(GUIDANCE_SCALE.value, ETA.value, SOLVER.value)
+    generate = jax.jit(make_generate(pipeline, schedule, options))
 
-    encode = make_encode(pipeline, scorer=None)
+    encode = make_encode(pipeline)
     pictures = []
     for start in range(0, len(prompts), BATCH_SIZE.value):
         texts = prompts[start : start + BATCH_SIZE.value]

@@ -35,5 +35,18 @@ def recipe_of(method: str) -> ModuleType:
     raise _unknown(method)
 
 
+def assemble_of(method: str) -> ModuleType:
+    """The module of what a method is made of: ``assemble(config, mesh, load)``."""
+    if method == "spo":
+        from spo_jax.spo import assemble as spo
+
+        return spo
+    if method == "spm":
+        from spo_jax.spm import assemble as spm
+
+        return spm
+    raise _unknown(method)
+
+
 def _unknown(method: str) -> UserError:
     return UserError(f"config.method must be {' or '.join(METHODS)}, not {method!r}; it belongs to the config file.")

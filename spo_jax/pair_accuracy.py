@@ -1,34 +1,41 @@
-"""Pairwise accuracy of a judge: how often it prefers the picture that people preferred, at several timesteps.
+"""Pairwise accuracy of a scorer: how often it prefers the image that people preferred, at several timesteps.
 
     python -m spo_jax.pair_accuracy --model=sd15 --pairs=data/pickapic@test_unique --scorer=FOLDER --plain=PickScore_v1
     python -m spo_jax.pair_accuracy --model=emoji:model --guidance_scale=2 --pairs=runs/data@test --scorer=runs/spm/best
 
-Both pictures of a pair get the same noise, the base model predicts the clean ones in one guided step, and every judge
-scores the same pictures: ``scorer``, the one that is measured; ``told_0``, the same one, kept from knowing the
+Both images of a pair get the same noise, the base model predicts the clean ones in one guided step, and every scorer
+sees the same images: ``scorer``, the one that is measured; ``told_0``, the same one, kept from knowing the
 timestep; and with --plain ``plain``, another one that is told t = 0 as well. A gain is the accuracy of ``scorer`` less
-that of another judge on the same pairs. In brackets are 95 % intervals.
+that of another scorer on the same pairs. In brackets are 95 % intervals.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from spo_jax import cli
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 from spo_jax.files import check_place, saying_where, write_text
 
+if TYPE_CHECKING:
+    from jax.sharding import Sharding
+    from jaxtyping import PyTree
+
+    from spo_jax.evaluation.pair_accuracy import AccuracyMeasure, AskedScorer, PairAccuracy
+    from spo_jax.formats.pipeline import Pipeline
+
 SCORER = flags.DEFINE_string(
-    "scorer", None, "The judge: a preference model or a CLIP; a folder, file or org/name@commit."
+    "scorer", None, "The scorer: a preference model or a CLIP; a folder, file or org/name@commit."
 )
-FN = flags.DEFINE_string("fn", None, "The judge as a function, my_module:score, instead of --scorer.")
+FN = flags.DEFINE_string("fn", None, "The scorer as a function, my_module:score, instead of --scorer.")
 PLAIN = flags.DEFINE_string("plain", None, "A model without the time input to compare with, such as PickScore_v1.")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "Of the judges; the model's first one by default.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Of the scorers; the model's first one by default.")
 PAIRS = flags.DEFINE_string("pairs", None, "FOLDER@SPLIT, as spo_jax.prepare has written it.")
 NUM_PAIRS = flags.DEFINE_integer(
     "num_pairs", None, "The first so many that can be used; all by default.", lower_bound=1
@@ -58,7 +65,7 @@ cli.process_flags()
 
 
 def main() -> None:
-    """Checks the flags, reads the models and measures."""
+    """Checks the flags, reads the models, measures and prints."""
     if bool(SCORER.value) == bool(FN.value):
         raise UserError("Give either --scorer (for example --scorer=runs/spm/best) or --fn=my_module:score.")
     for flag, example in ((PAIRS, "data/pickapic@validation_unique"), (MODEL, "emoji:model")):
@@ -68,22 +75,16 @@ def main() -> None:
     out = None if OUT.value is None else check_out(Path(OUT.value))
     cli.start_processes()
 
-    import jax
     import jax.numpy as jnp
-    from tqdm import tqdm
 
-    from spo_jax import rng
-    from spo_jax.data.preferences import PairBatch, PairLoader, open_pairs, total_state
+    from spo_jax.data.preferences import open_pairs
     from spo_jax.diffusion.schedule import make_schedule
     from spo_jax.distributed.mesh import check_divisible, make_mesh, replicated
-    from spo_jax.distributed.processes import is_main_process
-    from spo_jax.evaluation import pair_accuracy
-    from spo_jax.evaluation.pair_accuracy import Judge, accuracy_row, accuracy_table, first_pairs, make_measure_accuracy
+    from spo_jax.evaluation.pair_accuracy import AccuracyMeasure, make_accuracy_programs
     from spo_jax.formats.base import Base, read_base
     from spo_jax.formats.hub import resolve_model
     from spo_jax.formats.pipeline import with_image_size
-    from spo_jax.formats.scorers import check_function, fitted_to, load_function, make_scorer, tokenizer_of
-    from spo_jax.formats.tokenizers import cut_warning, tokenizers_of
+    from spo_jax.formats.scorers import load_function
     from spo_jax.sampling.noisy_pairs import make_predict_clean
 
     if FN.value:
@@ -94,59 +95,119 @@ def main() -> None:
     for path in (SCORER.value, PLAIN.value):
         if path:
             resolve_model(path, weights=False)  # a wrong name should not wait for the base model
-    dtype, sharding = jnp.dtype(DTYPE.value), replicated(mesh)
     base = Base(MODEL.value, VARIANT.value or "", UNET.value or "", VAE.value or "")
-    pipeline = read_base(base, dtype, sharding=sharding)
+    pipeline = read_base(base, jnp.dtype(DTYPE.value), sharding=replicated(mesh))
     pipeline = with_image_size(pipeline, HEIGHT.value, WIDTH.value)
-    schedule = make_schedule(pipeline.scheduler_config, num_steps=1)
-    if max(timesteps) >= len(schedule.alphas_cumprod):
-        raise UserError(f"--timesteps={max(timesteps)} is beyond the model's last, {len(schedule.alphas_cumprod) - 1}.")
-    tokenizer = tokenizer_of(TOKENIZER.value or "", pipeline)
-    fn, options = FN.value or "", {"dtype": dtype, "sharding": sharding}
-    shape = {"num_images": 2 * BATCH_SIZE.value, "image_size": pipeline.image_size, "tokenizer": tokenizer}
-    check_function(fn, key="--fn", **shape)
-    scorer, scorer_params = make_scorer(SCORER.value or "", fn, key="--fn", **options)
+    process = make_schedule(pipeline.scheduler_config, num_steps=1)
+    if max(timesteps) >= process.num_train_timesteps:
+        last = process.num_train_timesteps - 1
+        raise UserError(f"--timesteps={max(timesteps)} is beyond the model's last, {last}.")
+    scorers, params = open_scorers(pipeline, replicated(mesh))
+    predict_clean = make_predict_clean(pipeline, process, GUIDANCE_SCALE.value)
+    programs = make_accuracy_programs(pipeline, predict_clean, scorers, mesh)
+    measured, captions, skipped = measure(
+        AccuracyMeasure(programs, pipeline, scorers, mesh), {**pipeline.params, "scorers": params}, source, timesteps
+    )
+    show(measured, scorers, pipeline, captions, skipped, out)
+
+
+def open_scorers(pipeline: Pipeline, sharding: Sharding) -> tuple[dict[str, AskedScorer], dict[str, PyTree]]:
+    """The scorers that the flags name, and their parameters."""
+    import jax.numpy as jnp
+
+    from spo_jax.evaluation.pair_accuracy import PLAIN as PLAIN_NAME
+    from spo_jax.evaluation.pair_accuracy import SCORER as SCORER_NAME
+    from spo_jax.evaluation.pair_accuracy import TOLD_0, AskedScorer
+    from spo_jax.formats.pipeline import read_clip
+    from spo_jax.formats.scorers import check_function, fitted_to, load_function
+    from spo_jax.formats.tokenizers import read_tokenizer
+    from spo_jax.preference.scorers import make_clip_scorer, make_function_scorer
+
+    tokenizer = read_tokenizer(TOKENIZER.value) if TOKENIZER.value else pipeline.tokenizer
+    options = {"step_aware": None, "dtype": jnp.dtype(DTYPE.value), "sharding": sharding}
+    params: dict[str, PyTree] = {}
+    if FN.value:
+        size = pipeline.image_size
+        check_function(FN.value, num_images=2 * BATCH_SIZE.value, image_size=size, tokenizer=tokenizer, key="--fn")
+        scorer, params[SCORER_NAME] = make_function_scorer(load_function(FN.value, "--fn")), {}
+    else:
+        clip, params[SCORER_NAME] = read_clip(SCORER.value, **options)
+        scorer = make_clip_scorer(clip)
     tokenizer = fitted_to(scorer, tokenizer)
-    judges, params = {pair_accuracy.SCORER: Judge(scorer, tokenizer)}, {pair_accuracy.SCORER: scorer_params}
-    if fn or "t_embedder" in scorer_params:  # to a plain CLIP the timestep makes no difference
-        judges[pair_accuracy.TOLD_0], params[pair_accuracy.TOLD_0] = (
-            Judge(scorer, tokenizer, step_aware=False),
-            scorer_params,
-        )
+    scorers = {SCORER_NAME: AskedScorer(scorer, tokenizer)}
+    if FN.value or clip.step_aware:  # to a plain CLIP the timestep makes no difference
+        scorers[TOLD_0] = AskedScorer(scorer, tokenizer, step_aware=False)
+        params[TOLD_0] = params[SCORER_NAME]
     if PLAIN.value is not None:
-        plain, params[pair_accuracy.PLAIN] = make_scorer(PLAIN.value, **options)
-        judges[pair_accuracy.PLAIN] = Judge(plain, fitted_to(plain, tokenizer), step_aware=False)
+        clip, params[PLAIN_NAME] = read_clip(PLAIN.value, **options)
+        plain = make_clip_scorer(clip)
+        scorers[PLAIN_NAME] = AskedScorer(plain, fitted_to(plain, tokenizer), step_aware=False)
+    return scorers, params
 
-    predict_clean = make_predict_clean(pipeline, schedule, GUIDANCE_SCALE.value)
-    measure = make_measure_accuracy(pipeline, predict_clean, judges, mesh)
+
+def measure(
+    made: AccuracyMeasure, params: dict[str, PyTree], source: Sized, timesteps: list[int]
+) -> tuple[dict[int, PairAccuracy], list[str], dict[str, int]]:
+    """Accuracy by timestep, the captions that this process has seen, and records left out by fault."""
+    import jax
+    from tqdm import tqdm
+
+    from spo_jax import rng
+    from spo_jax.data.preferences import PairBatch, PairLoader, total_state
+    from spo_jax.distributed.processes import is_main_process
+    from spo_jax.evaluation.pair_accuracy import SCORER as SCORER_NAME
+    from spo_jax.evaluation.pair_accuracy import first_pairs, measure_accuracy
+
     num_pairs = min(NUM_PAIRS.value or len(source), len(source))
-    once = {"seed": 0, "shuffle": False, "num_epochs": 1, "num_workers": NUM_WORKERS.value}
-    once |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    local_size = BATCH_SIZE.value // jax.process_count()
-    with contextlib.closing(PairLoader(source, batch_size=local_size, size=pipeline.image_size, **once)) as loader:
+    loader = PairLoader(
+        source,
+        batch_size=BATCH_SIZE.value // jax.process_count(),
+        size=made.pipeline.image_size,
+        seed=0,
+        shuffle=False,
+        num_epochs=1,
+        num_workers=NUM_WORKERS.value,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    captions: dict[str, None] = {}  # in order
+
+    def noted(batches: Iterable[PairBatch]) -> Iterator[PairBatch]:
+        for batch in batches:
+            captions.update(dict.fromkeys(caption for caption in batch.captions if caption))
+            yield batch
+
+    with contextlib.closing(loader):
         bar = {"unit": "batch", "dynamic_ncols": True, "disable": not is_main_process()}
-        num_batches = -(-num_pairs // BATCH_SIZE.value)
-        captions: dict[str, None] = {}  # of this process, in order
-
-        def noted(batches: Iterable[PairBatch]) -> Iterator[PairBatch]:
-            for batch in batches:
-                captions.update(dict.fromkeys(caption for caption in batch.captions if caption))
-                yield batch
-
-        batches = noted(tqdm(first_pairs(loader, num_pairs), "pairs", num_batches, **bar))
+        batches = noted(tqdm(first_pairs(loader, num_pairs), "pairs", -(-num_pairs // BATCH_SIZE.value), **bar))
         key = rng.stream(jax.random.key(SEED.value), "accuracy")
-        measured = measure({**pipeline.params, "judges": params}, batches, timesteps, key)
+        measured = measure_accuracy(made, params, batches, timesteps, key)
         counts = total_state(loader.state())["counts"]
-        skipped = {name: count for name, count in counts.items() if count and name != "used"}
-
-    some = measured[timesteps[0]].accuracy[pair_accuracy.SCORER]
-    if not some.count:
+    if not measured[timesteps[0]].accuracy[SCORER_NAME].count:
         raise UserError(f"--pairs={PAIRS.value} has no pair with a preferred picture among the first {num_pairs}.")
+    return measured, list(captions), {name: count for name, count in counts.items() if count and name != "used"}
+
+
+def show(
+    measured: dict[int, PairAccuracy],
+    scorers: dict[str, AskedScorer],
+    pipeline: Pipeline,
+    captions: list[str],
+    skipped: dict[str, int],
+    out: Path | None,
+) -> None:
+    """Prints the table, and writes the numbers to ``out``; in the first process."""
+    from spo_jax.distributed.processes import is_main_process
+    from spo_jax.evaluation.pair_accuracy import SCORER as SCORER_NAME
+    from spo_jax.evaluation.pair_accuracy import accuracy_row, accuracy_table
+    from spo_jax.formats.tokenizers import cut_warning, tokenizers_of
+
     if not is_main_process():
         return
-    if warning := cut_warning([*tokenizers_of(pipeline), tokenizer], list(captions), "captions"):
-        print(f"spo_jax: {warning}", file=sys.stderr)
-    print(accuracy_table(measured, list(judges)))
+    if warning := cut_warning([*tokenizers_of(pipeline), scorers[SCORER_NAME].tokenizer], captions, "captions"):
+        notice(warning)
+    print(accuracy_table(measured, list(scorers)))
+    some = next(iter(measured.values())).accuracy[SCORER_NAME]
     left_out = {"ties": int(some.ties)} if some.ties else {}
     said = "".join(f", {name} left out: {count}" for name, count in (left_out | skipped).items())
     print(f"{some.count:.0f} pairs{said}.")
@@ -156,7 +217,7 @@ def main() -> None:
             "num_pairs": int(some.count),
             "num_ties": int(some.ties),
             "skipped": skipped,
-            "timesteps": [{"timestep": timestep, **accuracy_row(measured[timestep])} for timestep in timesteps],
+            "timesteps": [{"timestep": timestep, **accuracy_row(row)} for timestep, row in measured.items()],
         }
         with saying_where(out):
             write_text(out, json.dumps(numbers, indent=2) + "\n")

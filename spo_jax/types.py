@@ -11,10 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import flax.struct
 import jax
+import numpy as np
+
+
+class Tokenizer(Protocol):
+    """A tokenizer of transformers, or what stands for one where only shapes count."""
+
+    model_max_length: int
+
+    def __call__(self, texts: list[str], **options: object) -> dict[str, np.ndarray]:
+        """Token ids int [B, model_max_length] under ``"input_ids"``."""
 
 
 @flax.struct.dataclass
@@ -37,23 +47,19 @@ class PromptBatch:
     Attributes:
       embeddings: [B, L, D] text encoder output.
       negative_embeddings: [1, L, D], of the negative prompt that guidance moves away from.
-      scorer_text: [B, E] unit-length float32 text embeddings of the preference model; None where nothing is scored.
+      scorer_text: [B, ...] what a scorer made of the texts, of a CLIP unit-length embeddings float32 [B, E]; None where
+        nothing is scored.
       added: of B pictures, only for SDXL.
       negative_added: of one picture, only for SDXL.
     """
 
     embeddings: jax.Array
     negative_embeddings: jax.Array
-    scorer_text: jax.Array
+    scorer_text: jax.Array | None
     added: AddedConditions | None = None
     negative_added: AddedConditions | None = None
 
-    @property
-    def conditions(self) -> tuple[Any, ...]:
-        """What a guided prediction takes after latents and timesteps."""
-        return self.embeddings, self.negative_embeddings, self.added, self.negative_added
-
-    def map_rows(self, function: Callable[[jax.Array], jax.Array]) -> PromptBatch:
+    def map_rows(self, function: Callable[[Any], Any]) -> PromptBatch:
         """Applies ``function`` to every array that has a row for each prompt: selects, repeats or places prompts."""
         rows = (self.embeddings, self.scorer_text, self.added)
         embeddings, scorer_text, added = jax.tree.map(function, rows)
@@ -75,6 +81,24 @@ class PoolNoise:
     plain: jax.Array
     candidates: jax.Array
     choices: jax.Array
+
+
+@flax.struct.dataclass
+class Candidates:
+    """The candidates of one step of B trajectories, as a scorer gets them.
+
+    Attributes:
+      latents: float32 [B, k, h, w, c], the candidates.
+      x0: float32 [B, k, h, w, c], the clean latents that the network predicts from each; at the end of a trajectory
+        the candidates themselves.
+      timestep: int32 [], of the step that drew them.
+      arrived: int32 [], the timestep that they are at and that ``x0`` was predicted at; 0 at the end of a trajectory.
+    """
+
+    latents: jax.Array
+    x0: jax.Array
+    timestep: jax.Array
+    arrived: jax.Array
 
 
 @flax.struct.dataclass
@@ -121,14 +145,14 @@ class PreferencePairs:
 
 
 @flax.struct.dataclass
-class JudgedPairs:
-    """B pairs of pictures of one caption each, and which of the two was preferred: what a preference model learns from.
+class LabelledPairs:
+    """B pairs of images of one caption each, and which of the two was preferred: what a preference model learns from.
 
     Attributes:
       images: uint8 [B, 2, H, W, 3].
       tokens: of the captions, int32 [B, L] for each text encoder of the base model.
       scorer_tokens: int32 [B, L], of the preference model.
-      judge_tokens: int32 [B, L], of the model that labels the pairs anew; None if the labels stay.
+      labeller_tokens: int32 [B, L], of the labeller, which labels the pairs anew; None if the labels stay.
       labels: float32 [B, 2], how far each picture was preferred; 1 and 0, or 0.5 and 0.5 for a tie.
       weights: float32 [B]; a row of weight 0 stands for a record that cannot be used, and does not count.
       positions: uint32 [B], place in the endless stream of records; names the pair's random numbers.
@@ -137,31 +161,7 @@ class JudgedPairs:
     images: jax.Array
     tokens: tuple[jax.Array, ...]
     scorer_tokens: jax.Array
-    judge_tokens: jax.Array | None
+    labeller_tokens: jax.Array | None
     labels: jax.Array
     weights: jax.Array
     positions: jax.Array
-
-
-@flax.struct.dataclass
-class TrainState:
-    """What changes in training.
-
-    Attributes:
-      step: int32, minibatches learned from.
-      trained: float32 variables that are learned. In SPO those of the UNet: ``{"lora": adapters}``, or ``{"params":
-        parameters}`` in full fine-tuning. Laid over ``{"params": base}`` they make the policy; without them it is the
-        reference. Of a preference model: its parameters.
-      opt_state: of the optimizer.
-      average: exponential moving average of ``trained``; None if it is off.
-    """
-
-    step: jax.Array
-    trained: Any
-    opt_state: Any
-    average: Any = None
-
-    @property
-    def result(self) -> Any:
-        """What is measured and written: the average if there is one."""
-        return self.trained if self.average is None else self.average

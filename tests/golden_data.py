@@ -23,7 +23,12 @@ for _name in ("models.tar.xz", "sdxl.tar.xz"):
 def load() -> dict[str, np.ndarray]:
     """All recorded arrays by name; images and latents are NCHW."""
     arrays = {}
-    for file in (_STORED / "golden.npz", FOLDER / "golden_sdxl.npz", _STORED / "criterion.npz"):
+    for file in (
+        _STORED / "golden.npz",
+        FOLDER / "golden_sdxl.npz",
+        _STORED / "criterion.npz",
+        _STORED / "gradspo.npz",
+    ):
         with np.load(file, allow_pickle=False) as stored:
             arrays |= dict(stored)
     return arrays

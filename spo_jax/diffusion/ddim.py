@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spo_jax.diffusion.process import ddim_distribution, predict_x0_and_noise
 from spo_jax.diffusion.schedule import Schedule, to_the_end
 
 
@@ -39,9 +38,9 @@ def sample(
 
     def step(latents, inputs):
         timestep, previous, step_noise = inputs
-        x0, eps = predict_x0_and_noise(schedule, predict(latents, timestep), latents, timestep)
-        mean, sigma = ddim_distribution(schedule, x0, eps, timestep, previous, eta)
-        return (mean if step_noise is None else mean + sigma * step_noise), None
+        x0, eps = schedule.to_x0_and_noise(predict(latents, timestep), latents, timestep)
+        drawn = schedule.transition(x0, eps, timestep, previous, eta)
+        return (drawn.mean if step_noise is None else drawn.mean + drawn.sigma * step_noise), None
 
     steps = (schedule.timesteps, schedule.previous_timesteps, noise)
     return jax.lax.scan(step, initial.astype(jnp.float32), steps)[0]

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spo_jax.diffusion.process import predict_x0_and_noise
 from spo_jax.diffusion.schedule import Schedule, make_schedule, scheduler_file
 from spo_jax.errors import UserError
 
@@ -129,7 +128,7 @@ def sample_dpmpp_2m(
     def step(carry, inputs):
         latents, previous_x0 = carry
         timestep, coefficients = inputs
-        x0, _ = predict_x0_and_noise(schedule, predict(latents, timestep), latents, timestep)
+        x0, _ = schedule.to_x0_and_noise(predict(latents, timestep), latents, timestep)
         return (dpmpp_2m_step(coefficients, latents, x0, previous_x0), x0), None
 
     initial = initial.astype(jnp.float32)

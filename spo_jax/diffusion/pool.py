@@ -5,16 +5,17 @@ SPO, section 3.3 and figure 3. With inner steps (SDXL) the samples go on alone f
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from spo_jax import rng
-from spo_jax.diffusion.process import ddim_distribution, predict_x0_and_noise
-from spo_jax.diffusion.schedule import Schedule
-from spo_jax.types import Pool, PoolNoise
+from spo_jax.diffusion.process import Process
+from spo_jax.types import Candidates, Pool, PoolNoise
 
 CONTINUATIONS = ("random", "win")
 
@@ -41,29 +42,47 @@ def draw_pool_noise(
     )
 
 
-def sample_pool(
-    predict: Callable[[jax.Array, jax.Array], jax.Array],
-    score: Callable[[jax.Array, jax.Array], jax.Array],
-    schedule: Schedule,
-    noise: PoolNoise,
-    *,
-    num_plain_steps: int,
-    num_inner_steps: int = 0,
-    eta: float = 1.0,
-    continuation: str = "random",
-) -> Pool:
-    """Samples the pools of B prompts.
+@dataclasses.dataclass(frozen=True)
+class PoolOptions:
+    """How pools are sampled.
 
-    Args:
-      predict: ``(latents [B, n, h, w, c], timestep scalar) -> model output`` of the same shape, n = 1 or k.
-      score: ``(x0 latents [B, k, h, w, c], timestep scalar) -> float32 scores [B, k]``.
-      schedule: N timesteps.
-      noise: see ``PoolNoise``.
+    Attributes:
       num_plain_steps: d < N steps with a single sample come first.
       num_inner_steps: m steps that each candidate of a pool goes alone before it is scored: 0 for SD1.5, 3 for SDXL.
       eta: DDIM's, 1 in the paper.
       continuation: which candidate starts the next segment: "random" (the method), or "win" (an ablation of the paper
         that collapses: training then sees the winners' trajectories only).
+    """
+
+    num_plain_steps: int
+    num_inner_steps: int = 0
+    eta: float = 1.0
+    continuation: str = "random"
+
+
+class _Look(NamedTuple):
+    """Latents [B, n, h, w, c] and what the network predicts from them: clean latents and noise of the same shape."""
+
+    latents: jax.Array
+    x0: jax.Array
+    noise: jax.Array
+
+
+def sample_pool(
+    predict: Callable[[jax.Array, jax.Array], jax.Array],
+    score: Callable[[Candidates], jax.Array],
+    process: Process,
+    noise: PoolNoise,
+    options: PoolOptions,
+) -> Pool:
+    """Samples the pools of B prompts.
+
+    Args:
+      predict: ``(latents [B, n, h, w, c], timestep scalar) -> model output`` of the same shape, n = 1 or k.
+      score: scores float32 [B, k] of the candidates of a step.
+      process: N timesteps.
+      noise: see ``PoolNoise``.
+      options: see there.
 
     Returns:
       The pool. The network runs once a step: candidates are scored by the x0 they predict at the next timestep, and
@@ -72,91 +91,110 @@ def sample_pool(
     Raises:
       AssertionError: shapes of ``noise``, of a model output or of scores are not those above.
     """
-    if continuation not in CONTINUATIONS:
-        raise ValueError(f"continuation must be one of {CONTINUATIONS}, not {continuation!r}.")
-    first = num_plain_steps
-    timesteps, previous_timesteps = schedule.timesteps, schedule.previous_timesteps
+    if options.continuation not in CONTINUATIONS:
+        raise ValueError(f"continuation must be one of {CONTINUATIONS}, not {options.continuation!r}.")
+    first = options.num_plain_steps
+    timesteps, previous_timesteps = process.timesteps, process.previous_timesteps
     batch_size, num_candidates = noise.candidates.shape[1:3]
-    latent_shape, num_pool_steps = noise.initial.shape[1:], schedule.num_steps - first
+    latent_shape, num_pool_steps = noise.initial.shape[1:], process.num_steps - first
     # Arrays of other sizes would be broadcast, and the pool of one prompt mixed into that of another.
     chex.assert_shape(noise.initial, (batch_size, ...))
     chex.assert_shape(noise.plain, (first, batch_size, *latent_shape))
     chex.assert_shape(noise.candidates, (num_pool_steps, batch_size, num_candidates, *latent_shape))
 
-    def look_ahead(latents, timestep):
+    def look(latents: jax.Array, timestep: jax.Array) -> _Look:
         output = predict(latents, timestep)
         chex.assert_equal_shape([output, latents])
-        return predict_x0_and_noise(schedule, output, latents, timestep)
+        return _Look(latents, *process.to_x0_and_noise(output, latents, timestep))
 
-    def judge(x0, timestep):
-        scores = score(x0, timestep)
+    def draw(seen: _Look, timestep: jax.Array, previous: jax.Array, step_noise: jax.Array) -> jax.Array:
+        step = process.transition(seen.x0, seen.noise, timestep, previous, options.eta)
+        return step.mean + step.sigma * step_noise
+
+    def scored(latents: jax.Array, x0: jax.Array, timestep: jax.Array, arrived: jax.Array) -> jax.Array:
+        scores = score(Candidates(latents, x0, timestep, arrived))
         chex.assert_shape(scores, (batch_size, num_candidates))
         return scores
 
-    def draw(x0, eps, timestep, previous, step_noise):
-        mean, sigma = ddim_distribution(schedule, x0, eps, timestep, previous, eta)
-        return mean + sigma * step_noise
-
-    def plain_step(states, inputs):
-        _, x0, eps = states
-        step, step_noise = inputs
-        drawn = draw(x0, eps, timesteps[step - 1], previous_timesteps[step - 1], step_noise[:, None])
-        latents = jnp.where(step == 0, initial, drawn)
-        return (latents, *look_ahead(latents, timesteps[step])), None
-
     # The first look needs no step before it; in one loop with the others the network is compiled once for all of them.
     initial = noise.initial.astype(jnp.float32)[:, None]
+
+    def plain_step(seen: _Look, inputs: tuple[jax.Array, jax.Array]) -> tuple[_Look, None]:
+        step, step_noise = inputs
+        drawn = draw(seen, timesteps[step - 1], previous_timesteps[step - 1], step_noise[:, None])
+        return look(jnp.where(step == 0, initial, drawn), timesteps[step]), None
+
     plain_noise = jnp.concatenate([jnp.zeros_like(noise.initial)[None], noise.plain])
-    states, _ = jax.lax.scan(plain_step, (initial,) * 3, (jnp.arange(first + 1), plain_noise))
+    seen, _ = jax.lax.scan(plain_step, _Look(initial, initial, initial), (jnp.arange(first + 1), plain_noise))
 
-    # Where candidates start a step: one [B, 1, h, w, c] for all, or with inner steps each its own, [B, k, h, w, c].
-    num_starts = num_candidates if num_inner_steps else 1
-
-    def spread(states):
-        return tuple(jnp.broadcast_to(x, (batch_size, num_starts, *x.shape[2:])) for x in states)
-
-    def close_segment(states, timestep, random_choice):
-        """Scores the candidates by their x0; one of them goes on."""
-        scores = judge(states[1], timestep)
-        choice = random_choice if continuation == "random" else jnp.argmax(scores, axis=1)
-        return spread(_choose(x, choice) for x in states), scores
-
-    def stay_inside(states, _timestep, _random_choice):
-        return states, jnp.zeros((batch_size, num_candidates), jnp.float32)
-
-    def pool_step(states, inputs):
-        latents, x0, eps = states
-        timestep, previous, following, step_noise, random_choice, closes = inputs
-        candidates = draw(x0, eps, timestep, previous, step_noise)
-        states = (candidates, *look_ahead(candidates, following))
-        if num_inner_steps == 0:
-            states, scores = close_segment(states, following, random_choice)
-        else:
-            states, scores = jax.lax.cond(closes, close_segment, stay_inside, states, following, random_choice)
-        return states, (latents[:, 0], candidates, scores)
-
-    size = num_inner_steps + 1  # steps of a segment
+    segment_step = _make_segment_step(look, draw, scored, options, (batch_size, num_candidates))
+    size = options.num_inner_steps + 1  # steps of a segment
     inputs = (
         timesteps[first:-1],
         previous_timesteps[first:-1],
         timesteps[first + 1 :],
         noise.candidates[:-1],
         noise.choices,
-        jnp.arange(1, schedule.num_steps - first) % size == 0,
+        jnp.arange(1, process.num_steps - first) % size == 0,
     )
-    states, (starts, candidates, scores) = jax.lax.scan(pool_step, spread(states), inputs)
+    start = _spread(seen, num_candidates if options.num_inner_steps else 1)
+    seen, (starts, candidates, scores) = jax.lax.scan(segment_step, start, inputs)
 
-    latents, x0, eps = states
-    final = draw(x0, eps, timesteps[-1], previous_timesteps[-1], noise.candidates[-1])
-    final_scores = judge(final, jnp.zeros((), jnp.int32))
+    final = draw(seen, timesteps[-1], previous_timesteps[-1], noise.candidates[-1])
+    final_scores = scored(final, final, timesteps[-1], jnp.zeros((), jnp.int32))
     return Pool(
-        latents=jnp.concatenate([starts, latents[None, :, 0]])[::size],
+        latents=jnp.concatenate([starts, seen.latents[None, :, 0]])[::size],
         candidates=jnp.concatenate([candidates, final[None]]),
-        scores=jnp.concatenate([scores[num_inner_steps::size], final_scores[None]]),
+        scores=jnp.concatenate([scores[options.num_inner_steps :: size], final_scores[None]]),
         timesteps=timesteps[first:],
         previous_timesteps=previous_timesteps[first:],
-        num_inner_steps=num_inner_steps,
+        num_inner_steps=options.num_inner_steps,
     )
+
+
+def _make_segment_step(
+    look: Callable[[jax.Array, jax.Array], _Look],
+    draw: Callable[[_Look, jax.Array, jax.Array, jax.Array], jax.Array],
+    scored: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
+    options: PoolOptions,
+    shape: tuple[int, int],
+) -> Callable[[_Look, tuple[jax.Array, ...]], tuple[_Look, tuple[jax.Array, ...]]]:
+    """The body of the loop over pool steps, of B prompts and k candidates: ``shape``.
+
+    Candidates start a step from one look [B, 1, ...] for all of them, or with inner steps from their own, [B, k, ...].
+    """
+    num_starts = shape[1] if options.num_inner_steps else 1
+
+    def close_segment(
+        seen: _Look, timestep: jax.Array, arrived: jax.Array, random_choice: jax.Array
+    ) -> tuple[_Look, jax.Array]:
+        """Scores the candidates; one of them goes on."""
+        scores = scored(seen.latents, seen.x0, timestep, arrived)
+        choice = random_choice if options.continuation == "random" else jnp.argmax(scores, axis=1)
+        return _spread(_Look(*(_choose(x, choice) for x in seen)), num_starts), scores
+
+    def stay_inside(
+        seen: _Look, _timestep: jax.Array, _arrived: jax.Array, _random_choice: jax.Array
+    ) -> tuple[_Look, jax.Array]:
+        return seen, jnp.zeros(shape, jnp.float32)
+
+    def segment_step(seen: _Look, inputs: tuple[jax.Array, ...]) -> tuple[_Look, tuple[jax.Array, ...]]:
+        timestep, previous, following, step_noise, random_choice, closes = inputs
+        candidates = draw(seen, timestep, previous, step_noise)
+        ahead = look(candidates, following)
+        operands = (ahead, timestep, following, random_choice)
+        if options.num_inner_steps == 0:
+            ahead, scores = close_segment(*operands)
+        else:
+            ahead, scores = jax.lax.cond(closes, close_segment, stay_inside, *operands)
+        return ahead, (seen.latents[:, 0], candidates, scores)
+
+    return segment_step
+
+
+def _spread(seen: _Look, count: int) -> _Look:
+    """[B, 1, ...] to [B, count, ...]."""
+    return _Look(*(jnp.broadcast_to(x, (x.shape[0], count, *x.shape[2:])) for x in seen))
 
 
 def _choose(values: jax.Array, choice: jax.Array) -> jax.Array:

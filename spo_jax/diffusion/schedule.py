@@ -13,7 +13,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
+from spo_jax.diffusion.process import Gaussian
 from spo_jax.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -71,6 +73,51 @@ class Schedule:
     def num_steps(self) -> int:
         """N."""
         return self.timesteps.shape[0]
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T."""
+        return len(self.alphas_cumprod)
+
+    def add_noise(
+        self, clean: Float[Array, "*l"], noise: Float[Array, "*#l"], timestep: Int[Array, ""]
+    ) -> Float[Array, "*l"]:
+        """``sqrt(alpha) clean + sqrt(1 - alpha) noise`` (arXiv 2006.11239, equation 4)."""
+        alpha = self.alphas_cumprod[timestep]
+        return jnp.sqrt(alpha) * clean + jnp.sqrt(1.0 - alpha) * noise
+
+    def to_x0_and_noise(
+        self, output: Float[Array, "*l"], latents: Float[Array, "*l"], timestep: Int[Array, ""]
+    ) -> tuple[Float[Array, "*l"], Float[Array, "*l"]]:
+        """The clean latents and the noise that a model output stands for, by ``prediction_type``."""
+        alpha = self.alphas_cumprod[timestep]
+        signal, spread = jnp.sqrt(alpha), jnp.sqrt(1.0 - alpha)
+        output, latents = output.astype(jnp.float32), latents.astype(jnp.float32)
+        if self.prediction_type == "epsilon":
+            x0, noise = (latents - spread * output) / signal, output
+        elif self.prediction_type == "v_prediction":
+            x0, noise = signal * latents - spread * output, signal * output + spread * latents
+        else:
+            x0, noise = output, (latents - signal * output) / spread
+        if self.clip_sample_range is not None:  # diffusers clips x0 alone; the noise stays
+            x0 = jnp.clip(x0, -self.clip_sample_range, self.clip_sample_range)
+        return x0, noise
+
+    def transition(
+        self,
+        x0: Float[Array, "*l"],
+        noise: Float[Array, "*l"],
+        timestep: Int[Array, ""],
+        previous_timestep: Int[Array, ""],
+        eta: float,
+    ) -> Gaussian:
+        """One step of DDIM (arXiv 2010.02502, equations 12 and 16); ``eta`` = 0 is deterministic, 1 is DDPM-like."""
+        alpha, alpha_previous = self.alphas_cumprod[timestep], self.alphas_cumprod[previous_timestep]
+        variance = (1.0 - alpha_previous) / (1.0 - alpha) * (1.0 - alpha / alpha_previous)
+        sigma = eta * jnp.sqrt(variance)
+        # With alpha = 0 and eta = 1 nothing is left of the noise, and rounding may leave less than that.
+        direction = jnp.sqrt(jnp.maximum(1.0 - alpha_previous - sigma**2, 0.0))
+        return Gaussian(jnp.sqrt(alpha_previous) * x0 + direction * noise, sigma)
 
 
 def make_schedule(config: Mapping[str, Any], num_steps: int) -> Schedule:
@@ -142,7 +189,7 @@ def to_the_end(schedule: Schedule) -> Schedule:
     """
     if not schedule.ends_clean:
         return schedule
-    num_train = len(schedule.alphas_cumprod)
+    num_train = schedule.num_train_timesteps
     return dataclasses.replace(
         schedule,
         alphas_cumprod=jnp.append(schedule.alphas_cumprod, 1.0),

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from spo_jax.distributed.sharding import weight_sharding
 
 HOST = "pinned_host"
-SELDOM_USED = ("text_encoder", "text_encoder_2", "judge")  # for a moment in each batch, or only between batches
+SELDOM_USED = ("text_encoder", "text_encoder_2", "clip")  # for a moment in each batch, or only between batches
 
 
 def weight_placement(mesh: Mesh, *, offload: bool) -> Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -23,6 +23,9 @@ from absl import flags
 from spo_jax import cli
 from spo_jax.emoji import world
 from spo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 TEMPERATURE = 10.0  # of the Bradley-Terry noise, in units of colourfulness
 SAMPLING_STEPS = 10
@@ -106,23 +109,22 @@ def main() -> None:
     print(json.dumps(ceilings))
 
 
-def make_sampler() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+def make_sampler() -> Callable[[list[str], int, jax.Array], tuple[np.ndarray, np.ndarray]]:
     """``sample(captions, count, key) -> (uint8 [n, count, H, W, 3], colourfulness [n, count])`` by the base model."""
     import jax
     import jax.numpy as jnp
 
     from spo_jax.diffusion.schedule import make_schedule
-    from spo_jax.evaluation.colorfulness import colorfulness
-    from spo_jax.formats.hub import local
+    from spo_jax.evaluation.metrics import colorfulness
     from spo_jax.formats.pipeline import read_pipeline
     from spo_jax.images import to_uint8
     from spo_jax.sampling.encode import encode_prompts, make_encode
-    from spo_jax.sampling.generate import make_generate
+    from spo_jax.sampling.generate import SamplingOptions, make_generate
 
-    pipeline = read_pipeline(local("emoji:model"))
+    pipeline = read_pipeline("emoji:model")
     schedule = make_schedule(pipeline.scheduler_config, SAMPLING_STEPS)
-    generate = jax.jit(make_generate(pipeline, schedule, guidance_scale=GUIDANCE_SCALE, eta=0.0))
-    encode = jax.jit(make_encode(pipeline, scorer=None))
+    generate = jax.jit(make_generate(pipeline, schedule, SamplingOptions(GUIDANCE_SCALE)))
+    encode = jax.jit(make_encode(pipeline))
 
     def sample(captions: list[str], count: int, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
         prompts = encode_prompts(encode, pipeline.params, pipeline, None, captions)

@@ -1,147 +1,155 @@
-"""Evidence: base and tuned model on held-out prompts, from the same noise."""
+"""Base and tuned model on held-out prompts, from the same noise, by every metric that a config names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PyTree
 
 from spo_jax import rng
 from spo_jax.diffusion.schedule import Schedule
-from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated, round_up
+from spo_jax.distributed.mesh import batch_sharding, round_up
 from spo_jax.distributed.pieces import map_in_pieces, piece_size
-from spo_jax.evaluation.colorfulness import colorfulness
+from spo_jax.evaluation.metrics import Metric
+from spo_jax.files import write_text
 from spo_jax.formats.pipeline import Pipeline
-from spo_jax.preference.scorers import Scorer
 from spo_jax.sampling.encode import shard_prompts
-from spo_jax.sampling.generate import make_decode, make_sample
+from spo_jax.sampling.generate import SamplingOptions, make_decode, make_sample
 from spo_jax.types import PromptBatch
 
+Texts = dict[str, jax.Array]  # of all N prompts, by metric; metrics that read no prompts have none
 
-@flax.struct.dataclass
-class Measured:
-    """One model on n prompts: images [n, H, W, 3] in [-1, 1] and, for each, the three measures as float32/bool [n]."""
+
+class Measured(NamedTuple):
+    """One model on n prompts: images [n, H, W, 3] in [-1, 1], and scores [n] by metric."""
 
     images: np.ndarray
-    preference_score: np.ndarray
-    colorfulness: np.ndarray
-    alignment_top1: np.ndarray
+    scores: dict[str, np.ndarray]
+
+
+# ``(params, UNet's variables, prompts, texts, key, numbers [B]) -> (images, scores [B] by metric)``.
+MeasureBatch = Callable[
+    [dict[str, PyTree], PyTree, PromptBatch, Texts, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]
+]
 
 
 def make_measure_batch(
     pipeline: Pipeline,
-    scorer: Scorer,
-    judge: Scorer,
     schedule: Schedule,
+    metrics: Mapping[str, Metric],
     mesh: Mesh,
-    *,
-    guidance_scale: float,
-    eta: float,
+    options: SamplingOptions,
     chunk: int,
-) -> Callable[..., tuple[jax.Array, ...]]:
-    """``measure_batch(params, variables, prompts, judge_text [n, E], key, numbers int32 [B])``.
+) -> MeasureBatch:
+    """The program of an evaluation.
 
-    The program behind ``make_measure``, of B of the n prompts with their numbers. It gives images [B, H, W, 3],
-    preference scores, colourfulness, and the nearest of the n captions, [B] each.
+    Args:
+      pipeline: samples and decodes.
+      schedule: sampling steps.
+      metrics: by name.
+      mesh: the devices, which split the images.
+      options: of sampling.
+      chunk: images that a device decodes and scores at a time, at most; 0 for its share of the batch.
+
+    Returns:
+      A function of B of the N prompts and their numbers, which with the key decide their noise.
     """
-    sample_latents = make_sample(pipeline, schedule, guidance_scale=guidance_scale, eta=eta)
-    decode = make_decode(pipeline)
+    sample_latents, decode = make_sample(pipeline, schedule, options), make_decode(pipeline)
     shape = pipeline.latent_shape
 
-    def measure_batch(params, variables, prompts: PromptBatch, judge_text, key, numbers):
+    def measure_batch(
+        params: dict[str, PyTree],
+        variables: PyTree,
+        prompts: PromptBatch,
+        texts: Texts,
+        key: jax.Array,
+        numbers: Int[Array, " b"],
+    ) -> tuple[Float[Array, "b H W 3"], dict[str, jax.Array]]:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
         initial = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "initial"), shape))(keys)
         noise = None
-        if eta > 0:
+        if options.eta > 0:
             noise = jax.vmap(lambda k: jax.random.normal(rng.stream(k, "steps"), (schedule.num_steps, *shape)))(keys)
             noise = jnp.swapaxes(noise, 0, 1)
 
-        def look(rows: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-            latents, scorer_text = rows
+        def look(rows: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            latents, some = rows
             images = jnp.clip(decode(params, latents), -1.0, 1.0)
-            count = len(images)
-            zeros = jnp.zeros((count,), jnp.int32)
-            scores = scorer.score(params["scorer"], images, scorer_text, zeros)
-            similarity = jax.vmap(
-                lambda text: judge.score(params["judge"], images, jnp.broadcast_to(text, (count, len(text))), zeros)
-            )(judge_text)
-            return images, scores, colorfulness(images), similarity.argmax(axis=0)
+            return images, {name: m.score(params, images, texts.get(name), some) for name, m in metrics.items()}
 
         latents = sample_latents(variables, prompts, initial, noise)
-        return map_in_pieces(look, (latents, prompts.scorer_text), piece_size(len(numbers), mesh.size, chunk))
+        return map_in_pieces(look, (latents, numbers), piece_size(len(numbers), mesh.size, chunk))
 
     return measure_batch
 
 
-def make_measure(
-    pipeline: Pipeline,
-    scorer: Scorer,
-    judge: Scorer,
-    schedule: Schedule,
-    mesh: Mesh,
+def measure(
+    program: MeasureBatch,
+    params: dict[str, PyTree],
+    trained: PyTree,
+    held_out: tuple[PromptBatch, Texts],
+    key: jax.Array,
     *,
-    guidance_scale: float,
-    eta: float,
     batch_size: int,
-    chunk: int = 0,
-) -> Callable[..., Measured]:
-    """``measure(params, trained, prompts, judge_text [n, E], key) -> Measured``.
+    mesh: Mesh,
+) -> Measured:
+    """One model on all held-out prompts.
 
     Args:
-      pipeline: models and tokenizer.
-      scorer: the preference model, asked at timestep 0.
-      judge: a plain CLIP; alignment is whether a picture's own caption is the nearest of all n.
-      schedule: sampling steps.
-      mesh: the devices, which split the pictures; all processes get all results.
-      guidance_scale: as in training.
-      eta: DDIM's; 0 for the deterministic sampler.
-      batch_size: pictures at a time, over all devices together; rounded up to a multiple of their number.
-      chunk: pictures that a device decodes and judges at a time, at most; 0 for its share of the batch.
-
-    Returns:
-      A function of the UNet's trained variables (see ``TrainState``; ``programs.untrained`` makes those of the base
-      model). The same key gives the same noise to each prompt, whatever the model and the batch size.
+      program: compiled, see ``make_measure_batch``.
+      params: frozen parameters by part, of the UNet, the autoencoder and what the metrics read.
+      trained: the UNet's trained variables (see ``TrainState``; ``untrained`` makes those of the base model).
+      held_out: n prompts, encoded, and the metrics' texts of at least those.
+      key: the same one gives the same noise to each prompt, whatever the model and the batch size.
+      batch_size: images at a time, over all devices together; rounded up to a multiple of their number.
+      mesh: the devices; all processes get all results.
     """
-    options: dict[str, Any] = {"guidance_scale": guidance_scale, "eta": eta, "chunk": chunk}
-    measure_batch = make_measure_batch(pipeline, scorer, judge, schedule, mesh, **options)
-    one_batch = jit_on(mesh, measure_batch, out_shardings=replicated(mesh))
-    batch_size = round_up(batch_size, mesh.size)
-
-    def measure(params: Any, trained: Any, prompts: PromptBatch, judge_text: jax.Array, key: jax.Array) -> Measured:
-        count = prompts.embeddings.shape[0]
-        variables = {"params": params["unet"], **trained}
-        results = []
-        for start in range(0, count, batch_size):
-            # The last batch is filled up with prompts from the start, so that one program serves all.
-            rows = np.arange(start, start + batch_size, dtype=np.int32) % count
-            batch = shard_prompts(prompts.map_rows(itemgetter(rows)), mesh)
-            numbers = jax.device_put(rows, batch_sharding(mesh))
-            outputs = jax.device_get(one_batch(params, variables, batch, judge_text, key, numbers))
-            results.append([values[: count - start] for values in outputs])
-        images, scores, colors, nearest = (np.concatenate(column) for column in zip(*results, strict=True))
-        return Measured(images, scores, colors, nearest == np.arange(count))
-
-    return measure
+    prompts, texts = held_out
+    count, batch_size = prompts.embeddings.shape[0], round_up(batch_size, mesh.size)
+    variables = {"params": params["unet"], **trained}
+    results = []
+    for start in range(0, count, batch_size):
+        # The last batch is filled up with prompts from the start, so that one program serves all.
+        rows = np.arange(start, start + batch_size, dtype=np.int32) % count
+        batch = shard_prompts(prompts.map_rows(itemgetter(rows)), mesh)
+        numbers = jax.device_put(rows, batch_sharding(mesh))
+        outputs = jax.device_get(program(params, variables, batch, texts, key, numbers))
+        results.append(jax.tree.map(itemgetter(slice(count - start)), outputs))
+    return Measured(*jax.tree.map(lambda *parts: np.concatenate(parts), *results))
 
 
-def summarize(base: Measured, tuned: Measured) -> dict[str, Any]:
-    """Means of both models, the base model's spread over prompts, and how often the tuned one wins."""
-    names = ("preference_score", "colorfulness", "alignment_top1")
+def summarize(base: Measured, tuned: Measured, metrics: Mapping[str, Metric]) -> dict[str, object]:
+    """Means of both models by metric; of those that compare images also the base model's spread and the win rate."""
+    compared = [name for name, metric in metrics.items() if metric.compares]
 
     def means(measured: Measured) -> dict[str, float]:
-        return {name: float(np.mean(getattr(measured, name))) for name in names}
+        return {name: float(np.mean(scores)) for name, scores in measured.scores.items()}
 
     return {
         "base": means(base),
         "tuned": means(tuned),
-        "base_std": {name: float(np.std(getattr(base, name))) for name in names[:2]},
-        "win_rate": float(np.mean(tuned.colorfulness > base.colorfulness)),
-        "win_rate_preference_score": float(np.mean(tuned.preference_score > base.preference_score)),
-        "num_prompts": len(base.colorfulness),
+        "base_std": {name: float(np.std(base.scores[name])) for name in compared},
+        "win_rate": {name: float(np.mean(tuned.scores[name] > base.scores[name])) for name in compared},
+        "num_prompts": len(base.images),
     }
+
+
+def write_scores(path: Path, prompts: Sequence[str], models: Mapping[str, Measured]) -> None:
+    """Writes a CSV file with a row for each prompt and model: ``prompt, model``, and a column for each metric."""
+    names = list(next(iter(models.values())).scores)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["prompt", "model", *names])
+    for i, prompt in enumerate(prompts):
+        for model, measured in models.items():
+            writer.writerow([prompt, model, *(float(measured.scores[name][i]) for name in names)])
+    write_text(path, text.getvalue())

@@ -1,12 +1,12 @@
-"""Pairwise accuracy of judges at chosen timesteps, on pairs as the base model sees them there; and how it is shown."""
+"""Pairwise accuracy of scorers at chosen timesteps, on pairs as the base model sees them there; and how it is shown."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PyTree, UInt, UInt8
 
 from spo_jax.data.preferences import PairBatch
 from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated
@@ -21,107 +22,143 @@ from spo_jax.errors import UserError
 from spo_jax.formats.pipeline import Pipeline
 from spo_jax.formats.tokenizers import tokenize, tokenize_prompts
 from spo_jax.preference.accuracy import Accuracy, Difference, count_accuracy, count_difference
-from spo_jax.preference.scorers import Scorer
+from spo_jax.preference.scorers import ImageScorer, score_pairs
 from spo_jax.sampling.encode import make_encode_captions
-from spo_jax.sampling.noisy_pairs import pair_keys, score_pairs
-from spo_jax.types import PromptBatch
+from spo_jax.sampling.noisy_pairs import PredictClean, pair_keys
+from spo_jax.types import PromptBatch, Tokenizer
 
-# Names of the judges that are measured: the one in question, the same one kept from knowing t, another one without t.
+# Names of the scorers that are measured: the one in question, the same one kept from knowing t, another one without t.
 SCORER, TOLD_0, PLAIN = "scorer", "told_0", "plain"
 
 
-class Judge(NamedTuple):
+class AskedScorer(NamedTuple):
     """A scorer with the tokenizer of its captions; without ``step_aware`` it is told t = 0 at every timestep."""
 
-    scorer: Scorer
-    tokenizer: Any
+    scorer: ImageScorer
+    tokenizer: Tokenizer
     step_aware: bool = True
 
 
 @flax.struct.dataclass
 class PairAccuracy:
-    """Of one timestep: ``accuracy`` by judge, and ``gain`` of the first judge over each other one on the same pairs."""
+    """Of one timestep: ``accuracy`` by scorer, and ``gain`` of the first one over each other one on the same pairs."""
 
     accuracy: dict[str, Accuracy]
     gain: dict[str, Difference]
 
 
-def make_measure_pairs(
-    predict_clean: Callable[..., jax.Array], judges: Mapping[str, Judge]
-) -> Callable[..., PairAccuracy]:
-    """``measure_pairs(params, images, labels, weights, prompts, texts, timestep, positions, key) -> PairAccuracy``.
+class AccuracyPrograms(NamedTuple):
+    """What a measurement computes, compiled once for all timesteps.
 
-    The program behind ``make_measure_accuracy``, of one batch and one timestep; counts instead of means.
+    Attributes:
+      encode_captions: an ``EncodeCaptions``.
+      encode_texts: ``(scorers' parameters, tokens) -> texts``, all of them by scorer.
+      measure_pairs: ``(params, images, labels, weights, prompts, texts, timestep, positions, key) -> PairAccuracy``.
     """
-    first, *others = judges
 
-    def measure_pairs(params, images, labels, weights, prompts: PromptBatch, texts, timestep, positions, key):
-        timesteps = jnp.full((len(images),), timestep)
-        clean = predict_clean(params, images, prompts, timesteps, pair_keys(key, positions))
-        scores = {}
-        for name, judge in judges.items():
-            told = timesteps if judge.step_aware else jnp.zeros_like(timesteps)
-            scores[name] = score_pairs(judge.scorer, params["judges"][name], clean, texts[name], told)
-        mask = weights > 0
-        return PairAccuracy(
-            {name: count_accuracy(scores[name], labels, mask) for name in judges},
-            {name: count_difference(scores[first], scores[name], labels, mask) for name in others},
-        )
-
-    return measure_pairs
+    encode_captions: jax.stages.Wrapped
+    encode_texts: jax.stages.Wrapped
+    measure_pairs: jax.stages.Wrapped
 
 
-def make_measure_accuracy(
-    pipeline: Pipeline, predict_clean: Callable[..., jax.Array], judges: Mapping[str, Judge], mesh: Mesh
-) -> Callable[..., dict[int, PairAccuracy]]:
-    """``measure(params, batches, timesteps, key) -> {timestep: PairAccuracy}``, compiled once for all timesteps.
-
-    All judges see the same pictures, with the same noise: the key and a pair's position decide it, whatever the batch.
+def make_accuracy_programs(
+    pipeline: Pipeline, predict_clean: PredictClean, scorers: Mapping[str, AskedScorer], mesh: Mesh
+) -> AccuracyPrograms:
+    """The programs. All scorers see the same images, with the same noise.
 
     Args:
       pipeline: the base model.
       predict_clean: see ``make_predict_clean``.
-      judges: by name. The first is the one whose gain over the others is measured.
+      scorers: by name. The first is the one whose gain over the others is measured.
       mesh: the devices that a batch is split over.
-
-    Returns:
-      A function of ``params`` (the pipeline's, and the judges' by name under ``"judges"``), batches of pairs
-      (``PairBatch``; rows of weight 0 do not count), timesteps, and a key. It raises UserError where a score is not
-      finite.
     """
-    encode_captions = jit_on(mesh, make_encode_captions(pipeline))
+    first, *others = scorers
 
-    def encode(params: Any, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: judge.scorer.encode_text(params[name], tokens[name]) for name, judge in judges.items()}
+    def encode_texts(params: PyTree, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: asked.scorer.encode_text(params[name], tokens[name]) for name, asked in scorers.items()}
 
-    encode_texts = jit_on(mesh, encode)
-    program = jit_on(mesh, make_measure_pairs(predict_clean, judges), out_shardings=replicated(mesh))
+    def measure_pairs(
+        params: dict[str, PyTree],
+        images: UInt8[Array, "b 2 H W 3"],
+        labels: Float[Array, "b 2"],
+        weights: Float[Array, " b"],
+        prompts: PromptBatch,
+        texts: dict[str, jax.Array],
+        timestep: Int[Array, ""],
+        positions: UInt[Array, " b"],
+        key: jax.Array,
+    ) -> PairAccuracy:
+        timesteps = jnp.full((len(images),), timestep)
+        clean = predict_clean(params, images, prompts, timesteps, pair_keys(key, positions))
+        scores = {}
+        for name, asked in scorers.items():
+            told = timesteps if asked.step_aware else jnp.zeros_like(timesteps)
+            scores[name] = score_pairs(asked.scorer, params["scorers"][name], clean, texts[name], told)
+        mask = weights > 0
+        return PairAccuracy(
+            {name: count_accuracy(scores[name], labels, mask) for name in scorers},
+            {name: count_difference(scores[first], scores[name], labels, mask) for name in others},
+        )
 
-    def place(rows: Any) -> Any:
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), rows)
+    return AccuracyPrograms(
+        jit_on(mesh, make_encode_captions(pipeline)),
+        jit_on(mesh, encode_texts),
+        jit_on(mesh, measure_pairs, out_shardings=replicated(mesh)),
+    )
 
-    def measure(params: Any, batches: Iterable[PairBatch], timesteps: Sequence[int], key: jax.Array):
-        totals: dict[int, PairAccuracy] = {}
-        for batch in batches:
-            prompts = encode_captions(params, place(tokenize_prompts(pipeline, batch.captions)))
-            tokens = {name: tokenize(judge.tokenizer, batch.captions) for name, judge in judges.items()}
-            texts = encode_texts(params["judges"], place(tokens))
-            # As uint32, because JAX has no wider integers; -1, of rows that fill up, becomes some other key.
-            rows = (batch.images, batch.labels, batch.weights, batch.positions.astype(np.uint32))
-            images, labels, weights, positions = place(rows)
-            for timestep in timesteps:
-                at = jnp.int32(timestep)
-                sums = program(params, images, labels, weights, prompts, texts, at, positions, key)
-                sums = jax.tree.map(float, jax.device_get(sums))
-                totals[timestep] = jax.tree.map(operator.add, totals[timestep], sums) if timestep in totals else sums
-        for timestep, total in totals.items():
-            for name, accuracy in total.accuracy.items():
-                if not math.isfinite(accuracy.agreed):
-                    what = f"Scores of the judge {name!r} are not finite at t = {timestep}"
-                    raise UserError(f"{what}; check its weights.")
-        return totals
 
-    return measure
+class AccuracyMeasure(NamedTuple):
+    """A measurement of scorers: its programs, and what brings captions and images to them."""
+
+    programs: AccuracyPrograms
+    pipeline: Pipeline
+    scorers: Mapping[str, AskedScorer]
+    mesh: Mesh
+
+
+def measure_accuracy(
+    made: AccuracyMeasure,
+    params: dict[str, PyTree],
+    batches: Iterable[PairBatch],
+    timesteps: Sequence[int],
+    key: jax.Array,
+) -> dict[int, PairAccuracy]:
+    """Accuracy at each timestep.
+
+    Args:
+      made: see there.
+      params: the base model's parts, and those of the scorers, by name, under ``"scorers"``.
+      batches: of this process; rows of weight 0 do not count.
+      timesteps: where to measure.
+      key: of the noise.
+
+    Raises:
+      UserError: a score is not finite.
+    """
+    split = batch_sharding(made.mesh)
+
+    def place(rows: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), rows)
+
+    totals: dict[int, PairAccuracy] = {}
+    for batch in batches:
+        prompts = made.programs.encode_captions(params, place(tokenize_prompts(made.pipeline, batch.captions)))
+        tokens = {name: tokenize(asked.tokenizer, batch.captions) for name, asked in made.scorers.items()}
+        texts = made.programs.encode_texts(params["scorers"], place(tokens))
+        # As uint32, because JAX has no wider integers; -1, of rows that fill up, becomes some other key.
+        rows = (batch.images, batch.labels, batch.weights, batch.positions.astype(np.uint32))
+        images, labels, weights, positions = place(rows)
+        for timestep in timesteps:
+            at = jnp.int32(timestep)
+            sums = made.programs.measure_pairs(params, images, labels, weights, prompts, texts, at, positions, key)
+            sums = jax.tree.map(float, jax.device_get(sums))
+            totals[timestep] = jax.tree.map(operator.add, totals[timestep], sums) if timestep in totals else sums
+    for timestep, total in totals.items():
+        for name, accuracy in total.accuracy.items():
+            if not math.isfinite(accuracy.agreed):
+                what = f"Scores of the scorer {name!r} are not finite at t = {timestep}"
+                raise UserError(f"{what}; check its weights.")
+    return totals
 
 
 def first_pairs(batches: Iterable[PairBatch], count: int) -> Iterator[PairBatch]:
@@ -139,10 +176,10 @@ def first_pairs(batches: Iterable[PairBatch], count: int) -> Iterator[PairBatch]
             return
 
 
-def accuracy_row(measured: PairAccuracy) -> dict[str, Any]:
-    """One timestep for a JSON file: each judge's accuracy, and the gain of the first over each other one."""
+def accuracy_row(measured: PairAccuracy) -> dict[str, object]:
+    """One timestep for a JSON file: each scorer's accuracy, and the gain of the first over each other one."""
 
-    def of(sums: Accuracy | Difference) -> dict[str, Any]:
+    def of(sums: Accuracy | Difference) -> dict[str, object]:
         return {"value": sums.value if math.isfinite(sums.value) else None, "interval": sums.interval}
 
     return {
@@ -151,11 +188,11 @@ def accuracy_row(measured: PairAccuracy) -> dict[str, Any]:
     }
 
 
-def accuracy_table(measured: Mapping[int, PairAccuracy], judges: Sequence[str]) -> str:
-    """A Markdown table: a column for each timestep, a row for each judge and for each gain, with 95 % intervals."""
+def accuracy_table(measured: Mapping[int, PairAccuracy], scorers: Sequence[str]) -> str:
+    """A Markdown table: a column for each timestep, a row for each scorer and for each gain, with 95 % intervals."""
     rows = [("pairwise accuracy", [f"t = {timestep}" for timestep in measured])]
-    rows += [(name, [_cell(m.accuracy[name], "") for m in measured.values()]) for name in judges]
-    rows += [(f"gain over {name}", [_cell(m.gain[name], "+") for m in measured.values()]) for name in judges[1:]]
+    rows += [(name, [_cell(m.accuracy[name], "") for m in measured.values()]) for name in scorers]
+    rows += [(f"gain over {name}", [_cell(m.gain[name], "+") for m in measured.values()]) for name in scorers[1:]]
     widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(measured))]
     label_width = max(len(label) for label, _ in rows)
     lines = [

@@ -1,4 +1,4 @@
-"""The judge that a config or a command names: a preference model, a plain CLIP, or a function of the user's own."""
+"""Scorers by name: the function of a user's own, and the tokenizer that goes with a scorer."""
 
 from __future__ import annotations
 
@@ -7,58 +7,25 @@ import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import spo_jax
 from spo_jax.errors import UserError
-from spo_jax.formats.pipeline import Pipeline, read_clip
-from spo_jax.formats.tokenizers import fitted, read_tokenizer
-from spo_jax.formats.weights import Placement
-from spo_jax.preference.scorers import Scorer, make_clip_scorer, make_function_scorer
+from spo_jax.formats.tokenizers import fitted
+from spo_jax.preference.scorers import ImageScorer, make_function_scorer
+from spo_jax.types import Tokenizer
 
 _NOT_THE_USERS = re.compile(r"site-packages|^<frozen|" + re.escape(str(Path(spo_jax.__file__).parent)))
 
 
-def make_scorer(
-    path: str,
-    fn: str = "",
-    *,
-    key: str = "config.scorer.fn",
-    dtype: Any = jnp.float32,
-    sharding: Placement = None,
-) -> tuple[Scorer, Any]:
-    """The judge and its parameters.
-
-    Args:
-      path: a CLIP, see ``read_clip``; step-aware if its weights have time layers, else plain.
-      fn: ``"my_module:score"``, a function (see ``make_function_scorer``) that is taken instead; ``path`` is not read.
-      key: the option that gave ``fn``, for messages.
-      dtype: of a CLIP.
-      sharding: where its parameters go.
-
-    Raises:
-      UserError: there is no such model or function.
-    """
-    if fn:
-        return make_function_scorer(load_function(fn, key)), {}
-    clip, params = read_clip(path, step_aware=None, dtype=dtype, sharding=sharding)
-    return make_clip_scorer(clip), params
-
-
-def tokenizer_of(path: str, pipeline: Pipeline) -> Any:
-    """A judge's tokenizer, at ``path``; the pipeline's first one if that is empty."""
-    return read_tokenizer(path) if path else pipeline.tokenizer
-
-
-def fitted_to(scorer: Scorer, tokenizer: Any) -> Any:
-    """The tokenizer of a judge's texts, see ``tokenizers.fitted``; a function takes any."""
+def fitted_to(scorer: ImageScorer, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer of a scorer's texts, see ``tokenizers.fitted``; a function takes any."""
     return tokenizer if scorer.tower is None else fitted(tokenizer, scorer.tower)
 
 
-def load_function(name: str, key: str = "config.scorer.fn") -> Callable[..., Any]:
+def load_function(name: str, key: str = "config.scorer.fn") -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """The function ``"my_module:score"``, imported from the working directory or from what is installed.
 
     Raises:
@@ -85,12 +52,12 @@ def load_function(name: str, key: str = "config.scorer.fn") -> Callable[..., Any
 
 
 def check_function(
-    name: str, *, num_images: int, image_size: tuple[int, int], tokenizer: Any, key: str = "config.scorer.fn"
+    name: str, *, num_images: int, image_size: tuple[int, int], tokenizer: Tokenizer, key: str = "config.scorer.fn"
 ) -> None:
     """Traces the user's function on the shapes of a run, without computing anything.
 
     Args:
-      name: as in ``make_scorer``; nothing is checked if it is empty.
+      name: of the function; nothing is checked if it is empty.
       num_images: n, pictures at a time.
       image_size: H and W.
       tokenizer: of the prompts; its ``model_max_length`` is L.

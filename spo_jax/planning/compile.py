@@ -104,7 +104,7 @@ def _main() -> None:
     config = ConfigDict(json.loads(request["config"]))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices_of(target))
     run = make_run(config, mesh)
-    program = run.program(request["program"])
+    program = run.programs[request["program"]]
     lowered = program.function.lower(*program.arguments)
     answer = _kept(
         f"{_key(target, lowered.as_text())}.json", lambda: dataclasses.asdict(_compile(lowered, target.platform))

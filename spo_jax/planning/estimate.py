@@ -15,10 +15,11 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from spo_jax.distributed.mesh import AXES, make_mesh, mesh_sizes, round_up
-from spo_jax.planning.programs import Run, extra_bytes, make_run
+from spo_jax.planning.programs import extra_bytes, make_run
 from spo_jax.planning.shapes import device_bytes
 from spo_jax.planning.targets import Target
 from spo_jax.planning.walk import walk
+from spo_jax.runs.assembly import Assembly
 
 # Programs whose batch is not split over the devices: each device does all of it.
 _WHOLE = ("encode",)
@@ -44,7 +45,7 @@ _GATHERED_ELSE = 0.7
 _known: dict[str, tuple[float, int, int, list[int]]] = {}
 
 
-def abstract_run(config: ConfigDict, target: Target) -> Run:
+def abstract_run(config: ConfigDict, target: Target) -> Assembly:
     """The run on the target's mesh, for the sizes of what is resident; its programs cannot be made."""
     sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, target.num_devices)
     return make_run(config, AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
@@ -78,7 +79,7 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
     key = json.dumps(what, sort_keys=True, default=str)
     if key not in _known:
         run = _run_of(share.to_json())
-        program = run.program(name)
+        program = run.programs[name]
         jaxpr = program.function.trace(*program.arguments).jaxpr.jaxpr
         # Without what nobody reads, such as results of a forward pass that is made again for its inner values.
         jaxpr, read = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -98,7 +99,7 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
     return flops, extra, own
 
 
-def _with_split_gradients(size_of: Callable[[Any], int], run: Run, parts: int) -> Callable[[Any], int]:
+def _with_split_gradients(size_of: Callable[[Any], int], run: Assembly, parts: int) -> Callable[[Any], int]:
     """The size on a device: gradients and updates of split weights are split like them, and known by their shapes."""
     split = {
         tuple(sorted(leaf.shape))  # a product or a convolution makes a gradient with its axes in another order
@@ -117,7 +118,7 @@ def _gathered(name: str, split: list[int]) -> float:
     return _GATHERED.get(name, _GATHERED_ELSE) * (sum(split) if name == "pool" else max(split))
 
 
-def _split_bytes(run: Run, leaves: list[Any], itemsize: int) -> list[int]:
+def _split_bytes(run: Assembly, leaves: list[Any], itemsize: int) -> list[int]:
     """Bytes, in the dtype of the network, of those weights among ``leaves`` that ``mesh.fsdp`` splits, by network."""
     split = {id(leaf) for leaf in leaves if "fsdp" in tuple(leaf.sharding.spec)}
     return [
@@ -128,11 +129,11 @@ def _split_bytes(run: Run, leaves: list[Any], itemsize: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=2)  # one device's share, and the whole batch
-def _run_of(config: str) -> Run:
+def _run_of(config: str) -> Assembly:
     return make_run(ConfigDict(json.loads(config)), make_mesh(1, 1, jax.devices()[:1]))
 
 
-def resident_bytes(run: Run) -> dict[str, int]:
+def resident_bytes(run: Assembly) -> dict[str, int]:
     """Bytes on a device of what is there all the time, by what it is."""
     return {name: device_bytes(tree) for name, tree in run.resident.items()}
 

@@ -13,17 +13,17 @@ from spo_jax.distributed.mesh import mesh_sizes
 from spo_jax.errors import UserError
 from spo_jax.planning.compile import compile_program, versions
 from spo_jax.planning.estimate import abstract_run, estimate_program, resident_bytes
-from spo_jax.planning.programs import Run
 from spo_jax.planning.remedies import search
 from spo_jax.planning.report import Need
 from spo_jax.planning.targets import GIB, Target, check_installed
+from spo_jax.runs.assembly import Assembly
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a run needs on each device: what is resident, in bytes by what it is, and each program's need."""
 
-    run: Run
+    run: Assembly
     resident: dict[str, int]
     needs: list[Need]
     exact: bool

@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any
 
 from spo_jax.planning.collectives import Traffic
-from spo_jax.planning.programs import Run
 from spo_jax.planning.shapes import num_parameters
 from spo_jax.planning.targets import GIB, Target
+from spo_jax.runs.assembly import Assembly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Need:
     problem: str = ""
 
 
-def table(run: Run, resident: dict[str, int], needs: list[Need], target: Target) -> str:
+def table(run: Assembly, resident: dict[str, int], needs: list[Need], target: Target) -> str:
     """The plan as text: what stays on a device, then a row for each program."""
     limit = f" of {target.limit / GIB:.2f} GiB" if target.limit else ""
     rows = [["stays on each device", "parameters", "GiB"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -11,13 +12,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from spo_jax.distributed.offload import in_host_memory
+from spo_jax.distributed.sharding import weight_shardings
 from spo_jax.errors import UserError
 from spo_jax.formats import pipeline as reading
 from spo_jax.formats.base import Base
-from spo_jax.formats.hub import find_file, local, repository_of
+from spo_jax.formats.hub import exists, find_file, local, repository_of, with_strength
 from spo_jax.formats.parts import check_parts, mended_unet, scheduler_of
 from spo_jax.formats.pipeline import Pipeline, read_json
 from spo_jax.formats.single_file import open_single_file
@@ -29,9 +34,11 @@ from spo_jax.models import (
     UNet2DConditionModel,
     published,
 )
+from spo_jax.runs.assembly import Place, sharded
+from spo_jax.runs.state import TrainState
+from spo_jax.types import Tokenizer
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
-Place = Callable[[tuple[str, ...], tuple[int, ...]], Sharding]
 
 
 def placed(shapes: Any, place: Place, prefix: tuple[str, ...] = ()) -> Any:
@@ -172,3 +179,58 @@ def _find_config(name: str | Path, file: str, default: Any = None) -> dict[str, 
             f"or one whose sizes are known: {known}."
         )
     return default
+
+
+class BlankTokenizer:
+    """Stands for a tokenizer where only shapes count."""
+
+    def __init__(self, length: int) -> None:
+        self.model_max_length = length
+
+    def __call__(self, texts: list[str], **_options: object) -> dict[str, np.ndarray]:
+        return {"input_ids": np.zeros((len(texts), self.model_max_length), np.int32)}
+
+
+class Shapes:
+    """See ``assembly.Load``: networks by their configs alone."""
+
+    def pipeline(self, base: Base, dtype: DTypeLike, place: Place) -> Pipeline:
+        """``pipeline_shapes``, with blank tokenizers of the lengths that the text encoders take."""
+        pipeline = pipeline_shapes(base, dtype, place)
+        first, second = pipeline.text_encoder, pipeline.text_encoder_2
+        return dataclasses.replace(
+            pipeline,
+            tokenizer=BlankTokenizer(first.config.get("max_position_embeddings", 77)),
+            tokenizer_2=None if second is None else BlankTokenizer(second.config.get("max_position_embeddings", 77)),
+        )
+
+    def clip(
+        self,
+        name: str,
+        part: str,
+        place: Place,
+        *,
+        dtype: DTypeLike,
+        params_dtype: DTypeLike | None = None,
+        step_aware: bool | None = None,
+    ) -> tuple[CLIPModel, PyTree]:
+        """``clip_shapes``; where the weights would tell, only a CLIP that is known by its name is taken as plain."""
+        options = {"step_aware": step_aware is not False, "known_plain": step_aware is None}
+        return clip_shapes(name, dtype, place, what=part, params_dtype=params_dtype, **options)
+
+    def tokenizer(self, name: str, default: Tokenizer) -> Tokenizer:
+        """The default, which is blank."""
+        return default
+
+    def prompts(self, name: str, limit: int | None = None) -> list[str]:
+        """Blank ones, as many as there may be."""
+        return [""] * (limit or 1)
+
+    def adapters(self, name: str) -> str:
+        """None where they are not here: mostly the shapes are those of fresh adapters."""
+        return name if exists(with_strength(name)[0]) else ""
+
+    def state(self, make: Callable[[PyTree], TrainState], params: PyTree, mesh: Mesh) -> TrainState:
+        """Shapes of the state."""
+        state = jax.eval_shape(make, params)
+        return sharded(state, weight_shardings(mesh, state))

@@ -1,4 +1,4 @@
-"""Pairwise accuracy: how often a judge prefers the picture that people preferred, and how sure that is.
+"""Pairwise accuracy: how often a scorer prefers the image that people preferred, and how sure that is.
 
 Everything is a sum over pairs, so that batches and hosts add up: ``jax.tree.map(operator.add, a, b)``.
 """
@@ -18,7 +18,7 @@ _Z = NormalDist().inv_cdf(0.975)
 
 @flax.struct.dataclass
 class Accuracy:
-    """Sums over the pairs of one judge.
+    """Sums over the pairs of one scorer.
 
     Attributes:
       agreed: pairs whose preferred picture has the higher score; equal scores count one half.
@@ -43,7 +43,7 @@ class Accuracy:
 
 @flax.struct.dataclass
 class Difference:
-    """Sums over the same pairs of two judges: of ``d = agreement - agreement of the other`` and of its square."""
+    """Sums over the same pairs of two scorers: of ``d = agreement - agreement of the other`` and of its square."""
 
     total: jax.Array
     squares: jax.Array
@@ -78,7 +78,7 @@ def count_accuracy(scores: Float[Array, "n 2"], labels: Float[Array, "n 2"], mas
 def count_difference(
     scores: Float[Array, "n 2"], other: Float[Array, "n 2"], labels: Float[Array, "n 2"], mask: Bool[Array, " n"]
 ) -> Difference:
-    """The sums of a batch for the judge that gave ``scores`` against the one that gave ``other``."""
+    """The sums of a batch for the scorer that gave ``scores`` against the one that gave ``other``."""
     preferred = mask & (labels[:, 0] != labels[:, 1])
     difference = jnp.where(preferred, agreement(scores, labels) - agreement(other, labels), 0.0)
     return Difference(difference.sum(), jnp.square(difference).sum(), preferred.sum())
@@ -100,8 +100,8 @@ def wilson_interval(successes: float, count: float) -> tuple[float, float]:
 def paired_interval(total: float, squares: float, count: float) -> tuple[float, float]:
     """95 % interval of the mean of paired differences in [-1, 1], given their sum, sum of squares and number.
 
-    It is the normal interval after two more pairs, on one of which each judge is right alone half the time: so that it
-    keeps its width where the judges differ on few pairs or on none.
+    It is the normal interval after two more pairs, on one of which each scorer is right alone half the time: so that it
+    keeps its width where the scorers differ on few pairs or on none.
 
     Source: A. Agresti and Y. Min, "Simple improved confidence intervals for comparing matched proportions",
     Statistics in Medicine 24, 2005.

@@ -1,12 +1,25 @@
-"""The objectives, for one pair each: SPO (equation 6 with the clipping of the released code), and its judge's."""
+"""Objectives, for one pair each. To add one, write a function and name it in ``OBJECTIVES`` or ``ON_GIVEN_PAIRS``.
+
+    sampled pair: two transitions from one latent, by their log-probabilities     SPO, GradSPO
+    given pair:   two images with people's choice, by their errors                Diffusion-DPO
+
+An objective on given pairs can be used on sampled ones as well: the error of a transition is its negative
+log-probability.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from spo_jax.diffusion.process import Process, log_prob
+from spo_jax.types import PreferencePairs
 
 
 @flax.struct.dataclass
@@ -18,6 +31,113 @@ class PairLoss:
     lose_ratio: jax.Array
     win_clipped: jax.Array
     lose_clipped: jax.Array
+
+
+class LossOptions(NamedTuple):
+    """``config.loss``, and the eta of the sampling that made the pairs."""
+
+    beta: float = 10.0
+    clip_range: float = 0.1
+    eta: float = 1.0
+
+
+@flax.struct.dataclass
+class PairOutputs:
+    """Guided outputs for one pair.
+
+    Attributes:
+      policy: float32 [h, w, c] where win and lose share x_t, otherwise [2, h, w, c], that of win first.
+      reference: the same, of the model before training.
+      average: the same, of the average of what is trained; None if the objective does not read it.
+    """
+
+    policy: jax.Array
+    reference: jax.Array
+    average: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class PairErrors:
+    """Distances of policy and reference to the two images of a pair, or to its two transitions: float32 scalars."""
+
+    win: jax.Array
+    lose: jax.Array
+    win_reference: jax.Array
+    lose_reference: jax.Array
+
+
+PairObjective = Callable[[Process, PairOutputs, PreferencePairs, LossOptions], PairLoss]  # of one sampled pair
+
+
+class Objective(NamedTuple):
+    """An objective.
+
+    Attributes:
+      loss: of one pair.
+      reads_average: it reads the output of the average of what is trained, and pools are sampled with that.
+      one_start: win and lose must share x_t, so there may be no inner steps.
+    """
+
+    loss: PairObjective
+    reads_average: bool = False
+    one_start: bool = False
+
+
+# ------------------------------------------------------------------------------------------------------- sampled pairs
+def spo(process: Process, outputs: PairOutputs, pair: PreferencePairs, options: LossOptions) -> PairLoss:
+    """SPO, equation 6: log-probability ratios of the two transitions, clipped as in the released code."""
+    errors = transition_errors(process, outputs, pair, options.eta)
+    return spo_loss(
+        errors.win_reference - errors.win,
+        errors.lose_reference - errors.lose,
+        beta=options.beta,
+        clip_range=options.clip_range,
+    )
+
+
+def gradspo(process: Process, outputs: PairOutputs, pair: PreferencePairs, options: LossOptions) -> PairLoss:
+    """GradSPO (NeurIPS 2025): the average's noise prediction, moved by the pair's noise, is what win and lose aim at.
+
+    With ``z = (x_w - x_l) / (2 sigma)`` the targets are ``eps_average -+ 0.5 sqrt(1 - alpha) z``; a log-ratio is the
+    mean squared distance of the reference to the target, less that of the policy. Win and lose have to share x_t.
+    """
+    chex.assert_equal_shape([outputs.policy, pair.win])
+    step = process.transition(pair.win, pair.win, pair.timesteps, pair.previous_timesteps, options.eta)
+    noise = (pair.win - pair.lose) / (2.0 * step.sigma)
+    shift = 0.5 * process.add_noise(jnp.zeros_like(noise), noise, pair.timesteps)
+
+    def noise_of(output: jax.Array) -> jax.Array:
+        return process.to_x0_and_noise(output, pair.latents, pair.timesteps)[1]
+
+    policy, reference = noise_of(outputs.policy), noise_of(outputs.reference)
+    assert outputs.average is not None
+    average = jax.lax.stop_gradient(noise_of(outputs.average))
+
+    def log_ratio(target: jax.Array) -> jax.Array:
+        return jnp.square(reference - target).mean() - jnp.square(policy - target).mean()
+
+    win, lose = log_ratio(average - shift), log_ratio(average + shift)
+    return spo_loss(win, lose, beta=options.beta, clip_range=options.clip_range)
+
+
+def transition_errors(process: Process, outputs: PairOutputs, pair: PreferencePairs, eta: float) -> PairErrors:
+    """Negative log-probabilities of the two transitions of a pair under policy and reference.
+
+    Win and lose share the timestep and the prompt. Where they share x_t too, one output serves both.
+    """
+
+    def errors(output: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(of_one: jax.Array, latents: jax.Array):
+            predicted = process.to_x0_and_noise(of_one, latents, pair.timesteps)
+            return process.transition(*predicted, pair.timesteps, pair.previous_timesteps, eta)
+
+        if pair.lose_latents is None:
+            win = lose = step(output, pair.latents)
+        else:
+            win, lose = step(output[0], pair.latents), step(output[1], pair.lose_latents)
+        return -log_prob(pair.win, win), -log_prob(pair.lose, lose)
+
+    return PairErrors(*errors(outputs.policy), *errors(outputs.reference))
 
 
 def spo_loss(
@@ -44,6 +164,40 @@ def spo_loss(
     return PairLoss(-jax.nn.log_sigmoid(beta * margin), win, lose, outside(win), outside(lose))
 
 
+# --------------------------------------------------------------------------------------------------------- given pairs
+def dpo(errors: PairErrors, options: LossOptions) -> PairLoss:
+    """Diffusion-DPO (arXiv 2311.12908): ``-log sigmoid(-beta / 2 ((e_w - e_l) - (r_w - r_l)))``, without clipping."""
+    difference = (errors.win - errors.lose) - (errors.win_reference - errors.lose_reference)
+    return of_logit(-0.5 * options.beta * difference, errors)
+
+
+def of_logit(logit: Float[Array, ""], errors: PairErrors) -> PairLoss:
+    """``-log sigmoid(logit)``, with the ratios of an objective that does not clip them."""
+    win, lose = jnp.exp(errors.win_reference - errors.win), jnp.exp(errors.lose_reference - errors.lose)
+    return PairLoss(-jax.nn.log_sigmoid(logit), win, lose, jnp.zeros(()), jnp.zeros(()))
+
+
+ON_GIVEN_PAIRS: dict[str, Callable[[PairErrors, LossOptions], PairLoss]] = {"dpo": dpo}
+
+
+def on_sampled_pairs(loss: Callable[[PairErrors, LossOptions], PairLoss]) -> Objective:
+    """An objective on given pairs, used on sampled ones."""
+
+    def of_transitions(process: Process, outputs: PairOutputs, pair: PreferencePairs, options: LossOptions) -> PairLoss:
+        return loss(transition_errors(process, outputs, pair, options.eta), options)
+
+    return Objective(of_transitions)
+
+
+# By ``config.loss.kind``.
+OBJECTIVES: dict[str, Objective] = {
+    "spo": Objective(spo),
+    "gradspo": Objective(gradspo, reads_average=True, one_start=True),
+    **{name: on_sampled_pairs(loss) for name, loss in ON_GIVEN_PAIRS.items()},
+}
+
+
+# ----------------------------------------------------------------------------------------------------- of a scorer
 def preference_loss(scores: Float[Array, " 2"], labels: Float[Array, " 2"]) -> Float[Array, ""]:
     """What a preference model learns from: cross-entropy of its two scores with the labels (SPO, section 3.2).
 

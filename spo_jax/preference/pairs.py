@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spo_jax.types import Pool, PreferencePairs
 
+# The least ``p_best - p_worst`` of a valid pair, as a function of the timesteps [E] that candidates were drawn from.
+Threshold = Callable[[Int[Array, " e"]], Float[Array, " e"]]
 
-def compare(scores: Float[Array, " k"], threshold: float) -> tuple[Int[Array, ""], Int[Array, ""], Bool[Array, ""]]:
+
+def constant_threshold(value: float) -> Threshold:
+    """The same at every timestep, as in SPO."""
+    return lambda timesteps: jnp.full(timesteps.shape, value, jnp.float32)
+
+
+def compare(
+    scores: Float[Array, " k"], threshold: float | Float[Array, ""]
+) -> tuple[Int[Array, ""], Int[Array, ""], Bool[Array, ""]]:
     """Best and worst of k candidates, and whether the preference ``softmax([best, worst])`` is clear enough.
 
     Valid means ``p_best - p_worst > threshold``. One score that is not finite makes the pair invalid.
@@ -21,7 +33,7 @@ def compare(scores: Float[Array, " k"], threshold: float) -> tuple[Int[Array, ""
     return win.astype(jnp.int32), lose.astype(jnp.int32), valid
 
 
-def make_pairs(pool: Pool, threshold: float) -> PreferencePairs:
+def make_pairs(pool: Pool, threshold: Threshold) -> PreferencePairs:
     """Best against worst candidate of every step and prompt, [S, B].
 
     The steps of a segment share its one preference.
@@ -36,7 +48,8 @@ def make_pairs(pool: Pool, threshold: float) -> PreferencePairs:
     chex.assert_shape(pool.scores, (num_segments, batch_size, num_candidates))
     chex.assert_shape(pool.latents, (num_segments, batch_size, *latent_shape))
     segments = jnp.arange(num_steps) // segment_size
-    win, lose, valid = jax.vmap(jax.vmap(lambda scores: compare(scores, threshold)))(pool.scores)
+    drawn_from = pool.timesteps[jnp.minimum(jnp.arange(1, num_segments + 1) * segment_size, num_steps) - 1]
+    win, lose, valid = jax.vmap(jax.vmap(compare, in_axes=(0, None)))(pool.scores, threshold(drawn_from))
 
     def pick(index: jax.Array) -> jax.Array:
         index = index[segments][:, :, None, None, None, None]
@@ -69,7 +82,7 @@ def compact(key: jax.Array, valid: Bool[Array, " p"]) -> tuple[Int[Array, " p"],
 
 
 def labels_from_scores(scores: Float[Array, " 2"], threshold: float) -> Float[Array, " 2"]:
-    """A judge's labels of a pair: 1 and 0 where ``|p_0 - p_1| > threshold`` with p = softmax(scores), otherwise a tie.
+    """A labeller's labels of a pair: 1 and 0 where ``|p_0 - p_1| > threshold``, p = softmax(scores), otherwise a tie.
 
     The released SDXL preference model learned from PickScore's labels of this kind, with a threshold of 0.1.
     """

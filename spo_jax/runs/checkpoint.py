@@ -35,15 +35,22 @@ FREE_KEYS = (
     "chunk",
     "data.num_workers",
     "evaluation.batch_size",
+    "evaluation.metrics",
     "mesh",
     "offload",
+    "profile",
     "remat",
     "scorer.chunk",
     "validation.batch_size",
     "wandb",
 )
 # Keys that configs did not always have, with what runs did before they had them.
-ADDED_KEYS = {"train.warmup": "linear", "unet": ""}
+ADDED_KEYS = {
+    "loss.kind": "spo",
+    "scorer.kind": "image",
+    "train.warmup": "linear",
+    "unet": "",
+}
 _ARRAYS, _EXTRA = "state", "extra"  # the parts of a checkpoint
 _NO_STEP = -1
 _BLOCK = 2**20

@@ -5,22 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-import flax.traverse_util
 import numpy as np
-from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
 from spo_jax.errors import UserError
 from spo_jax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
-CLIPPED_FRACTION = 0.95
-CLIPPED_BATCHES = 5
+Row = Mapping[str, float | None]  # of metrics.jsonl
+Summary = Mapping[str, Any]  # what summary.json holds: JSON
 
 
 class Sink(Protocol):
@@ -136,62 +134,17 @@ def _truncate(path: Path, last_step: int) -> None:
     write_text(path, rows)
 
 
-def check_finite(row: Mapping[str, float], batch: int, workdir: Path) -> None:
-    """Stops a run whose loss, scores or gradients are not finite; what was saved before stays."""
+def check_finite(row: Mapping[str, float], when: str, workdir: Path) -> None:
+    """Stops a run whose loss, scores or gradients are not finite ``when``; what was saved before stays."""
     broken = [name for name, value in row.items() if not np.isfinite(value)]
     if broken:
         checkpoints = workdir / "checkpoints"
         any_saved = checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
         saved = f"The last checkpoint in {checkpoints} is intact" if any_saved else "No checkpoint had been written"
         raise UserError(
-            f"{broken[0]} is not finite in batch {batch + 1}; training stops. {saved}; lower "
+            f"{broken[0]} is not finite in {when}; training stops. {saved}; lower "
             "config.train.learning_rate or check the weights."
         )
-
-
-def clipped_warning(rows: Sequence[Mapping[str, float]]) -> str | None:
-    """What to tell a user whose last batches were clipped on more than 95 % of their pairs; None if all is well.
-
-    A clipped ratio has no gradient: where both are, a pair teaches nothing any more.
-    """
-    recent = rows[-CLIPPED_BATCHES:]
-    clipped = [min(row["win_clipped"], row["lose_clipped"]) for row in recent if row["num_updates"]]
-    if len(clipped) < CLIPPED_BATCHES or min(clipped) <= CLIPPED_FRACTION:
-        return None
-    return (
-        f"warning: in each of the last {CLIPPED_BATCHES} batches more than {CLIPPED_FRACTION:.0%} of the probability "
-        "ratios were clipped, so the run hardly learns any more; stop here, or start again with a lower "
-        "config.train.learning_rate or a wider config.loss.clip_range."
-    )
-
-
-def nothing_learned(config: ConfigDict, num_updates: int, adapters: Any) -> str | None:
-    """What to tell a user whose run has ended as it began, and why; None if it has learned.
-
-    Args:
-      config: of the run.
-      num_updates: minibatches of pairs since its start.
-      adapters: the result, if it is adapters; all of their B are zero at first. None after full fine-tuning.
-    """
-    train = config.train
-    if num_updates == 0:
-        return (
-            "warning: nothing was learned: no two candidates of a step differed by config.pairs.threshold = "
-            f"{config.pairs.threshold}, so there was no pair; lower it, or train on more prompts."
-        )
-    if num_updates < train.accumulation_steps:
-        return (
-            f"warning: nothing was learned: there were {num_updates} minibatches, fewer than "
-            f"config.train.accumulation_steps = {train.accumulation_steps}; lower it, or train on more batches."
-        )
-    flat = flax.traverse_util.flatten_dict(adapters or {})
-    if flat and not any(np.any(value) for path, value in flat.items() if path[-1] == "B"):
-        return (
-            f"warning: nothing was learned: after {num_updates} minibatches every adapter is still zero; grad_norm in "
-            f"{METRICS_FILE} shows whether there were gradients, and config.train.learning_rate, max_grad_norm and "
-            "adam_eps what became of them."
-        )
-    return None
 
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:

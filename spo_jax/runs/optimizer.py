@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from spo_jax.runs.state import Optimizer
 
-def make_optimizer(config: ConfigDict, schedule: optax.Schedule | None = None) -> optax.GradientTransformation:
-    """The optimizer of ``config.train``; its learning rate is constant unless a ``schedule`` over its steps is given.
 
-    Gradients are clipped only if ``max_grad_norm`` is set: the released runs of SPO ask for 1.0 but never clipped, see
-    docs/decisions.md. With ``accumulation_steps`` > 1 the gradients of so many minibatches are averaged before a step.
+def make_optimizer(config: ConfigDict, schedule: optax.Schedule | None = None) -> Optimizer:
+    """The optimizer of ``config.train``, with the decay of its average.
+
+    Its learning rate is constant unless a ``schedule`` over its steps is given. Gradients are clipped only if
+    ``max_grad_norm`` is set: the released runs of SPO ask for 1.0 but never clipped, see docs/decisions.md. With
+    ``accumulation_steps`` > 1 the gradients of so many minibatches are averaged before a step.
     """
     learning_rate = config.learning_rate if schedule is None else schedule
     if config.optimizer == "adafactor":
@@ -31,7 +34,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule | None = None) -
         optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
     if config.accumulation_steps > 1:
         optimizer = optax.MultiSteps(optimizer, config.accumulation_steps).gradient_transformation()
-    return optimizer
+    return Optimizer(optimizer, config.ema_decay or 0.0)
 
 
 def _adafactor(learning_rate: float | optax.Schedule, weight_decay: float) -> optax.GradientTransformation:

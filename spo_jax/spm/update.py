@@ -1,24 +1,28 @@
-"""The update of a step-aware preference model: a batch of judged pairs, one gradient, one optimizer step."""
+"""The update of a step-aware preference model: a minibatch of labelled pairs, one gradient, one optimizer step."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, PyTree
 
 from spo_jax import rng
 from spo_jax.preference.losses import preference_loss
 from spo_jax.preference.pairs import labels_from_scores
-from spo_jax.preference.scorers import Scorer
-from spo_jax.sampling.noisy_pairs import pair_keys, score_pairs
-from spo_jax.types import JudgedPairs, PromptBatch, TrainState
+from spo_jax.preference.scorers import ImageScorer, score_pairs
+from spo_jax.runs.state import Optimizer, TrainState
+from spo_jax.sampling.encode import EncodeCaptions
+from spo_jax.sampling.noisy_pairs import PredictClean, pair_keys
+from spo_jax.types import LabelledPairs
+
+Relabel = Callable[[PyTree, LabelledPairs], jax.Array]  # (labeller's parameters, pairs) -> labels float32 [B, 2]
 
 
 @flax.struct.dataclass
@@ -37,77 +41,79 @@ class SPMMetrics:
     grad_norm: jax.Array
 
 
-def make_relabel(judge: Scorer, threshold: float) -> Callable[[Any, JudgedPairs], jax.Array]:
-    """``relabel(judge_params, pairs) -> float32 [B, 2]``: labels by a judge of the pictures as they are."""
+# ``(state, frozen parameters, pairs, root key of the run's pairs) -> (state, metrics)``.
+SPMUpdate = Callable[[TrainState, dict[str, PyTree], LabelledPairs, jax.Array], tuple[TrainState, SPMMetrics]]
 
-    def relabel(params: Any, pairs: JudgedPairs) -> jax.Array:
+
+class SeenPairs(NamedTuple):
+    """How pairs are seen: the base model's text encoders and prediction, and the timesteps drawn, the last excluded."""
+
+    encode: EncodeCaptions
+    predict_clean: PredictClean
+    timesteps: tuple[int, int] = (0, 1000)
+
+
+def make_relabel(labeller: ImageScorer, threshold: float) -> Relabel:
+    """Labels by a scorer of the images as they are."""
+
+    def relabel(params: PyTree, pairs: LabelledPairs) -> jax.Array:
         images = pairs.images.astype(jnp.float32) / 127.5 - 1.0
-        assert pairs.judge_tokens is not None
-        text = judge.encode_text(params, pairs.judge_tokens)
-        scores = score_pairs(judge, params, images, text, jnp.zeros(len(images), jnp.int32))
+        assert pairs.labeller_tokens is not None
+        text = labeller.encode_text(params, pairs.labeller_tokens)
+        scores = score_pairs(labeller, params, images, text, jnp.zeros(len(images), jnp.int32))
         return jax.vmap(lambda pair: labels_from_scores(pair, threshold))(scores)
 
     return relabel
 
 
-def make_spm_loss(
-    scorer: Scorer,
-) -> Callable[[Any, Float[Array, "b 2 H W 3"], JudgedPairs, jax.Array], tuple[jax.Array, jax.Array]]:
-    """``loss(params, clean, pairs, timesteps [B]) -> (mean, scores [B, 2])`` for use with ``jax.grad``.
+def spm_loss(
+    scorer: ImageScorer,
+    params: PyTree,
+    clean: Float[Array, "b 2 H W 3"],
+    pairs: LabelledPairs,
+    timesteps: Int[Array, " b"],
+) -> tuple[Float[Array, ""], Float[Array, "b 2"]]:
+    """Mean loss and scores.
 
-    ``clean`` are the pictures as ``make_predict_clean`` gives them. The mean is weighted by ``pairs.weights``,
-    normalised over the global batch: so a prompt with many pairs counts as one with few, as in the released code. A
-    batch without any weight has loss and gradient 0.
+    ``clean`` are the images as ``PredictClean`` gives them. The mean is weighted by ``pairs.weights``, normalised over
+    the global batch: so a prompt with many pairs counts as one with few, as in the released code. A batch without any
+    weight has loss and gradient 0.
     """
-
-    def loss_fn(params: Any, clean: jax.Array, pairs: JudgedPairs, timesteps: jax.Array):
-        text = scorer.encode_text(params, pairs.scorer_tokens)
-        scores = score_pairs(scorer, params, clean, text, timesteps)
-        losses = jax.vmap(preference_loss)(scores, pairs.labels)
-        return (pairs.weights * losses).sum() / jnp.maximum(pairs.weights.sum(), 1e-12), scores
-
-    return loss_fn
+    text = scorer.encode_text(params, pairs.scorer_tokens)
+    scores = score_pairs(scorer, params, clean, text, timesteps)
+    losses = jax.vmap(preference_loss)(scores, pairs.labels)
+    return (pairs.weights * losses).sum() / jnp.maximum(pairs.weights.sum(), 1e-12), scores
 
 
 def make_spm_update(
-    encode: Callable[[Any, tuple[jax.Array, ...]], PromptBatch],
-    predict_clean: Callable[..., jax.Array],
-    scorer: Scorer,
-    optimizer: optax.GradientTransformation,
-    *,
-    timesteps: tuple[int, int] = (0, 1000),
-    relabel: Callable[[Any, JudgedPairs], jax.Array] | None = None,
-    ema_decay: float = 0.0,
-) -> Callable[..., tuple[TrainState, SPMMetrics]]:
-    """``update(state, frozen, pairs, key) -> (state, metrics)``, compiled once (SPO, section 3.2).
+    scorer: ImageScorer, seen: SeenPairs, optimizer: Optimizer, relabel: Relabel | None = None
+) -> SPMUpdate:
+    """The update (SPO, section 3.2).
 
     Args:
-      encode: ``(frozen, tokens) -> PromptBatch``, the base model's text encoders.
-      predict_clean: from ``make_predict_clean``.
       scorer: the preference model.
-      optimizer: acts on its parameters.
-      timesteps: each pair gets one of them, from the first up to the second, not included.
-      relabel: gives the pairs new labels, with the parameters ``frozen["judge"]``.
-      ema_decay: of the average, where the state has one.
+      seen: how pairs are seen; each gets one of the timesteps.
+      optimizer: acts on the preference model's parameters.
+      relabel: gives the pairs new labels, with the parameters ``frozen["labeller"]``.
 
     Returns:
-      A function of the state, the frozen parameters, a global batch, and the root key of the run: timestep and noise of
-      a pair are named by its place in the stream of records.
+      A function of the state, the base model's parameters and maybe the labeller's, a global batch, and a key: timestep
+      and noise of a pair are named by its place in the stream of records.
     """
-    loss_fn = make_spm_loss(scorer)
 
-    def update(state: TrainState, frozen: Any, pairs: JudgedPairs, key: jax.Array) -> tuple[TrainState, SPMMetrics]:
+    def update(
+        state: TrainState, frozen: dict[str, PyTree], pairs: LabelledPairs, key: jax.Array
+    ) -> tuple[TrainState, SPMMetrics]:
         keys = pair_keys(key, pairs.positions)
-        times = jax.vmap(lambda k: jax.random.randint(rng.stream(k, "timestep"), (), *timesteps))(keys)
-        clean = predict_clean(frozen, pairs.images, encode(frozen, pairs.tokens), times, keys)
+        times = jax.vmap(lambda k: jax.random.randint(rng.stream(k, "timestep"), (), *seen.timesteps))(keys)
+        clean = seen.predict_clean(frozen, pairs.images, seen.encode(frozen, pairs.tokens), times, keys)
         if relabel is not None:
-            pairs = dataclasses.replace(pairs, labels=relabel(frozen["judge"], pairs))
-        (loss, scores), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trained, clean, pairs, times)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        average = state.average
-        if average is not None:
-            average = optax.incremental_update(trained, average, 1.0 - ema_decay)
+            pairs = dataclasses.replace(pairs, labels=relabel(frozen["labeller"], pairs))
+
+        def loss_fn(trained: PyTree) -> tuple[jax.Array, jax.Array]:
+            return spm_loss(scorer, trained, clean, pairs, times)
+
+        (loss, scores), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
         margin, wanted = scores[:, 0] - scores[:, 1], pairs.labels[:, 0] - pairs.labels[:, 1]
         weight = pairs.weights.sum()
         metrics = SPMMetrics(
@@ -118,7 +124,7 @@ def make_spm_update(
             num_pairs=(pairs.weights > 0).sum(dtype=jnp.int32),
             grad_norm=optax.tree.norm(grads),
         )
-        return TrainState(state.step + 1, trained, opt_state, average), metrics
+        return state.apply_gradients(grads, optimizer), metrics
 
     return update
 
@@ -146,7 +152,7 @@ def metrics_to_json(updates: list[SPMMetrics]) -> list[dict[str, float]]:
 def metrics_from_json(rows: list[dict[str, float]]) -> list[SPMMetrics]:
     """What ``metrics_to_json`` was given, on the host."""
 
-    def exact(value: float) -> Any:
-        return np.int32(value) if isinstance(value, int) else np.float32(value)
+    def exact(value: float) -> jax.Array:
+        return jax.device_get(jnp.int32(value) if isinstance(value, int) else jnp.float32(value))
 
     return [SPMMetrics(**{name: exact(value) for name, value in row.items()}) for row in rows]

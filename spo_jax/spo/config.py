@@ -47,10 +47,13 @@ def get_config() -> ConfigDict:
     c.sampling.continuation = "random"  # which candidate starts the next step; "win" is the paper's ablation
 
     c.scorer = ConfigDict()
-    # The judge: a preference model or a plain CLIP such as PickScore, as a folder, a weight file of a ViT-H/14, or
+    # "image": decodes the predicted clean latents of each candidate and scores the image. Others, in SCORERS of
+    # preference/scorers.py, may read the latents themselves and need no path.
+    c.scorer.kind = "image"
+    # A preference model or a plain CLIP such as PickScore, as a folder, a weight file of a ViT-H/14, or
     # org/name@commit. Whether it is told the timestep is read from its weights.
     c.scorer.path = "scorer"
-    c.scorer.fn = ""  # "my_module:score", a function of your own instead of scorer.path; see docs/judges.md
+    c.scorer.fn = ""  # "my_module:score", a function of your own instead of scorer.path; see docs/scorers.md
     c.scorer.tokenizer = ""  # its tokenizer; empty: the pipeline's first one
     c.scorer.step_aware = True  # False tells it t = 0 at every step (ablation)
     c.scorer.chunk = 0  # pictures that a device decodes and scores at a time, at most; 0: all that it has
@@ -59,6 +62,9 @@ def get_config() -> ConfigDict:
     c.pairs.threshold = 0.3  # least p(win) - p(lose) for a pair to be used
 
     c.loss = ConfigDict()
+    # "spo"; "gradspo" (NeurIPS 2025), which samples with the average, so it needs train.ema_decay, 0.9 there; or "dpo",
+    # without clipping. They stand in OBJECTIVES of preference/losses.py.
+    c.loss.kind = "spo"
     c.loss.beta = 10.0  # strength of the preference
     c.loss.clip_range = 0.1  # probability ratios are clamped to 1 -+ this
 
@@ -82,8 +88,11 @@ def get_config() -> ConfigDict:
     c.evaluation.num_prompts = 500  # the first so many of the file, or all that it has
     c.evaluation.batch_size = 8  # pictures at a time, over all devices together; rounded up so that they can be split
     c.evaluation.eta = 0.0  # deterministic DDIM
-    c.evaluation.judge = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"  # measures alignment
-
+    # Of METRICS in evaluation/metrics.py; the first one leads the report.
+    c.evaluation.metrics = ("preference_score", "alignment_top1", "colorfulness")
+    c.evaluation.judge = (
+        "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"  # CLIP of alignment_top1
+    )
     return c
 
 
@@ -114,7 +123,14 @@ RANGES = BASE_RANGES | {
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for a value that no run can use, by its key."""
+    # These import the networks; a config file is read without them.
+    from spo_jax.evaluation.metrics import METRICS
+    from spo_jax.formats.scorers import load_function
+    from spo_jax.preference.losses import OBJECTIVES
+    from spo_jax.preference.scorers import SCORERS
+
     check_base(config, RANGES)
+    metrics = config.evaluation.metrics
     sampling, num_pool_steps = config.sampling, config.sampling.num_steps - config.sampling.num_plain_steps
     refuse(
         config,
@@ -122,10 +138,19 @@ def check(config: ConfigDict) -> None:
             ("sampling.num_plain_steps", num_pool_steps > 0, "from 0 to num_steps - 1"),
             ("sampling.num_inner_steps", sampling.num_inner_steps < sampling.num_steps, "below num_steps"),
             ("sampling.continuation", sampling.continuation in ("random", "win"), "random or win"),
+            ("scorer.kind", config.scorer.kind in SCORERS, " or ".join(SCORERS)),
+            ("loss.kind", config.loss.kind in OBJECTIVES, " or ".join(OBJECTIVES)),
+            ("evaluation.metrics", bool(metrics) and set(metrics) <= set(METRICS), f"some of {', '.join(METRICS)}"),
             ("lora.init", not (config.lora.init and config.lora.rank == 0), "empty where lora.rank is 0"),
         ],
     )
+    objective, num_inner = OBJECTIVES[config.loss.kind], sampling.num_inner_steps
+    refuse(
+        config,
+        [
+            ("train.ema_decay", bool(config.train.ema_decay) or not objective.reads_average, "on for this loss.kind"),
+            ("sampling.num_inner_steps", not (objective.one_start and num_inner), "0 for this loss.kind"),
+        ],
+    )
     if config.scorer.fn:
-        from spo_jax.formats.scorers import load_function  # which imports the networks
-
         load_function(config.scorer.fn)

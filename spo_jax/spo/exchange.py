@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Int, PyTree
 
 from spo_jax import rng
 from spo_jax.distributed.mesh import AXES, constrain_batch
@@ -26,21 +26,22 @@ def arrange(key: jax.Array, valid: jax.Array, scores: jax.Array) -> tuple[jax.Ar
     return order, num_valid, scores.mean(), scores.std()
 
 
-def make_exchange(mesh: Mesh, minibatch_size: int) -> Callable[..., tuple[PromptBatch, PreferencePairs, jax.Array]]:
-    """``exchange(prompts, pairs, order, count, start) -> (prompts, pairs, mask)``: one minibatch.
+# ``(prompts, pairs [S, B, ...], order, count, start) -> (prompts, pairs [P, ...], mask)``, see ``make_exchange``.
+Exchange = Callable[
+    [PromptBatch, PreferencePairs, jax.Array, jax.Array, jax.Array], tuple[PromptBatch, PreferencePairs, jax.Array]
+]
 
-    Args:
-      mesh: the devices; B prompts and P = ``minibatch_size`` pairs are split over all of them.
-      minibatch_size: P.
+
+def make_exchange(mesh: Mesh, minibatch_size: int) -> Exchange:
+    """From B prompts and their pairs to one minibatch of P = ``minibatch_size`` pairs, all split over the devices.
 
     Returns:
-      A function of the B prompts, their pairs [S, B, ...], ``order`` and ``count`` of ``compact``, and the place in the
-      order where the minibatch starts. It gives pairs ``order[start : start + P]``, [P, ...], with the prompt of each
-      (without the preference model's text), and which of them exist: behind ``count`` rows only fill up. It raises
-      AssertionError where pairs, prompts or order are not of the same S steps and B prompts.
+      A function that gives pairs ``order[start : start + P]`` with the prompt of each (without the scorer's text), and
+      which of them exist: behind ``count`` rows only fill up. ``order`` and ``count`` are those of ``compact``. It
+      raises AssertionError where pairs, prompts or order are not of the same S steps and B prompts.
     """
 
-    def give(pairs: PreferencePairs, rows: Any, index: jax.Array) -> Any:
+    def give(pairs: PreferencePairs, rows: PyTree, index: jax.Array) -> PyTree:
         """On one device: adds what it has of the minibatch to what the others have, and keeps its share."""
         local_size = pairs.timesteps.shape[1]
         step, prompt = jnp.divmod(index, local_size * mesh.size)
@@ -59,7 +60,13 @@ def make_exchange(mesh: Mesh, minibatch_size: int) -> Callable[..., tuple[Prompt
     spread, by_prompt, everywhere = (PartitionSpec(*axes) for axes in ((AXES,), (None, AXES), ()))
     given = jax.shard_map(give, mesh=mesh, in_specs=(by_prompt, spread, everywhere), out_specs=spread)
 
-    def exchange(prompts: PromptBatch, pairs: PreferencePairs, order: jax.Array, count: jax.Array, start: jax.Array):
+    def exchange(
+        prompts: PromptBatch,
+        pairs: PreferencePairs,
+        order: Int[Array, " r"],
+        count: Int[Array, ""],
+        start: Int[Array, ""],
+    ) -> tuple[PromptBatch, PreferencePairs, Bool[Array, " p"]]:
         num_steps, num_prompts = pairs.timesteps.shape
         chex.assert_equal_shape_prefix([pairs.timesteps, pairs.latents, pairs.win, pairs.lose], 2)
         chex.assert_shape(order, (num_steps * num_prompts,))
@@ -68,8 +75,7 @@ def make_exchange(mesh: Mesh, minibatch_size: int) -> Callable[..., tuple[Prompt
         index = order[jnp.minimum(position, order.shape[0] - 1)]
         rows = (prompts.embeddings, prompts.added)
         minibatch, (embeddings, added) = given(dataclasses.replace(pairs, valid=None), rows, index)
-        no_text: Any = None
-        taken = dataclasses.replace(prompts, embeddings=embeddings, added=added, scorer_text=no_text)
+        taken = dataclasses.replace(prompts, embeddings=embeddings, added=added, scorer_text=None)
         return taken, minibatch, constrain_batch(mesh, position < count)
 
     return exchange

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from spo_jax.evaluation.metrics import Metric, meaning_of
 from spo_jax.files import write_text
 from spo_jax.runs.html import curve, data_uri, duration, escaped, is_finite, number, page, settings, show_cards
+from spo_jax.runs.metrics import Row, Summary
 
 # Title, what a good run looks like, and the series in it: (key of metrics.jsonl, name in the legend).
 _CURVES = (
@@ -33,14 +34,15 @@ _CURVES = (
     ("Fraction of ratios clipped", "Clipped samples no longer push.", ("win_clipped", "lose_clipped")),
     ("Gradient norm", "It should stay of one size.", ("grad_norm",)),
 )
-_TIMES = {"seconds_sample": "sampling", "seconds_score": "scoring", "seconds_update": "updating"}
+_TIMES = {"seconds_pool": "sampling and scoring", "seconds_update": "updating"}
 
 
 def write_report(
     path: str | Path,
     *,
-    summary: Mapping[str, Any],
-    metrics: Sequence[Mapping[str, float | None]],
+    summary: Summary,
+    metrics: Mapping[str, Metric],
+    rows: Sequence[Row],
     samples: Sequence[tuple[str, np.ndarray, np.ndarray]],
 ) -> None:
     """Writes the report; it needs no other file and no network.
@@ -48,25 +50,26 @@ def write_report(
     Args:
       path: the HTML file.
       summary: what ``summary.json`` holds.
-      metrics: the rows of ``metrics.jsonl``.
-      samples: prompt, and uint8 pictures [H, W, 3] of base and tuned model from the same noise.
+      metrics: those of the evaluation, by name.
+      rows: of ``metrics.jsonl``.
+      samples: prompt, and uint8 images [H, W, 3] of base and tuned model from the same noise.
     """
     pictures = "".join(_pair(*sample) for sample in samples)
-    curves = "".join(curve(title, hint, names, metrics) for title, hint, names in _CURVES)
+    curves = "".join(curve(title, hint, names, rows) for title, hint, names in _CURVES)
     sections = [
         "<h1>Step-aware preference optimization</h1>",
         f'<p class="lead">A text-to-image model before (base) and after (tuned) learning from a preference model, '
         f"compared on {escaped(summary['num_prompts'])} prompts that it was not trained on. "
         f"Seed {escaped(summary['seed'])}, {duration(summary['seconds'])} in all.</p>",
-        _headline(summary),
+        _headline(summary, metrics),
         "<h2>Base and tuned model, same prompts, same noise</h2>",
         f'<p class="lead">The first {len(samples)} prompts of the file, not a selection.</p>',
         f'<div class="pictures">{pictures}</div>',
         "<h2>Training</h2>",
-        f'<p class="lead">One point a batch of prompts, {len(metrics)} in all.</p>',
+        f'<p class="lead">One point a batch of prompts, {len(rows)} in all.</p>',
         f'<div class="curves">{curves}</div>',
         "<h2>Time</h2>",
-        _times(summary, metrics),
+        _times(summary, rows),
         "<h2>Settings</h2>",
         '<p class="lead">Each can be set on the command line, as <code>--config.KEY=VALUE</code>.</p>',
         f'<div class="settings">{settings(summary["config"])}</div>',
@@ -74,36 +77,27 @@ def write_report(
     write_text(Path(path), page("SPO report", sections))
 
 
-def _headline(summary: Mapping[str, Any]) -> str:
-    base, tuned, spread = summary["base"], summary["tuned"], summary["base_std"]
-
-    def change(name: str, form: str) -> str:
-        return f"{number(base[name], form)} → {number(tuned[name], form)}"
+def _headline(summary: Summary, metrics: Mapping[str, Metric]) -> str:
+    base, tuned, spread, wins = (summary[key] for key in ("base", "tuned", "base_std", "win_rate"))
+    model = str(summary["config"].get("model", ""))
 
     def gain(name: str) -> str:
         before, after, deviation = base[name], tuned[name], spread.get(name)
         if not (deviation and is_finite(before) and is_finite(after)):
             return ""
-        return f" That is {(after - before) / deviation:+.2f} standard deviations of the base model's pictures."
+        return f" That is {(after - before) / deviation:+.2f} standard deviations of the base model's images."
 
-    cards = (
+    cards = [
         (
-            number(summary["win_rate"], ".1%"),
-            "Win rate: on so many prompts the tuned picture is the more colourful one. Colourfulness is the "
-            "true preference, which training knows only through the preference model.",
-        ),
-        (
-            number(summary["win_rate_preference_score"], ".1%"),
-            "Win rate by score: on so many prompts the preference model scores the tuned picture higher.",
-        ),
-        (change("colorfulness", ".1f"), f"Colourfulness, mean, base → tuned.{gain('colorfulness')}"),
-        (change("preference_score", ".2f"), f"Preference score, mean, base → tuned.{gain('preference_score')}"),
-        (
-            change("alignment_top1", ".1%"),
-            "Text alignment, base → tuned: how often a CLIP finds a picture's own prompt among all of these. "
-            "It should hardly drop.",
-        ),
-    )
+            number(wins[name], ".1%"),
+            f"Win rate by {metrics[name].title.lower()}: on so many prompts the tuned image has the higher one.",
+        )
+        for name in metrics
+        if name in wins
+    ]
+    for name, metric in metrics.items():
+        change = f"{number(base[name], metric.form)} → {number(tuned[name], metric.form)}"
+        cards.append((change, f"{metric.title}, mean, base → tuned.{gain(name)} {meaning_of(name, metric, model)}"))
     return show_cards(cards)
 
 
@@ -115,11 +109,12 @@ def _pair(prompt: str, base: np.ndarray, tuned: np.ndarray) -> str:
     return f'<figure><div class="pair">{images}</div><figcaption>{escaped(prompt)}</figcaption></figure>'
 
 
-def _times(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, float | None]]) -> str:
+def _times(summary: Summary, rows: Sequence[Row]) -> str:
     times = {"The whole run, with loading, compiling and measuring": summary["seconds"]}
     if "seconds_training" in summary:
-        times["Training, with checkpoints and validation pictures"] = summary["seconds_training"]
+        times["Training, with checkpoints and validation images"] = summary["seconds_training"]
     for key, label in _TIMES.items():
-        times[f"of it {label}"] = sum(row.get(key) or 0.0 for row in metrics)
-    rows = (f'<tr><td>{escaped(label)}</td><td class="n">{duration(value)}</td></tr>' for label, value in times.items())
-    return f"<table>{''.join(rows)}</table>"
+        times[f"of it {label}"] = sum(row.get(key) or 0.0 for row in rows)
+    cells = ((escaped(label), duration(value)) for label, value in times.items())
+    lines = (f'<tr><td>{label}</td><td class="n">{value}</td></tr>' for label, value in cells)
+    return f"<table>{''.join(lines)}</table>"

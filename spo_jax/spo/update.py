@@ -1,23 +1,29 @@
-"""The update: a minibatch of preference pairs, one gradient, one optimizer step."""
+"""The update: a minibatch of preference pairs, one gradient, one step of the optimizer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import chex
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Bool, Float, PyTree
+from ml_collections import ConfigDict
 
 from spo_jax.diffusion.guidance import GuidedPrediction, interleave
-from spo_jax.diffusion.process import ddim_distribution, log_prob, predict_x0_and_noise
-from spo_jax.diffusion.schedule import Schedule
-from spo_jax.preference.losses import PairLoss, spo_loss
-from spo_jax.types import PreferencePairs, PromptBatch, TrainState
+from spo_jax.diffusion.process import Process
+from spo_jax.preference.losses import LossOptions, Objective, PairLoss, PairOutputs
+from spo_jax.runs.metrics import METRICS_FILE
+from spo_jax.runs.state import Optimizer, TrainState
+from spo_jax.types import PreferencePairs, PromptBatch
+
+CLIPPED_FRACTION = 0.95
+CLIPPED_BATCHES = 5
 
 
 @flax.struct.dataclass
@@ -29,80 +35,68 @@ class UpdateMetrics:
     grad_norm: jax.Array
 
 
-def transition_log_probs(
-    schedule: Schedule, model_output: jax.Array, pair: PreferencePairs, eta: float
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of win and lose under one model, for one pair.
+# ``(trained, its average, UNet's parameters, prompts, pairs, mask) -> (masked mean, masked sums)``.
+MinibatchLoss = Callable[
+    [PyTree, PyTree | None, PyTree, PromptBatch, PreferencePairs, jax.Array], tuple[jax.Array, PairLoss]
+]
 
-    Win and lose share the timestep and the prompt. Where they share x_t too, one network output [h, w, c] serves both;
-    otherwise ``model_output`` is [2, h, w, c], that of win first.
-    """
 
-    def distribution(output: jax.Array, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x0, eps = predict_x0_and_noise(schedule, output, latents, pair.timesteps)
-        return ddim_distribution(schedule, x0, eps, pair.timesteps, pair.previous_timesteps, eta)
-
-    if pair.lose_latents is None:
-        win = lose = distribution(model_output, pair.latents)
-    else:
-        win, lose = distribution(model_output[0], pair.latents), distribution(model_output[1], pair.lose_latents)
-    return log_prob(pair.win, *win), log_prob(pair.lose, *lose)
+# ``(state, UNet's parameters, prompts, pairs, mask) -> (state, metrics)``.
+Update = Callable[[TrainState, PyTree, PromptBatch, PreferencePairs, jax.Array], tuple[TrainState, UpdateMetrics]]
 
 
 def pair_losses(
-    schedule: Schedule,
-    policy_output: jax.Array,
-    reference_output: jax.Array,
-    pairs: PreferencePairs,
-    *,
-    eta: float,
-    beta: float,
-    clip_range: float,
+    objective: Objective, process: Process, outputs: PairOutputs, pairs: PreferencePairs, options: LossOptions
 ) -> PairLoss:
-    """Loss and ratios of each pair, fields [P], from the guided outputs of policy and reference.
+    """Loss and ratios of each pair, fields [P].
 
-    Outputs are [P, h, w, c], or [P, 2, h, w, c] if the pairs have ``lose_latents``.
+    Args:
+      objective: of one pair.
+      process: of the sampling.
+      outputs: guided outputs [P, h, w, c], or [P, 2, h, w, c] if the pairs have ``lose_latents``.
+      pairs: P of them.
+      options: of the objective.
 
     Raises:
       AssertionError: the outputs are not of these pairs.
     """
     count, *latent_shape = pairs.latents.shape
     starts = () if pairs.lose_latents is None else (2,)
-    chex.assert_shape([policy_output, reference_output], (count, *starts, *latent_shape))
+    chex.assert_shape(jax.tree.leaves(outputs), (count, *starts, *latent_shape))
     chex.assert_equal_shape([pairs.latents, pairs.win, pairs.lose])
-
-    def one(policy: jax.Array, reference: jax.Array, pair: PreferencePairs) -> PairLoss:
-        win, lose = transition_log_probs(schedule, policy, pair, eta)
-        win_reference, lose_reference = transition_log_probs(schedule, reference, pair, eta)
-        return spo_loss(win - win_reference, lose - lose_reference, beta=beta, clip_range=clip_range)
-
-    return jax.vmap(one)(policy_output, reference_output, pairs)
+    return jax.vmap(lambda some, pair: objective.loss(process, some, pair, options))(outputs, pairs)
 
 
-def make_loss(
-    predict: GuidedPrediction, schedule: Schedule, *, eta: float, beta: float, clip_range: float
-) -> Callable[..., tuple[jax.Array, PairLoss]]:
-    """``loss(trained, params, prompts, pairs, mask) -> (masked mean, masked sums)`` for use with ``jax.grad``.
-
-    ``prompts`` has a row for each of the P pairs.
+def make_loss(predict: GuidedPrediction, process: Process, objective: Objective, options: LossOptions) -> MinibatchLoss:
+    """The loss of P pairs for use with ``jax.grad``; prompts have a row for each.
 
     The reference is the same network without the ``trained`` variables (see ``TrainState``). The network runs once a
-    pair, or on both latents where win and lose may start from different ones.
+    pair and model, or on both latents where win and lose may start from different ones.
     """
 
-    def loss_fn(trained: Any, params: Any, prompts: PromptBatch, pairs: PreferencePairs, mask: jax.Array):
+    def loss_fn(
+        trained: PyTree,
+        average: PyTree | None,
+        params: PyTree,
+        prompts: PromptBatch,
+        pairs: PreferencePairs,
+        mask: Bool[Array, " p"],
+    ) -> tuple[Float[Array, ""], PairLoss]:
         latents, timesteps = pairs.latents, pairs.timesteps
         if pairs.lose_latents is not None:
             latents, timesteps = interleave(latents, pairs.lose_latents), jnp.repeat(timesteps, 2)
             prompts = prompts.map_rows(lambda rows: jnp.repeat(rows, 2, axis=0))
 
-        def outputs(variables: Any) -> jax.Array:
-            output = predict(variables, latents, timesteps, *prompts.conditions)
+        def outputs_of(variables: PyTree) -> jax.Array:
+            output = predict(variables, latents, timesteps, prompts)
             return output if pairs.lose_latents is None else output.reshape(-1, 2, *output.shape[1:])
 
-        policy = outputs({"params": params, **trained})
-        reference = jax.lax.stop_gradient(outputs({"params": params}))
-        losses = pair_losses(schedule, policy, reference, pairs, eta=eta, beta=beta, clip_range=clip_range)
+        outputs = PairOutputs(
+            policy=outputs_of({"params": params, **trained}),
+            reference=jax.lax.stop_gradient(outputs_of({"params": params})),
+            average=outputs_of({"params": params, **average}) if objective.reads_average and average else None,
+        )
+        losses = pair_losses(objective, process, outputs, pairs, options)
         chex.assert_equal_shape([mask, losses.loss])
         sums = jax.tree.map(lambda values: jnp.where(mask, values, 0.0).sum(), losses)
         return sums.loss / jnp.maximum(mask.sum(), 1), sums
@@ -110,34 +104,16 @@ def make_loss(
     return loss_fn
 
 
-def make_update(
-    loss_fn: Callable[..., tuple[jax.Array, PairLoss]],
-    optimizer: optax.GradientTransformation,
-    ema_decay: float = 0.0,
-) -> Callable[..., tuple[TrainState, UpdateMetrics]]:
-    """The update on a minibatch of pairs, as ``exchange`` gives it; the last one of a batch may be smaller.
-
-    Args:
-      loss_fn: from ``make_loss``.
-      optimizer: acts on the trained variables.
-      ema_decay: of the average, where the state has one.
-
-    Returns:
-      ``update(state, params, prompts, pairs, mask) -> (state, metrics)``, compiled once.
-    """
+def make_update(loss_fn: MinibatchLoss, optimizer: Optimizer) -> Update:
+    """The update on a minibatch of pairs, as ``exchange`` gives it; the last one of a batch may be smaller."""
 
     def update(
-        state: TrainState, params: Any, prompts: PromptBatch, pairs: PreferencePairs, mask: jax.Array
+        state: TrainState, params: PyTree, prompts: PromptBatch, pairs: PreferencePairs, mask: jax.Array
     ) -> tuple[TrainState, UpdateMetrics]:
-        grads, sums = jax.grad(loss_fn, has_aux=True)(state.trained, params, prompts, pairs, mask)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        chex.assert_trees_all_equal_shapes_and_dtypes(trained, state.trained)  # else it is compiled again at each step
-        average = state.average
-        if average is not None:
-            average = optax.incremental_update(trained, average, 1.0 - ema_decay)
+        gradient = jax.grad(loss_fn, has_aux=True)
+        grads, sums = gradient(state.trained, state.average, params, prompts, pairs, mask)
         metrics = UpdateMetrics(sums, mask.sum(dtype=jnp.int32), optax.tree.norm(grads))
-        return TrainState(state.step + 1, trained, opt_state, average), metrics
+        return state.apply_gradients(grads, optimizer), metrics
 
     return update
 
@@ -153,11 +129,52 @@ def update_metrics(updates: list[UpdateMetrics]) -> dict[str, float]:
     count = sum(int(m.num_pairs) for m in updates)
     sums = jax.tree.map(lambda *values: float(np.sum(values)), *(m.sums for m in updates))
     return {
-        "loss": sums.loss / count,
-        "win_ratio": sums.win_ratio / count,
-        "lose_ratio": sums.lose_ratio / count,
-        "win_clipped": sums.win_clipped / count,
-        "lose_clipped": sums.lose_clipped / count,
+        **{name: getattr(sums, name) / count for name in PairLoss.__dataclass_fields__},
         "grad_norm": float(np.mean([m.grad_norm for m in updates])),
         "num_updates": len(updates),
     }
+
+
+def clipped_warning(rows: Sequence[Mapping[str, float]]) -> str | None:
+    """What to tell a user whose last batches were clipped on more than 95 % of their pairs; None if all is well.
+
+    A clipped ratio has no gradient: where both are, a pair teaches nothing any more.
+    """
+    recent = rows[-CLIPPED_BATCHES:]
+    clipped = [min(row["win_clipped"], row["lose_clipped"]) for row in recent if row["num_updates"]]
+    if len(clipped) < CLIPPED_BATCHES or min(clipped) <= CLIPPED_FRACTION:
+        return None
+    return (
+        f"warning: in each of the last {CLIPPED_BATCHES} batches more than {CLIPPED_FRACTION:.0%} of the probability "
+        "ratios were clipped, so the run hardly learns any more; stop here, or start again with a lower "
+        "config.train.learning_rate or a wider config.loss.clip_range."
+    )
+
+
+def nothing_learned(config: ConfigDict, num_updates: int, adapters: PyTree | None) -> str | None:
+    """What to tell a user whose run has ended as it began, and why; None if it has learned.
+
+    Args:
+      config: of the run.
+      num_updates: minibatches of pairs since its start.
+      adapters: the result, if it is adapters; all of their B are zero at first. None after full fine-tuning.
+    """
+    train = config.train
+    if num_updates == 0:
+        return (
+            "warning: nothing was learned: no two candidates of a step differed by config.pairs.threshold = "
+            f"{config.pairs.threshold}, so there was no pair; lower it, or train on more prompts."
+        )
+    if num_updates < train.accumulation_steps:
+        return (
+            f"warning: nothing was learned: there were {num_updates} minibatches, fewer than "
+            f"config.train.accumulation_steps = {train.accumulation_steps}; lower it, or train on more batches."
+        )
+    flat = flax.traverse_util.flatten_dict(adapters or {})
+    if flat and not any(np.any(value) for path, value in flat.items() if path[-1] == "B"):
+        return (
+            f"warning: nothing was learned: after {num_updates} minibatches every adapter is still zero; grad_norm in "
+            f"{METRICS_FILE} shows whether there were gradients, and config.train.learning_rate, max_grad_norm and "
+            "adam_eps what became of them."
+        )
+    return None

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spo_jax.diffusion.ddim import sample
-from spo_jax.diffusion.process import ddim_distribution, log_prob, predict_x0_and_noise
+from spo_jax.diffusion.process import Gaussian, log_prob
 from spo_jax.diffusion.schedule import PREDICTION_TYPES, make_schedule
 
 CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
@@ -35,8 +35,8 @@ def test_step_is_that_of_diffusers(seed, step, eta, kind):
     given_to_both = (torch.from_numpy(output), t, torch.from_numpy(latents))
     expected = theirs.step(*given_to_both, eta=eta, variance_noise=torch.from_numpy(noise))
     s = schedule(kind)
-    x0, eps = predict_x0_and_noise(s, jnp.asarray(output), jnp.asarray(latents), s.timesteps[step])
-    mean, sigma = ddim_distribution(s, x0, eps, s.timesteps[step], s.previous_timesteps[step], eta)
+    x0, eps = s.to_x0_and_noise(jnp.asarray(output), jnp.asarray(latents), s.timesteps[step])
+    mean, sigma = s.transition(x0, eps, s.timesteps[step], s.previous_timesteps[step], eta)
     scale = max(1.0, float(np.abs(x0).max()))
     np.testing.assert_allclose(x0, expected.pred_original_sample.numpy(), rtol=0, atol=1e-4 * scale)
     np.testing.assert_allclose(mean + sigma * noise, expected.prev_sample.numpy(), rtol=0, atol=1e-4 * scale)
@@ -46,7 +46,7 @@ def test_step_is_that_of_diffusers(seed, step, eta, kind):
 def test_sigma_is_proportional_to_eta_and_positive(step):
     s = schedule()
     at = (jnp.zeros(2), jnp.ones(2), s.timesteps[step], s.previous_timesteps[step])
-    sigma = {eta: float(ddim_distribution(s, *at, eta)[1]) for eta in (0.0, 0.5, 1.0)}
+    sigma = {eta: float(s.transition(*at, eta).sigma) for eta in (0.0, 0.5, 1.0)}
     assert sigma[0.0] == 0 and sigma[1.0] > 0
     np.testing.assert_allclose(sigma[0.5], 0.5 * sigma[1.0], rtol=1e-6)
 
@@ -55,21 +55,21 @@ def test_sigma_is_proportional_to_eta_and_positive(step):
 def test_the_arithmetic_is_float32_whatever_the_network_runs_in(seed, step):
     s = schedule()
     output, latents = (jnp.asarray(x, jnp.bfloat16) for x in normal(seed, 2, 4, 4, 3))
-    low = predict_x0_and_noise(s, output, latents, s.timesteps[step])
-    high = predict_x0_and_noise(s, output.astype(jnp.float32), latents.astype(jnp.float32), s.timesteps[step])
+    low = s.to_x0_and_noise(output, latents, s.timesteps[step])
+    high = s.to_x0_and_noise(output.astype(jnp.float32), latents.astype(jnp.float32), s.timesteps[step])
     for a, b in zip(low, high, strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_array_equal(a, b)
-    assert log_prob(latents, low[0], jnp.float32(0.1)).dtype == jnp.float32
+    assert log_prob(latents, Gaussian(low[0], jnp.float32(0.1))).dtype == jnp.float32
 
 
 @given(seed=SEED, sigma=st.floats(0.01, 2), shift=st.floats(-1, 1))
 def test_log_prob_is_highest_at_the_mean_and_independent_of_the_size(seed, sigma, shift):
     mean, sigma = jnp.asarray(normal(seed, 4, 2, 3)), jnp.float32(sigma)
-    at_mean, off = log_prob(mean, mean, sigma), log_prob(mean + shift, mean, sigma)
+    at_mean, off = log_prob(mean, Gaussian(mean, sigma)), log_prob(mean + shift, Gaussian(mean, sigma))
     np.testing.assert_allclose(at_mean, -np.log(sigma) - 0.5 * np.log(2 * np.pi), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(at_mean - off, shift**2 / (2 * sigma**2), rtol=1e-2, atol=1e-4)
-    twice = log_prob(jnp.tile(mean + shift, 2), jnp.tile(mean, 2), sigma)
+    twice = log_prob(jnp.tile(mean + shift, 2), Gaussian(jnp.tile(mean, 2), sigma))
     np.testing.assert_allclose(twice, off, rtol=1e-4, atol=1e-5)
 
 

@@ -15,7 +15,6 @@ from spo_jax.diffusion.dpm_solver import (
     make_dpm_schedule,
     sample_dpmpp_2m,
 )
-from spo_jax.diffusion.process import predict_x0_and_noise
 from spo_jax.diffusion.schedule import PREDICTION_TYPES
 from spo_jax.errors import UserError
 
@@ -56,7 +55,7 @@ def test_every_step_is_that_of_diffusers(config, num_steps, seed):
     expected, previous_x0 = torch.from_numpy(latents), np.zeros_like(latents)
     for i, t in enumerate(schedule.timesteps):
         expected = theirs.step(expected @ torch.from_numpy(network), theirs.timesteps[i], expected).prev_sample
-        x0, _ = predict_x0_and_noise(schedule, jnp.asarray(latents @ network), jnp.asarray(latents), t)
+        x0, _ = schedule.to_x0_and_noise(jnp.asarray(latents @ network), jnp.asarray(latents), t)
         latents = np.asarray(dpmpp_2m_step(jax.tree.map(lambda c, i=i: c[i], coefficients), latents, x0, previous_x0))
         previous_x0 = x0
         scale = max(1.0, float(np.abs(x0).max()))
@@ -116,7 +115,7 @@ def test_the_second_order_halves_the_steps(num_steps):
         latents, previous_x0, errors = jnp.ones(1), jnp.zeros(1), []
         for i, t in enumerate(schedule.timesteps[:-1]):
             prediction = latents * jnp.sqrt(1 - schedule.alphas_cumprod[t]) / variances[t]
-            x0, _ = predict_x0_and_noise(schedule, prediction, latents, t)
+            x0, _ = schedule.to_x0_and_noise(prediction, latents, t)
             now = jax.tree.map(lambda c, i=i: c[i], coefficients)
             now = now if second_order else now.replace(slope=0.0)
             latents, previous_x0 = dpmpp_2m_step(now, latents, x0, previous_x0), x0

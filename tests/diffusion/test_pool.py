@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from spo_jax.diffusion.pool import draw_pool_noise, sample_pool
+from spo_jax.diffusion.pool import PoolOptions, draw_pool_noise, sample_pool
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.preference.pairs import make_pairs
+from spo_jax.preference.pairs import constant_threshold, make_pairs
 
 CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 SHAPE = (2, 3, 1)
@@ -23,8 +23,8 @@ def predict(latents, t):
     return 0.3 * jnp.sin(latents) + t / 2000
 
 
-def score(x0, t):
-    return x0.sum((-1, -2, -3)) + t / 100
+def score(candidates):
+    return candidates.x0.sum((-1, -2, -3)) + candidates.arrived / 100
 
 
 def reference(schedule, noise, plain, continuation, inner=0):
@@ -67,7 +67,7 @@ def reference(schedule, noise, plain, continuation, inner=0):
 def test_every_split_into_plain_and_pool_steps(num_steps, plain, continuation):
     """From no plain step to a single pool step: the loop in float64 gives the same pool."""
     schedule, noise = make_schedule(CONFIG, num_steps), noise_of(num_steps, num_steps, plain)
-    pool = sample_pool(predict, score, schedule, noise, num_plain_steps=plain, continuation=continuation)
+    pool = sample_pool(predict, score, schedule, noise, PoolOptions(plain, continuation=continuation))
     starts, candidates, scores = reference(schedule, noise, plain, continuation)
     np.testing.assert_allclose(pool.latents, starts, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(pool.candidates, candidates, rtol=1e-3, atol=1e-4)
@@ -81,14 +81,14 @@ def test_every_split_into_plain_and_pool_steps(num_steps, plain, continuation):
 def test_every_cut_into_segments(num_steps, plain, inner, continuation):
     """Segments that fit, a last one that is shorter, down to one step, and a single one: as the loop in float64."""
     schedule, noise = make_schedule(CONFIG, num_steps), noise_of(num_steps, num_steps, plain)
-    options = dict(num_plain_steps=plain, num_inner_steps=inner, continuation=continuation)
-    pool = sample_pool(predict, score, schedule, noise, **options)
+    options = PoolOptions(plain, inner, continuation=continuation)
+    pool = sample_pool(predict, score, schedule, noise, options)
     starts, candidates, scores = reference(schedule, noise, plain, continuation, inner)
     np.testing.assert_allclose(pool.latents, starts, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(pool.candidates, candidates, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(pool.scores, scores, rtol=1e-3, atol=1e-3)
 
-    pairs = make_pairs(pool, threshold=0.0)
+    pairs = make_pairs(pool, constant_threshold(0.0))
     for p in np.ndindex(num_steps - plain, 2):
         s, b = p
         segment, place = divmod(s, inner + 1)
@@ -108,26 +108,41 @@ def test_network_and_scorer_are_called_once_a_step_at_the_right_timesteps():
         jax.debug.callback(lambda t, m=latents.shape[1]: networks.append((int(t), m)), t, ordered=True)
         return predict(latents, t)
 
-    def counted_score(x0, t):
-        jax.debug.callback(lambda t, m=x0.shape[1]: scorers.append((int(t), m)), t, ordered=True)
-        return score(x0, t)
+    def counted_score(candidates):
+        at = (candidates.timestep, candidates.arrived)
+        jax.debug.callback(lambda *at, m=candidates.x0.shape[1]: scorers.append((*map(int, at), m)), *at, ordered=True)
+        return score(candidates)
 
-    sample_pool(counted_predict, counted_score, schedule, noise, num_plain_steps=plain)
+    sample_pool(counted_predict, counted_score, schedule, noise, PoolOptions(plain))
     jax.effects_barrier()
     times = schedule.timesteps.tolist()
     assert networks == [(t, 1) for t in times[: plain + 1]] + [(t, k) for t in times[plain + 1 :]]
-    assert scorers == [(t, k) for t in times[plain + 1 :]] + [(0, k)]
+    drawn = list(zip(times[plain:], [*times[plain + 1 :], 0], strict=True))
+    assert scorers == [(t, arrived, k) for t, arrived in drawn]
 
     networks.clear(), scorers.clear()
-    sample_pool(counted_predict, counted_score, schedule, noise, num_plain_steps=plain, num_inner_steps=1)
+    sample_pool(counted_predict, counted_score, schedule, noise, PoolOptions(plain, 1))
     jax.effects_barrier()
     assert networks == [(t, 1) for t in times[: plain + 1]] + [(t, k) for t in times[plain + 1 :]]
-    assert scorers == [(times[4], k), (times[6], k), (0, k)], "once a segment: steps 2 and 3, 4 and 5, and 6"
+    assert scorers == [(*drawn[i], k) for i in (1, 3, 4)], "once a segment: steps 2 and 3, 4 and 5, and 6"
+
+
+@pytest.mark.parametrize("inner", [0, 2])
+def test_a_scorer_gets_the_candidates_and_what_is_predicted_from_them(inner):
+    """Scored by their latents: the candidates of the pool, at the end of each segment."""
+    schedule, noise = make_schedule(CONFIG, 7), noise_of(1, 7, 1)
+
+    def of_latents(candidates):
+        return candidates.latents.sum((-1, -2, -3))
+
+    pool = sample_pool(predict, of_latents, schedule, noise, PoolOptions(1, inner))
+    ends = [*range(inner, 5, inner + 1), 5]
+    np.testing.assert_allclose(pool.scores, pool.candidates[jnp.array(ends)].sum((-1, -2, -3)), rtol=1e-5)
 
 
 def test_random_continuation_does_not_look_at_the_scores():
     schedule, noise = make_schedule(CONFIG, 5), noise_of(3, 5, 1)
-    pools = [sample_pool(predict, f, schedule, noise, num_plain_steps=1) for f in (score, lambda x, t: -score(x, t))]
+    pools = [sample_pool(predict, f, schedule, noise, PoolOptions(1)) for f in (score, lambda c: -score(c))]
     np.testing.assert_array_equal(pools[0].candidates, pools[1].candidates)
     np.testing.assert_array_equal(pools[0].scores, -pools[1].scores)
 
@@ -137,14 +152,14 @@ def test_prompts_do_not_touch_each_other():
     schedule, noise = make_schedule(CONFIG, 5), noise_of(4, 5, 1)
     other = jax.tree.map(lambda x, y: x.at[:, 0].set(y[:, 0]), noise, noise_of(5, 5, 1))
     other = other.replace(initial=noise.initial.at[0].add(1.0))
-    pools = [sample_pool(predict, score, schedule, n, num_plain_steps=1) for n in (noise, other)]
+    pools = [sample_pool(predict, score, schedule, n, PoolOptions(1)) for n in (noise, other)]
     np.testing.assert_array_equal(pools[0].candidates[:, 1], pools[1].candidates[:, 1])
     assert (pools[0].candidates[:, 0] != pools[1].candidates[:, 0]).all()
 
 
 def test_unknown_continuation_is_refused():
     with pytest.raises(ValueError, match="lose"):
-        sample_pool(predict, score, make_schedule(CONFIG, 5), noise_of(0, 5, 1), num_plain_steps=1, continuation="lose")
+        sample_pool(predict, score, make_schedule(CONFIG, 5), noise_of(0, 5, 1), PoolOptions(1, continuation="lose"))
 
 
 def test_random_numbers_are_standard_normal_and_choices_uniform():

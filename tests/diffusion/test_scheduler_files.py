@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from spo_jax.diffusion.ddim import sample
 from spo_jax.diffusion.dpm_solver import make_dpm_schedule, sample_dpmpp_2m
-from spo_jax.diffusion.process import ddim_distribution, log_prob, predict_x0_and_noise
+from spo_jax.diffusion.process import Gaussian, log_prob
 from spo_jax.diffusion.schedule import check_trainable, make_schedule
 from spo_jax.errors import UserError
 from spo_jax.formats.parts import scheduler_of
@@ -142,9 +142,9 @@ def test_a_zero_snr_schedule_has_finite_log_probabilities_and_gradients(kind, sp
     latents, output, step_noise = noise(0, 3, 4, 4, 4)
 
     def of_step(output, t, previous):
-        x0, eps = predict_x0_and_noise(schedule, output, latents, t)
-        mean, sigma = ddim_distribution(schedule, x0, eps, t, previous, 1.0)
-        return log_prob(mean + sigma * step_noise + 0.01, mean, sigma), sigma
+        x0, eps = schedule.to_x0_and_noise(output, latents, t)
+        mean, sigma = schedule.transition(x0, eps, t, previous, 1.0)
+        return log_prob(mean + sigma * step_noise + 0.01, Gaussian(mean, sigma)), sigma
 
     steps = schedule.timesteps, schedule.previous_timesteps
     (value, sigma), gradient = jax.vmap(jax.value_and_grad(of_step, has_aux=True), (None, 0, 0))(
@@ -152,7 +152,7 @@ def test_a_zero_snr_schedule_has_finite_log_probabilities_and_gradients(kind, sp
     )
     assert np.isfinite(value).all() and np.isfinite(gradient).all() and (sigma > 0).all()
     every = jnp.arange(1000)  # a preference model is trained at all of them
-    x0, eps = jax.vmap(lambda t: predict_x0_and_noise(schedule, output, latents, t))(every)
+    x0, eps = jax.vmap(lambda t: schedule.to_x0_and_noise(output, latents, t))(every)
     assert np.isfinite(x0).all() and np.isfinite(eps).all()
 
 

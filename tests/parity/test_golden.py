@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from spo_jax.diffusion.guidance import make_guided_prediction
-from spo_jax.diffusion.pool import sample_pool
-from spo_jax.diffusion.process import ddim_distribution, log_prob, predict_x0_and_noise
+from spo_jax.diffusion.pool import PoolOptions, sample_pool
+from spo_jax.diffusion.process import Gaussian, log_prob
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.formats import names
 from spo_jax.formats.lora import read_lora
 from spo_jax.formats.pipeline import read_clip, read_json, read_text_encoder, read_unet, read_vae
-from spo_jax.preference.losses import preference_loss
-from spo_jax.preference.pairs import compare, make_pairs
+from spo_jax.preference.losses import OBJECTIVES, LossOptions, PairOutputs, preference_loss
+from spo_jax.preference.pairs import compare, constant_threshold, make_pairs
 from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.spo.update import make_loss, pair_losses
 from spo_jax.types import PreferencePairs, PromptBatch
@@ -70,8 +70,8 @@ def test_ddim_step(num_steps, eta):
 
     def distribution(eps):
         def one(latents, eps, t, previous):
-            x0, eps = predict_x0_and_noise(s, eps, latents, t)
-            return x0, *ddim_distribution(s, x0, eps, t, previous, float(eta))
+            x0, eps = s.to_x0_and_noise(eps, latents, t)
+            return x0, *s.transition(x0, eps, t, previous, float(eta))
 
         return jax.vmap(one)(latents, eps, t, previous)
 
@@ -80,10 +80,10 @@ def test_ddim_step(num_steps, eta):
     candidates = mean + sigma[:, None, None, None] * nhwc(GOLDEN[f"{name}_noise"])
     close(candidates, nhwc(GOLDEN[f"{name}_eta{eta}_prev"]), 1e-5)
     recorded = nhwc(GOLDEN[f"{name}_eta{eta}_prev"])
-    log_probs = jax.vmap(jax.vmap(log_prob), in_axes=(0, None, None))(recorded, mean, sigma)
+    log_probs = jax.vmap(jax.vmap(log_prob), in_axes=(0, None))(recorded, Gaussian(mean, sigma))
     close(log_probs, GOLDEN[f"{name}_eta{eta}_logprob"], 1e-5)
     _, shifted_mean, _ = distribution(0.98 * eps)
-    shifted = jax.vmap(log_prob)(recorded[0], shifted_mean, sigma)
+    shifted = jax.vmap(log_prob)(recorded[0], Gaussian(shifted_mean, sigma))
     close(shifted, GOLDEN[f"{name}_eta{eta}_logprob_shifted"], 1e-5)
 
 
@@ -117,20 +117,22 @@ def test_replayed_trajectory_has_the_same_scores_and_pairs():
 
     def predict(latents, timestep):
         x, count, repeats = flat(latents)
-        context = jnp.repeat(embeddings, repeats, axis=0)
-        output = predict_guided({"params": unet_params}, x, jnp.full((count,), timestep), context, negative)
+        prompts = PromptBatch(jnp.repeat(embeddings, repeats, axis=0), negative, None)
+        output = predict_guided({"params": unet_params}, x, jnp.full((count,), timestep), prompts)
         return output.reshape(latents.shape)
 
-    def score(x0, timestep):
-        x, count, repeats = flat(x0)
+    def score(candidates):
+        x, count, repeats = flat(candidates.x0)
         images = vae.apply({"params": vae_params}, x / SCALING_FACTOR, method=vae.decode)
-        times = jnp.full((count,), timestep)
-        return scorer.score(clip_params, images, jnp.repeat(text, repeats, axis=0), times).reshape(x0.shape[:2])
+        times = jnp.full((count,), candidates.arrived)
+        return scorer.score(clip_params, images, jnp.repeat(text, repeats, axis=0), times).reshape(
+            candidates.x0.shape[:2]
+        )
 
-    run = jax.jit(lambda noise: sample_pool(predict, score, schedule(10), noise, num_plain_steps=3))
+    run = jax.jit(lambda noise: sample_pool(predict, score, schedule(10), noise, PoolOptions(3)))
     pool = run(pool_noise(GOLDEN, num_steps=10, num_plain_steps=3))
     close(pool.scores, GOLDEN["pool_scores"].transpose(0, 2, 1), 1e-4)
-    pairs = make_pairs(pool, float(GOLDEN["pool_threshold"]))
+    pairs = make_pairs(pool, constant_threshold(float(GOLDEN["pool_threshold"])))
     valid = np.asarray(pairs.valid)
     assert valid.sum() == len(GOLDEN["pool_timesteps"])
     np.testing.assert_array_equal(pairs.timesteps[valid], GOLDEN["pool_timesteps"][:, 0])
@@ -154,21 +156,24 @@ def test_update_has_the_same_ratios_loss_and_gradient_of_every_adapter():
         valid=jnp.ones(count, bool),
     )
     prompts = PromptBatch(jnp.asarray(GOLDEN["upd_sd_emb"]), jnp.asarray(GOLDEN["upd_sd_neg"]), jnp.zeros((count, 1)))
-    inputs = (pairs.latents, t, prompts.embeddings, prompts.negative_embeddings)
-    options = {"eta": 1.0, "beta": 10.0, "clip_range": 0.1}
-    loss_fn = make_loss(predict, schedule(20), **options)
+    inputs = (pairs.latents, t, prompts)
+    spo, options = OBJECTIVES["spo"], LossOptions(beta=10.0, clip_range=0.1, eta=1.0)
+    loss_fn = make_loss(predict, schedule(20), spo, options)
     mask = jnp.ones(count, bool)
+
+    def loss_of(trained, params):
+        return loss_fn(trained, None, params, prompts, pairs, mask)
 
     @jax.jit  # of everything together, because compilation is what takes time here
     def compute(lora, params):
         outputs = (predict(variables, *inputs) for variables in ({"params": params, "lora": lora}, {"params": params}))
-        return *outputs, jax.value_and_grad(loss_fn, has_aux=True)({"lora": lora}, params, prompts, pairs, mask)
+        return *outputs, jax.value_and_grad(loss_of, has_aux=True)({"lora": lora}, params)
 
     policy, reference, ((loss, _), grads) = compute(lora, params)
     close(policy, nhwc(GOLDEN["upd_sd_eps_policy"]), 1e-4)
     close(reference, nhwc(GOLDEN["upd_sd_eps_ref"]), 1e-4)
 
-    losses = pair_losses(schedule(20), policy, reference, pairs, **options)
+    losses = pair_losses(spo, schedule(20), PairOutputs(policy, reference), pairs, options)
     close(np.stack([losses.win_ratio, losses.lose_ratio]), GOLDEN["upd_sd_ratio"], 1e-5)
     close(loss, GOLDEN["upd_sd_loss"], 1e-5)
 
@@ -182,6 +187,29 @@ def test_update_has_the_same_ratios_loss_and_gradient_of_every_adapter():
         scale = max(np.abs(theirs).max(), 1e-12)
         np.testing.assert_allclose(gradient, theirs, rtol=1e-3, atol=1e-3 * scale, err_msg=module)
         assert np.linalg.norm(gradient - theirs) <= 1e-3 * np.linalg.norm(theirs), module
+
+
+def test_gradspo_has_the_recorded_ratios_loss_and_gradient():
+    """By the authors' loss; the pair's noises make a pair from any mean, and one pair lies outside of the clamp."""
+    recorded, s = {k.removeprefix("gradspo_"): v for k, v in GOLDEN.items() if k.startswith("gradspo_")}, schedule(20)
+    t = jnp.asarray(recorded["t"], jnp.int32)
+    previous = jnp.clip(t - 50, 0, 999)
+    latents = nhwc(recorded["eps_ema"])  # any will do: nothing but noise counts
+    sigma = jax.vmap(lambda t, previous: s.transition(latents[0], latents[0], t, previous, 1.0).sigma)(t, previous)
+    win, lose = (0.3 + sigma[:, None, None, None] * nhwc(recorded[f"noise_{name}"]) for name in ("win", "lose"))
+    pairs = PreferencePairs(latents, win, lose, t, previous, None)
+
+    def loss(policy):
+        outputs = PairOutputs(policy, nhwc(recorded["eps_ref"]), nhwc(recorded["eps_ema"]))
+        losses = pair_losses(OBJECTIVES["gradspo"], s, outputs, pairs, LossOptions())
+        return losses.loss.mean(), losses
+
+    (value, losses), gradient = jax.value_and_grad(loss, has_aux=True)(nhwc(recorded["eps_policy"]))
+    close(np.stack([losses.win_ratio, losses.lose_ratio]), recorded["ratio"], 1e-5)
+    close(np.log([losses.win_ratio, losses.lose_ratio]), recorded["log_ratio"], 1e-5)
+    close(value, recorded["loss"], 1e-5)
+    theirs = nhwc(recorded["grad_eps_policy"])
+    assert np.linalg.norm(gradient - theirs) <= 1e-3 * np.linalg.norm(theirs)
 
 
 def test_preference_loss_and_its_gradients():

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from spo_jax.diffusion.guidance import make_guided_prediction
-from spo_jax.diffusion.pool import sample_pool
+from spo_jax.diffusion.pool import PoolOptions, sample_pool
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.formats import names
 from spo_jax.formats.lora import read_lora
 from spo_jax.formats.pipeline import read_clip, read_json, read_text_encoder, read_unet, read_vae
-from spo_jax.preference.pairs import make_pairs
+from spo_jax.preference.losses import OBJECTIVES, LossOptions, PairOutputs
+from spo_jax.preference.pairs import constant_threshold, make_pairs
 from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.spo.update import make_loss, pair_losses
 from spo_jax.types import AddedConditions, PreferencePairs, PromptBatch
@@ -69,22 +70,21 @@ def test_replayed_trajectory_has_the_same_scores_and_pairs():
 
     def predict(latents, timestep):
         x, rows = flat(latents)
-        return predict_guided({"params": unet_params}, x, jnp.full(len(x), timestep), *rows.conditions).reshape(
-            latents.shape
-        )
+        return predict_guided({"params": unet_params}, x, jnp.full(len(x), timestep), rows).reshape(latents.shape)
 
-    def score(x0, timestep):
-        x, rows = flat(x0)
+    def score(candidates):
+        x, rows = flat(candidates.x0)
         images = vae.apply({"params": vae_params}, x / SCALING_FACTOR, method=vae.decode)
-        return scorer.score(clip_params, images, rows.scorer_text, jnp.full(len(x), timestep)).reshape(x0.shape[:2])
+        times = jnp.full(len(x), candidates.arrived)
+        return scorer.score(clip_params, images, rows.scorer_text, times).reshape(candidates.x0.shape[:2])
 
     @jax.jit
     def run(noise):
-        return sample_pool(predict, score, schedule(12), noise, num_plain_steps=2, num_inner_steps=3)
+        return sample_pool(predict, score, schedule(12), noise, PoolOptions(2, 3))
 
     pool = run(pool_noise(GOLDEN, 12, 2, "poolx", num_candidates=2, num_inner_steps=3))
     close(pool.scores, GOLDEN["poolx_scores"].transpose(0, 2, 1), 1e-4)
-    pairs = make_pairs(pool, float(GOLDEN["poolx_threshold"]))
+    pairs = make_pairs(pool, constant_threshold(float(GOLDEN["poolx_threshold"])))
     valid = np.asarray(pairs.valid)
     assert valid.sum() == len(GOLDEN["poolx_timesteps"])
     np.testing.assert_array_equal(pairs.timesteps[valid], GOLDEN["poolx_timesteps"][:, 0])
@@ -112,21 +112,24 @@ def test_update_has_the_same_ratios_loss_and_gradient_of_every_adapter():
     negative_added, added = (AddedConditions(jnp.asarray(pooled), jnp.asarray(ids)) for pooled, ids in halves)
     embeddings, negative = jnp.asarray(GOLDEN["upd_sdxl_emb"]), jnp.asarray(GOLDEN["upd_sdxl_neg"])
     prompts = PromptBatch(embeddings, negative, None, added, negative_added)
-    options = {"eta": 1.0, "beta": 10.0, "clip_range": 0.1}
-    loss_fn = make_loss(predict, schedule(20), **options)
+    spo, options = OBJECTIVES["spo"], LossOptions(beta=10.0, clip_range=0.1, eta=1.0)
+    loss_fn = make_loss(predict, schedule(20), spo, options)
     mask = jnp.ones(count, bool)
+
+    def loss_of(trained, params):
+        return loss_fn(trained, None, params, prompts, pairs, mask)
 
     @jax.jit  # of everything together, because compilation is what takes time here
     def compute(lora, params):
-        inputs = (pairs.latents, t, *prompts.conditions)
+        inputs = (pairs.latents, t, prompts)
         outputs = (predict(variables, *inputs) for variables in ({"params": params, "lora": lora}, {"params": params}))
-        return *outputs, jax.value_and_grad(loss_fn, has_aux=True)({"lora": lora}, params, prompts, pairs, mask)
+        return *outputs, jax.value_and_grad(loss_of, has_aux=True)({"lora": lora}, params)
 
     policy, reference, ((loss, _), grads) = compute(lora, params)
     close(policy, nhwc(GOLDEN["upd_sdxl_eps_policy"]), 1e-4)
     close(reference, nhwc(GOLDEN["upd_sdxl_eps_ref"]), 1e-4)
 
-    losses = pair_losses(schedule(20), policy, reference, pairs, **options)
+    losses = pair_losses(spo, schedule(20), PairOutputs(policy, reference), pairs, options)
     close(np.stack([losses.win_ratio, losses.lose_ratio]), GOLDEN["upd_sdxl_ratio"], 1e-5)
     close(loss, GOLDEN["upd_sdxl_loss"], 1e-5)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.preference.losses import preference_loss, spo_loss
+from spo_jax.preference.losses import OBJECTIVES, LossOptions, preference_loss, spo_loss
 from spo_jax.spo.update import make_loss
 from spo_jax.types import PreferencePairs, PromptBatch
 
@@ -73,8 +73,8 @@ def minibatch():
     pairs = PreferencePairs(latents, latents + 0.1 * win, latents + 0.1 * lose, t, t - 50, None)
     prompts = PromptBatch(jnp.stack([jnp.full((3, 2), 0.5), jnp.ones((3, 2))]), jnp.full((1, 3, 2), 0.2), None)
     prompts = prompts.map_rows(lambda rows: rows[jnp.array([0, 1, 0, 1, 1])])
-    loss = make_loss(make_guided_prediction(network, 5.0), schedule, eta=1.0, beta=10.0, clip_range=0.1)
-    of_lora = jax.value_and_grad(lambda lora, *rest: loss({"lora": lora}, *rest), has_aux=True)
+    loss = make_loss(make_guided_prediction(network, 5.0), schedule, OBJECTIVES["spo"], LossOptions())
+    of_lora = jax.value_and_grad(lambda lora, *rest: loss({"lora": lora}, None, *rest), has_aux=True)
     return jax.jit(of_lora), pairs, prompts
 
 
@@ -140,10 +140,10 @@ def test_network_runs_once_a_pair_and_on_both_starts_only_where_they_may_differ(
         return (variables["params"] + variables.get("lora", 0.0)) * latents
 
     schedule = make_schedule({"beta_schedule": "scaled_linear", "steps_offset": 1}, 20)
-    loss = make_loss(make_guided_prediction(network, 5.0), schedule, eta=1.0, beta=10.0, clip_range=0.1)
+    loss = make_loss(make_guided_prediction(network, 5.0), schedule, OBJECTIVES["spo"], LossOptions())
     for lose_latents, starts in ((None, 1), (pairs.latents, 2)):
         rows.clear()
-        loss({"lora": 0.0}, 0.1, prompts, pairs.replace(lose_latents=lose_latents), jnp.ones(5, bool))
+        loss({"lora": 0.0}, None, 0.1, prompts, pairs.replace(lose_latents=lose_latents), jnp.ones(5, bool))
         assert rows == [2 * 5 * starts] * 2, "both halves of guidance, for policy and reference"
 
 

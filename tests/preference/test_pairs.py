@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_jax.preference.pairs import compact, compare, make_pairs
+from spo_jax.preference.pairs import compact, compare, constant_threshold, make_pairs
 from spo_jax.types import Pool
 
 SCORES = st.lists(st.floats(-4, 4, width=16), min_size=2, max_size=6).map(lambda x: np.array(x, np.float32))
@@ -78,8 +78,10 @@ def test_pairs_of_one_step_and_prompt_come_from_its_candidates():
         timesteps=jnp.array([30, 20, 10]),
         previous_timesteps=jnp.array([20, 10, 0]),
     )
-    pairs = make_pairs(pool, 0.1)
+    pairs = make_pairs(pool, constant_threshold(0.1))
     assert pairs.valid.tolist() == [[True, True], [False, True], [True, True]]
+    late = make_pairs(pool, lambda timesteps: jnp.where(timesteps > 15, 1.0, 0.0))
+    assert late.valid.tolist() == [[False, False], [False, False], [True, True]], "by the timestep drawn from"
     np.testing.assert_array_equal(pairs.latents.ravel(), np.arange(6))
     np.testing.assert_array_equal(pairs.win.ravel(), 4 * np.arange(6) + np.asarray(pool.scores).argmax(-1).ravel())
     np.testing.assert_array_equal(pairs.lose.ravel(), 4 * np.arange(6) + np.asarray(pool.scores).argmin(-1).ravel())

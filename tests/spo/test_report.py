@@ -15,9 +15,10 @@ from PIL import Image
 
 from spo_jax.runs.metrics import write_summary
 from spo_jax.spo.report import write_report
+from tests.metrics import all_metrics
 
 KEYS = "loss preference_score_mean preference_score_std valid_fraction win_ratio lose_ratio win_clipped lose_clipped"
-KEYS += " grad_norm seconds_sample seconds_score seconds_update"
+KEYS += " grad_norm seconds_pool seconds_update"
 ROWS = [{"step": i, **{key: 0.1 * i + 0.01 * n for n, key in enumerate(KEYS.split())}} for i in (1, 2, 3)]
 
 
@@ -26,8 +27,7 @@ def make_summary(**changes):
         "base": {"preference_score": 10.0, "colorfulness": 80.0, "alignment_top1": 0.98},
         "tuned": {"preference_score": 12.5, "colorfulness": 100.0, "alignment_top1": 0.965},
         "base_std": {"preference_score": 5.0, "colorfulness": 40.0},
-        "win_rate": 0.785,
-        "win_rate_preference_score": 0.845,
+        "win_rate": {"colorfulness": 0.785, "preference_score": 0.845},
         "num_prompts": 200,
         "seconds": 359.7,
         "seconds_training": 300.2,
@@ -37,8 +37,9 @@ def make_summary(**changes):
     return summary | changes
 
 
-def make_page(tmp_path, summary=None, metrics=ROWS, samples=()):
-    write_report(tmp_path / "report.html", summary=summary or make_summary(), metrics=metrics, samples=list(samples))
+def make_page(tmp_path, summary=None, rows=ROWS, samples=()):
+    options = {"metrics": all_metrics(), "rows": rows, "samples": list(samples)}
+    write_report(tmp_path / "report.html", summary=summary or make_summary(), **options)
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -80,6 +81,11 @@ def test_headline_numbers_settings_and_times(tmp_path):
     for setting in ("train.learning_rate", "0.0001", "train.max_grad_norm", "None"):
         assert setting in text
     assert "6 min 0 s" in text and "5 min 0 s" in text  # never "5 min 60 s"
+
+
+def test_colourfulness_is_the_true_preference_of_the_emoji_world_only(tmp_path):
+    for model, is_true in (("emoji:model", True), ("org/name@" + 40 * "0", False), ("runs/emoji:model", False)):
+        assert ("true preference" in make_page(tmp_path, make_summary(config={"model": model}))) == is_true
 
 
 def test_pictures_are_embedded_without_loss(tmp_path):
@@ -131,7 +137,7 @@ def test_curves_stay_inside_their_picture(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "metrics, lines",
+    "rows, lines",
     [
         ([], 0),
         ([{"step": 1, "loss": 0.5}], 1),
@@ -141,8 +147,8 @@ def test_curves_stay_inside_their_picture(tmp_path):
         ([{"step": 1, "win_ratio": 1.0}, {"step": 2, "win_ratio": 1.1}], 1),
     ],
 )
-def test_missing_and_constant_metrics(tmp_path, metrics, lines):
-    page = make_page(tmp_path, metrics=metrics)
+def test_missing_and_constant_metrics(tmp_path, rows, lines):
+    page = make_page(tmp_path, rows=rows)
     assert len(Page(page).attributes("polyline")) == lines
     assert not re.search(r'points="[^"]*(nan|inf)', page)
 

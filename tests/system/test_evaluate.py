@@ -49,7 +49,7 @@ def evaluate(data, *arguments, split="test", num_devices=1, run=run_forked):
 
 
 def test_a_judge_of_ones_own(data, tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "judges.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scorers.md").read_text(encoding="utf-8"), re.DOTALL)
     (data.parent / "my_judge.py").write_text(code, encoding="utf-8")
     out = tmp_path / "new" / "accuracy.json"
     arguments = ["--fn=my_judge:score", "--timesteps=951,0", "--num_pairs=7", "--batch_size=4", f"--out={out}"]

@@ -1,0 +1,63 @@
+"""Networks with their weights, for ``assemble``; ``planning/shapes.py`` has the same with shapes only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from spo_jax.data.prompts import read_prompts
+from spo_jax.distributed.sharding import weight_shardings
+from spo_jax.formats.base import Base, read_base
+from spo_jax.formats.pipeline import Pipeline, read_clip
+from spo_jax.formats.tokenizers import read_tokenizer
+from spo_jax.models.clip import CLIPModel
+from spo_jax.runs.assembly import Place
+from spo_jax.runs.state import TrainState
+from spo_jax.types import Tokenizer
+
+
+class Weights:
+    """See ``assembly.Load``."""
+
+    def pipeline(self, base: Base, dtype: DTypeLike, place: Place) -> Pipeline:
+        """Reads a base model."""
+        return read_base(base, dtype, sharding=place)
+
+    def clip(
+        self,
+        name: str,
+        part: str,
+        place: Place,
+        *,
+        dtype: DTypeLike,
+        params_dtype: DTypeLike | None = None,
+        step_aware: bool | None = None,
+    ) -> tuple[CLIPModel, PyTree]:
+        """Reads a CLIP."""
+
+        def below(path: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+            return place((part, *path), shape)
+
+        clip, params = read_clip(name, step_aware=step_aware, dtype=params_dtype or dtype, sharding=below)
+        return clip.clone(dtype=dtype), params
+
+    def tokenizer(self, name: str, default: Tokenizer) -> Tokenizer:
+        """Reads a tokenizer."""
+        return read_tokenizer(name) if name else default
+
+    def prompts(self, name: str, limit: int | None = None) -> list[str]:
+        """Reads prompts."""
+        return read_prompts(name)[:limit]
+
+    def adapters(self, name: str) -> str:
+        """The same name."""
+        return name
+
+    def state(self, make: Callable[[PyTree], TrainState], params: PyTree, mesh: Mesh) -> TrainState:
+        """Makes the state and splits it over the devices."""
+        state = make(params)
+        return jax.device_put(state, weight_shardings(mesh, state))

@@ -1,0 +1,362 @@
+"""What SPO is made of: networks, scorer, metrics, state and programs, with weights or with shapes only.
+
+encode ---> pool ---> arrange ---> exchange ---> update        each batch of prompts
+encode ---> text of metrics ---> evaluation                    base and tuned model, on held-out prompts
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from spo_jax import rng
+from spo_jax.diffusion.guidance import make_guided_prediction
+from spo_jax.diffusion.schedule import Schedule, check_trainable, make_schedule
+from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated, round_up
+from spo_jax.distributed.offload import weight_placement
+from spo_jax.distributed.pieces import piece_size
+from spo_jax.distributed.sharding import weight_shardings
+from spo_jax.errors import UserError
+from spo_jax.evaluation.measure import make_measure_batch
+from spo_jax.evaluation.metrics import METRICS, EncodeText, Metric, MetricSetup, NamedScorer
+from spo_jax.formats.base import base_of_config
+from spo_jax.formats.lora import starting_lora
+from spo_jax.formats.pipeline import Pipeline, with_image_size
+from spo_jax.formats.scorers import check_function, fitted_to, load_function
+from spo_jax.formats.tokenizers import tokenize
+from spo_jax.preference.losses import OBJECTIVES, LossOptions, Objective
+from spo_jax.preference.scorers import (
+    SCORERS,
+    ImageScorer,
+    Scorer,
+    ScorerSetup,
+    make_clip_scorer,
+    make_function_scorer,
+)
+from spo_jax.runs.assembly import (
+    Load,
+    Program,
+    key_shape,
+    on_all,
+    on_device,
+    shapes_of,
+    sharded,
+    split,
+)
+from spo_jax.runs.optimizer import make_optimizer
+from spo_jax.runs.state import Optimizer, TrainState
+from spo_jax.sampling.encode import make_encode, prompt_shardings, tokens_of
+from spo_jax.sampling.generate import SamplingOptions, make_decode
+from spo_jax.spo.exchange import arrange, make_exchange
+from spo_jax.spo.rollout import make_pool
+from spo_jax.spo.update import make_loss, make_update
+from spo_jax.types import PromptBatch, Tokenizer
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+CLIP = "clip"  # the part of the CLIP that ``config.evaluation.judge`` names
+
+
+@dataclasses.dataclass(frozen=True)
+class SPO:
+    """See ``assembly.Assembly``.
+
+    Attributes:
+      config: of the run.
+      mesh: the devices.
+      prompts: to train on.
+      held_out: prompts to measure on.
+      pipeline: the base model, for images of the config's size.
+      scorer: SPO's.
+      tokenizer: of the scorer's text.
+      metrics: by name, those that ``config.evaluation.metrics`` names.
+      params: frozen parameters by part.
+      process: of the sampling.
+      objective: that ``config.loss.kind`` names.
+      optimizer: of what is trained.
+      state: before the first update.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    prompts: list[str]
+    held_out: list[str]
+    pipeline: Pipeline
+    scorer: Scorer
+    tokenizer: Tokenizer
+    metrics: dict[str, Metric]
+    params: dict[str, PyTree]
+    process: Schedule
+    objective: Objective
+    optimizer: Optimizer
+    state: TrainState
+
+    @property
+    def text_params(self) -> dict[str, PyTree]:
+        """What encodes prompts."""
+        return {part: self.params[part] for part in (*TEXT_ENCODERS, *self.scorer.text_parts) if part in self.params}
+
+    @property
+    def pool_params(self) -> dict[str, PyTree]:
+        """What the pool reads."""
+        return {part: self.params[part] for part in ("unet", *self.scorer.parts)}
+
+    @property
+    def metric_params(self) -> dict[str, PyTree]:
+        """What an evaluation reads."""
+        read = [part for metric in self.metrics.values() for part in metric.parts]
+        return {part: self.params[part] for part in ("unet", "vae", *read)}
+
+    @functools.cached_property
+    def resident(self) -> dict[str, PyTree]:
+        """What is on the devices all the time."""
+        return shapes_of({**self.params, **self.state.parts, "texts": self.held_out_shapes})
+
+    @functools.cached_property
+    def held_out_shapes(self) -> tuple[PromptBatch, dict[str, jax.ShapeDtypeStruct]]:
+        """Shapes of the encoded held-out prompts, and of the metrics' texts of them."""
+
+        def all_rows(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((len(self.held_out), *x.shape[1:]), x.dtype)
+
+        prompts = self.programs["encode"].results.map_rows(all_rows)
+        return on_all(self.mesh, (prompts, jax.tree.map(all_rows, self.programs["metric texts"].results)))
+
+    @functools.cached_property
+    def programs(self) -> dict[str, Program]:
+        """In the order in which they run."""
+        made = (_encode, _pool, _arrange, _exchange, _update, _metric_texts, _evaluation)
+        return {program.name: program for make in made for program in [make(self)]}
+
+
+def assemble(config: ConfigDict, mesh: Mesh, load: Load) -> SPO:
+    """Makes what a run of the config needs.
+
+    Args:
+      config: checked, see ``spo/config.py``.
+      mesh: the devices. It may be abstract if no program is run or compiled.
+      load: gives weights or shapes.
+
+    Raises:
+      UserError: prompts or a network are not there, or something does not fit together.
+    """
+    place = weight_placement(mesh, offload=config.offload)
+    prompts = load.prompts(config.prompts)
+    held_out = load.prompts(config.evaluation.prompts, config.evaluation.num_prompts)
+    pipeline = load.pipeline(base_of_config(config), jnp.dtype(config.dtype), place)
+    pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
+    pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
+    process = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
+    check_trainable(process)
+    params = dict(pipeline.params)
+    tokenizer = load.tokenizer(config.scorer.tokenizer, pipeline.tokenizer)
+    image_scorer = _image_scorer(config, pipeline, params, mesh, load, tokenizer)
+    tokenizer = tokenizer if image_scorer is None else fitted_to(image_scorer, tokenizer)
+    setup = ScorerSetup(config.scorer, image_scorer, make_decode(pipeline), mesh.size)
+    scorer = SCORERS[config.scorer.kind](setup)
+    preference = None if image_scorer is None else NamedScorer(image_scorer, "scorer", tokenizer)
+    metrics = _open_metrics(config, mesh, pipeline, params, load, preference)
+    optimizer = make_optimizer(config.train)
+
+    def first_state(unet: PyTree) -> TrainState:
+        """Adapters, or with rank 0 a float32 copy of the whole UNet."""
+        if config.lora.rank == 0:
+            return TrainState.create({"params": jax.tree.map(lambda x: jnp.array(x, jnp.float32), unet)}, optimizer)
+        key, name = rng.stream(jax.random.key(config.seed), "lora"), load.adapters(config.lora.init)
+        return TrainState.create({"lora": starting_lora(key, unet, config.lora.rank, name or None)}, optimizer)
+
+    return SPO(
+        config=config,
+        mesh=mesh,
+        prompts=prompts,
+        held_out=held_out,
+        pipeline=pipeline,
+        scorer=scorer,
+        tokenizer=tokenizer,
+        metrics=metrics,
+        params=params,
+        process=process,
+        objective=OBJECTIVES[config.loss.kind],
+        optimizer=optimizer,
+        state=load.state(first_state, params["unet"], mesh),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ scorer and metrics
+def _image_scorer(
+    config: ConfigDict,
+    pipeline: Pipeline,
+    params: dict[str, PyTree],
+    mesh: Mesh,
+    load: Load,
+    tokenizer: Tokenizer,
+) -> ImageScorer | None:
+    """The scorer of images behind SPO's, if it has one; adds its parameters."""
+    settings = config.scorer
+    if settings.fn:
+        count = config.prompts_per_batch * config.sampling.num_candidates
+        size = piece_size(count, mesh.size, settings.chunk)
+        check_function(settings.fn, num_images=size, image_size=pipeline.image_size, tokenizer=tokenizer)
+        params["scorer"] = {}
+        return make_function_scorer(load_function(settings.fn))
+    if settings.kind != "image":
+        return None
+    place = weight_placement(mesh, offload=config.offload)
+    clip, params["scorer"] = load.clip(settings.path, "scorer", place, dtype=jnp.dtype(config.dtype))
+    return make_clip_scorer(clip)
+
+
+def _open_metrics(
+    config: ConfigDict,
+    mesh: Mesh,
+    pipeline: Pipeline,
+    params: dict[str, PyTree],
+    load: Load,
+    preference: NamedScorer | None,
+) -> dict[str, Metric]:
+    """The metrics that the config names; adds their parameters."""
+
+    def of_preference() -> NamedScorer:
+        if preference is None:
+            raise UserError(
+                f"config.evaluation.metrics has preference_score, but the scorer {config.scorer.kind!r} reads latents, "
+                "no finished images; leave preference_score out."
+            )
+        return preference
+
+    @functools.cache
+    def of_clip() -> NamedScorer:
+        place, dtype = weight_placement(mesh, offload=config.offload), jnp.dtype(config.dtype)
+        clip, params[CLIP] = load.clip(config.evaluation.judge, CLIP, place, dtype=dtype, step_aware=False)
+        scorer = make_clip_scorer(clip)
+        return NamedScorer(scorer, CLIP, fitted_to(scorer, pipeline.tokenizer))
+
+    setup = MetricSetup(of_preference, of_clip)
+    return {name: METRICS[name](setup) for name in config.evaluation.metrics}
+
+
+# --------------------------------------------------------------------------------------------------------- programs
+def _encode(made: SPO) -> Program:
+    """Text encoders, and the scorer's text, of a batch of prompts."""
+    function = jit_on(made.mesh, make_encode(made.pipeline, made.scorer))
+    blank = [""] * made.config.prompts_per_batch
+
+    def shapes() -> tuple[PyTree, ...]:
+        return on_device(made.text_params), *on_all(made.mesh, tokens_of(made.pipeline, made.tokenizer, blank))
+
+    return Program("encode", function, shapes)
+
+
+def _pool(made: SPO) -> Program:
+    """Sampling, scoring and pairs of a batch of prompts."""
+    pool = make_pool(made.config, made.pipeline, made.scorer, made.process, made.mesh)
+    function = jit_on(made.mesh, pool, out_shardings=batch_sharding(made.mesh, axis=1))
+    return Program(
+        "pool",
+        function,
+        lambda: (*shapes_of((made.pool_params, sampler(made, made.state))), _batch(made), key_shape(made.mesh)),
+    )
+
+
+def _arrange(made: SPO) -> Program:
+    """The order of the pairs."""
+
+    def shapes() -> tuple[PyTree, ...]:
+        pairs, scores = made.programs["pool"].results
+        return key_shape(made.mesh), *split(made.mesh, (pairs.valid, scores), axis=1)
+
+    return Program("arrange", jax.jit(arrange, out_shardings=replicated(made.mesh)), shapes)
+
+
+def _exchange(made: SPO) -> Program:
+    """A minibatch of pairs, spread over the devices."""
+
+    def shapes() -> tuple[PyTree, ...]:
+        pairs, _ = made.programs["pool"].results
+        order, count, *_ = made.programs["arrange"].results
+        numbers = on_all(made.mesh, (order, count, jax.ShapeDtypeStruct((), jnp.int32)))
+        return _batch(made), split(made.mesh, pairs, axis=1), *numbers
+
+    return Program("exchange", jax.jit(make_exchange(made.mesh, made.config.train.minibatch_size)), shapes)
+
+
+def _update(made: SPO) -> Program:
+    """One minibatch of pairs, one gradient, one step of the optimizer."""
+    config, mesh = made.config, made.mesh
+    predict = make_guided_prediction(made.pipeline.unet.apply, config.sampling.guidance_scale)
+    options = LossOptions(config.loss.beta, config.loss.clip_range, config.sampling.eta)
+    update = make_update(make_loss(predict, made.process, made.objective, options), made.optimizer)
+    results = (weight_shardings(mesh, made.state), replicated(mesh))
+
+    def shapes() -> tuple[PyTree, ...]:
+        prompts, pairs, mask = made.programs["exchange"].results
+        prompts = sharded(prompts, prompt_shardings(prompts, mesh))
+        return *shapes_of((made.state, made.params["unet"])), prompts, *split(mesh, (pairs, mask))
+
+    return Program("update", jit_on(mesh, update, donate_argnums=0, out_shardings=results), shapes)
+
+
+def _metric_texts(made: SPO) -> Program:
+    """What metrics read of some prompts."""
+    metrics = reading_metrics(made)
+
+    def texts(params: dict[str, PyTree], tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: encode(params, tokens[name]) for name, (encode, _) in metrics.items()}
+
+    def shapes() -> tuple[PyTree, ...]:
+        blank = [""] * made.config.prompts_per_batch
+        tokens = {name: tokenize(tokenizer, blank) for name, (_, tokenizer) in metrics.items()}
+        return on_device(text_metric_params(made)), on_all(made.mesh, tokens)
+
+    return Program("metric texts", jit_on(made.mesh, texts), shapes)
+
+
+def _evaluation(made: SPO) -> Program:
+    """Images of some held-out prompts, and their scores."""
+    config, mesh = made.config, made.mesh
+    options = SamplingOptions(config.sampling.guidance_scale, config.evaluation.eta)
+    program = make_measure_batch(made.pipeline, made.process, made.metrics, mesh, options, config.scorer.chunk)
+
+    def shapes() -> tuple[PyTree, ...]:
+        rows = round_up(min(config.evaluation.batch_size, len(made.held_out)), mesh.size)
+        prompts, texts = made.held_out_shapes
+        prompts = prompts.map_rows(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype))
+        params = on_device(made.metric_params)
+        variables = {"params": params["unet"], **shapes_of(made.state.result)}
+        prompts = sharded(prompts, prompt_shardings(prompts, mesh))
+        numbers = split(mesh, jax.ShapeDtypeStruct((rows,), jnp.int32))
+        return params, variables, prompts, texts, key_shape(mesh), numbers
+
+    return Program("evaluation", jit_on(mesh, program, out_shardings=replicated(mesh)), shapes)
+
+
+# ------------------------------------------------------------------------------------------------------------ pieces
+def sampler(made: SPO, state: TrainState) -> PyTree:
+    """The variables that sample pools: what is trained, or its average where the objective reads that."""
+    return state.average if made.objective.reads_average else state.trained
+
+
+def reading_metrics(made: SPO) -> dict[str, tuple[EncodeText, Tokenizer]]:
+    """How the metrics encode prompts, and with which tokenizer; of those that read prompts."""
+    return {
+        name: (metric.encode_text, metric.tokenizer)
+        for name, metric in made.metrics.items()
+        if metric.encode_text is not None and metric.tokenizer is not None
+    }
+
+
+def text_metric_params(made: SPO) -> dict[str, PyTree]:
+    """What the metrics read of prompts is made with."""
+    names = reading_metrics(made)
+    return {part: made.params[part] for name in names for part in made.metrics[name].parts}
+
+
+def _batch(made: SPO) -> PromptBatch:
+    """Shapes of a batch of prompts, split over the devices."""
+    prompts = made.programs["encode"].results
+    return sharded(prompts, prompt_shardings(prompts, made.mesh))
