@@ -20,7 +20,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import hypothesis
 import jax
 import jaxtyping
-import numpy as np
 import pytest
 
 import tests.shapes  # noqa: F401 (named below)
@@ -28,12 +27,12 @@ import tests.shapes  # noqa: F401 (named below)
 # What `-m fast` runs: modules without PyTorch, and quick, because they compile no network.
 FAST = {
     "data": ("test_prompt_files.py", "test_prompts.py"),
-    "diffusion": ("test_guidance.py",),
+    "diffusion": ("test_guidance.py", "test_pool.py", "test_process.py"),
     "distributed": ("test_mesh.py", "test_roll_call.py"),
     "emoji": ("test_records.py",),
     "evaluation": ("test_colorfulness.py",),
     "formats": ("test_remote.py", "test_write_pipeline.py"),
-    "root": ("test_fast.py", "test_files.py", "test_seams.py", "test_shapes.py"),
+    "root": ("test_fast.py", "test_files.py", "test_rng.py", "test_shapes.py"),
     "models": ("test_layers.py",),
     "preference": ("test_accuracy.py", "test_pairs.py"),
     "runs": ("test_artifacts.py", "test_metrics.py", "test_recorded_checkpoint.py"),
@@ -47,7 +46,7 @@ PACKAGE = Path(__file__).parents[1] / "spo_jax"
 ANNOTATED = [path for path in PACKAGE.rglob("*.py") if "[Array, " in path.read_text(encoding="utf-8")]
 MODULES = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in ANNOTATED]
 jaxtyping.install_import_hook(MODULES, "tests.shapes.check")
-jaxtyping.Array = jax.Array | np.ndarray  # what the annotations are of: JAX's functions take NumPy's arrays as well
+jaxtyping.Array = jaxtyping.ArrayLike  # JAX's functions take NumPy's arrays and numbers as well
 jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("spo_jax", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile("spo_jax")
