@@ -1,4 +1,4 @@
-"""The config of an earlier run, as its ``config.json`` records it: to repeat the run, or to change a key of it.
+"""The config that an earlier run recorded in its ``config.json``: repeats the run, or changes a key of it.
 
 python -m spo_jax.main --config=configs/recorded.py:runs/a --workdir=runs/a_again [--config.seed=1]
 """
@@ -12,7 +12,7 @@ from spo_jax import methods
 
 
 def get_config(workdir: str = "") -> ConfigDict:
-    """The recorded values; a key that is newer than the run has its usual one."""
+    """The recorded values; a key that was added after that run has its default value."""
     if not workdir:
         raise ValueError("Which run? Write its --workdir behind the name: configs/recorded.py:runs/a")
     recorded = json.loads((Path(workdir).expanduser() / "config.json").read_text(encoding="utf-8"))

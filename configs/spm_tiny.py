@@ -1,11 +1,11 @@
-"""The step-aware preference model of the emoji world: trained in minutes on a laptop, from models in the package.
+"""The step-aware preference model of the emoji world: minutes on a laptop, with models that ship in the package.
 
     python -m spo_jax.emoji.pairs --out=runs/emoji_pairs
     python -m spo_jax.prepare --source=runs/emoji_pairs/train.jsonl --split=train --out=runs/emoji_data
     python -m spo_jax.prepare --source=runs/emoji_pairs/validation.jsonl --split=validation --out=runs/emoji_data
     python -m spo_jax.main --config=configs/spm_tiny.py --workdir=runs/spm_tiny
 
-Expected accuracies and times: docs/emoji.md. Keys: spo_jax/spm/config.py and spo_jax/runs/config.py.
+docs/emoji.md has the accuracies and times to expect; spo_jax/spm/config.py and spo_jax/runs/config.py explain the keys.
 """
 
 from ml_collections import ConfigDict
@@ -26,10 +26,10 @@ def get_config() -> ConfigDict:
 
     c.data.train = "runs/emoji_data@train"
     c.data.validation = "runs/emoji_data@validation"
-    c.data.num_workers = 0  # pictures of 32 pixels: processes would cost more than they save
+    c.data.num_workers = 0  # images of 32 pixels: worker processes would cost more than they save
 
     c.train.batch_size = 32
-    c.train.learning_rate = 3e-4  # a small model, and far from its start
+    c.train.learning_rate = 3e-4  # a small model, which moves far from its start
     c.train.warmup_steps = 75
     c.train.adam_b2 = 0.99
     c.train.weight_decay = 0.01

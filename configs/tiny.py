@@ -2,8 +2,8 @@
 
     python -m spo_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
-Paper: Step-aware Preference Optimization, arXiv 2406.04314. Expected results, times and how the models were made:
-docs/emoji.md. Every key is explained in spo_jax/spo/config.py and spo_jax/runs/config.py.
+SPO is arXiv 2406.04314. docs/emoji.md has the results and times to expect, and how the models were made;
+spo_jax/spo/config.py and spo_jax/runs/config.py explain every key.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
 
     c.sampling.num_steps = 10
     c.sampling.num_plain_steps = 2
-    c.sampling.guidance_scale = 2.0  # at 5 the emoji oversaturate, and the preference is about saturation
+    c.sampling.guidance_scale = 2.0  # at 5 the emoji oversaturate, and the simulated preference is for saturation
 
     c.scorer.path = "emoji:model/scorer"
     c.train.minibatch_size = 16

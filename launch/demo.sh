@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs spo_jax's requirements into .venv and runs the emoji demo; further arguments override the config.
-#   bash launch/demo.sh [--config.seed=1 ...]        results in runs/demo, or in $WORKDIR
+# Installs what spo_jax needs into .venv and runs the emoji demo. Further arguments override the config.
+#   bash launch/demo.sh [--config.seed=1 ...]        results go to runs/demo, or to $WORKDIR
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup_venv.sh

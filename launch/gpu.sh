@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains on all GPUs of this machine with one process: installs into .venv with JAX for CUDA 12, runs spo_jax.main.
+# Trains on all GPUs of this machine with one process: installs into .venv with JAX for CUDA 12, then runs spo_jax.main.
 #   bash launch/gpu.sh --config=configs/sd15.py --workdir=runs/sd15 [--config.key=value ...]
-# Some of the GPUs: CUDA_VISIBLE_DEVICES=0,1. Another build of JAX: JAX_EXTRA=cuda13. Another Python: PYTHON=python3.12.
+# CUDA_VISIBLE_DEVICES=0,1 selects GPUs, JAX_EXTRA=cuda13 another build of JAX, PYTHON=python3.12 another Python.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup_venv.sh

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Rehearses a run of several processes on this machine's CPU; every line of output is preceded by its process.
+# Rehearses a run of several processes on this machine's CPU. Every line of output starts with its process's number.
 #   bash launch/local_processes.sh 4 --config=configs/tiny.py --workdir=runs/four [--config.key=value ...]
-# If one ends with an error, or this script gets SIGTERM, the others get SIGTERM, and SIGKILL after GRACE (30) seconds. The
-# exit code is that of the first error.
-# PORT (8482) is that of process 0; DEVICES (1) are simulated devices a process; needs .venv (launch/demo.sh makes it).
+# When one fails, or this script gets SIGTERM, the others get SIGTERM, and SIGKILL after GRACE (30) seconds. The exit
+# code is that of the first process that failed.
+# PORT (8482) is the port of process 0, DEVICES (1) the simulated devices of a process. Needs .venv (launch/demo.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup_venv.sh
@@ -20,7 +20,7 @@ python=${SPO_PYTHON:-.venv/bin/python}
 pids=()
 
 for ((i = 0; i < count; i++)); do
-    # sed ends with the process whose output it reads; a substitution leaves the process itself as the child.
+    # With a pipe, $! would be sed. With process substitution it is the process itself; sed ends when its output does.
     "$python" -m spo_jax.main --num_processes="$count" --process_id="$i" \
         --coordinator_address="127.0.0.1:${PORT:-8482}" "$@" > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
     pids+=($!)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv and installs a requirements file, unless that is done already. Sourced by the other scripts, or run:
+# Creates .venv and installs a requirements file, unless that is done already. The other scripts source it; or run it:
 #   bash launch/setup_venv.sh requirements.txt [cuda12 | tpu]
 
-# The script's own header, for -h and --help as the first argument.
+# Prints the script's header if the first argument is -h or --help.
 usage_if_asked() {
     case ${1:-} in
     -h | --help)
@@ -12,12 +12,13 @@ usage_if_asked() {
     esac
 }
 
-# An empty file of this name says that a requirements file is installed as it is now; they include each other.
+# The empty file that marks a requirements file as installed. Its name has the checksum of all of them, because they
+# include each other.
 stamp_of() {
     echo ".venv/installed-$1-$(cat requirements*.txt | cksum | tr ' ' '-')"
 }
 
-# setup_venv REQUIREMENTS [EXTRA]: the extra is of jax, which without one is for the CPU alone: cuda12, tpu.
+# setup_venv REQUIREMENTS [EXTRA]: EXTRA is the accelerator of jax, cuda12 or tpu; without it jax runs on the CPU only.
 setup_venv() {
     local requirements=$1 extra=${2:-} python stamp
     python=${PYTHON:-}
@@ -30,14 +31,14 @@ setup_venv() {
     fi
     stamp=$(stamp_of "$requirements")
     if [ ! -f "$stamp" ]; then
-        # Asks for pip, not for the folder: a venv whose making was interrupted has the one without the other.
+        # Asks for pip, not for the folder: an interrupted venv leaves a folder without pip.
         .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv .venv
-        rm -f .venv/installed-*  # what they say may not hold after this
+        rm -f .venv/installed-*  # an interrupted installation must not leave a mark
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
         touch "$stamp" "$(stamp_of requirements.txt)"
     fi
     if [ -n "$extra" ] && [ ! -f "$stamp-$extra" ]; then
-        # requirements.txt once more, so that the version that it allows holds.
+        # Together with requirements.txt, so that its bounds on the version of jax hold.
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt "jax[$extra]"
         touch "$stamp-$extra"
     fi

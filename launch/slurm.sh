@@ -9,14 +9,14 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%A_%a.out
 #SBATCH --signal=B:TERM@180
-# Trains on one or several nodes of a SLURM cluster: one process a node, or one a GPU. Options of sbatch come first.
-#   bash launch/setup_venv.sh requirements.txt cuda12           makes .venv: once, where there is a network
+# Trains on one or several nodes of a SLURM cluster, with one process a node or one a GPU. Options of sbatch come first.
+#   bash launch/setup_venv.sh requirements.txt cuda12           once, where there is a network: creates .venv
 #   sbatch --nodes=2 launch/slurm.sh --config=configs/sdxl.py --workdir=/shared/run
 #   sbatch --nodes=2 --ntasks-per-node=8 launch/slurm.sh ...         one process a GPU
 #   sbatch --array=0-3 launch/slurm.sh --config=configs/sd15.py --workdir=/shared/run
 #                                    four runs: --config.seed=I and the folder /shared/run/I for I from 0 to 3
-# 180 s before the time is over the run gets SIGTERM, writes a checkpoint and is queued again; a preempted one is queued
-# again by SLURM. Run sbatch in this folder; another Python than its .venv/bin/python: SPO_PYTHON.
+# 180 seconds before its time is over, the run gets SIGTERM, writes a checkpoint and is queued again. SLURM itself queues
+# a preempted run again. Run sbatch in this folder; SPO_PYTHON names another Python than .venv/bin/python.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 # shellcheck source=launch/setup_venv.sh

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs the fast part of the tests and the golden tests with the newest versions that requirements.txt allows.
-#   bash launch/test_newest.sh                     in a Debian 13 folder with Python 3.13: .newest, or $FOLDER
-#   PYTHON=python3.12 bash launch/test_newest.sh   with that Python and no Debian; then root and debootstrap are not needed
-# The Debian folder is made once (debootstrap, 0.3 GB; 2 GB with packages) and kept. Each time the committed state of this
-# checkout is copied into it, with an environment of its own, so that nothing that is installed here takes part.
+#   bash launch/test_newest.sh                     in a folder with Debian 13 and Python 3.13: .newest, or $FOLDER
+#   PYTHON=python3.12 bash launch/test_newest.sh   with that Python, without Debian; needs neither root nor debootstrap
+# The Debian folder is created once by debootstrap (0.3 GB; 2 GB with packages) and kept. Each time the committed state of
+# this checkout is copied into it and gets its own environment, so that nothing that is installed here has an effect.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup_venv.sh
@@ -18,7 +18,7 @@ lacks() {
     exit 2
 }
 
-# Runs a command in the folder as in a machine of its own: with its own /proc, and with nothing of this environment.
+# Runs a command inside the folder as on another machine: its own /proc, and none of these environment variables.
 inside() {
     # shellcheck disable=SC2016  # $0 and $@ belong to the inner shell
     unshare --mount bash -c 'mount -t proc proc "$0/proc" && exec chroot "$0" /usr/bin/env -i "$@"' "$folder" \
@@ -37,7 +37,7 @@ make_debian() {
     fi
     cp -L /etc/resolv.conf "$folder/etc/resolv.conf"
     if [ -f "$certificates" ]; then
-        cp -L "$certificates" "$folder$certificates"  # a network may have a certificate of its own
+        cp -L "$certificates" "$folder$certificates"  # some networks need their own certificate
     fi
 }
 

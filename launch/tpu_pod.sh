@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Trains on a TPU pod slice with gcloud, one process a host. One action at a time:
-#   bash launch/tpu_pod.sh create                      makes the slice (ACCELERATOR, VERSION; SPOT=1 for a cheap one)
+#   bash launch/tpu_pod.sh create                      creates the slice (ACCELERATOR, VERSION; SPOT=1: preemptible)
 #   bash launch/tpu_pod.sh copy                        copies the committed state of this checkout to every host
 #   bash launch/tpu_pod.sh run --config=... --workdir=/mnt/shared/run [--config.key=value ...]
-#   bash launch/tpu_pod.sh stop                        SIGTERM to the run on every host
-#   bash launch/tpu_pod.sh delete                      gives the slice back
-# Environment: TPU (its name) and ZONE are needed; PROJECT; ACCELERATOR=v5litepod-16; VERSION=v2-alpha-tpuv5-lite.
-# --workdir must be a folder that every host sees, such as a mounted bucket or Filestore: docs/pods.md.
+#   bash launch/tpu_pod.sh stop                        sends SIGTERM to the run on every host
+#   bash launch/tpu_pod.sh delete                      deletes the slice
+# Environment variables: TPU (the slice's name) and ZONE are required; PROJECT, ACCELERATOR (v5litepod-16) and VERSION
+# (v2-alpha-tpuv5-lite) are optional. --workdir must be a folder that every host sees, such as a bucket: docs/pods.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup_venv.sh
@@ -50,11 +50,11 @@ copy)
     on_all "mkdir -p spo_jax && tar -xzf spo_jax.tar.gz -C spo_jax"
     ;;
 run)
-    # The other side is a shell again, which must see every argument as it is here.
+    # The remote side is a shell too, so every argument is quoted for it.
     on_all "cd spo_jax && bash launch/tpu_vm.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
     ;;
 stop)
-    # The bracket keeps pkill from finding the shell that it runs in.
+    # The bracket keeps pkill from matching its own shell.
     on_all "pkill -TERM -f '[s]po_jax.main' || true"
     ;;
 delete)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command and says by exit code 75 that it was told to end: a run that gets SIGTERM writes a checkpoint and exits
-# with 0 as a finished one does, and whoever starts it must know which it was. Sourced by slurm.sh, run by gke_jobset.yaml.
+# Runs a command; exits with 75 if it was told to stop. A run that gets SIGTERM writes a checkpoint and exits with 0, as
+# a finished run does, so the code 75 tells a scheduler to start it again. slurm.sh sources it, gke_jobset.yaml runs it.
 #   bash launch/until_told.sh python -m spo_jax.main --config=... --workdir=...
 until_told() {
     local told="" code child
@@ -13,7 +13,7 @@ until_told() {
         fi
         code=0
         wait "$child" || code=$?
-        # A signal ends wait, not the command: pass it on and wait again.
+        # A signal interrupts wait, not the command: pass it on and wait again.
         kill -0 "$child" 2>/dev/null || break
     done
     trap - TERM

@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import os
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from spo_jax.errors import UserError, notice
 from spo_jax.files import cache_folder
@@ -50,6 +51,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     app.run(guarded, flags_parser=_parse)
 
 
+def config_flag() -> flags.FlagHolder:
+    """Defines --config, a config file or the name of a shipped one; ``config_of`` gives its value."""
+    meaning = f"Config file, or a shipped config by its name: {', '.join(shipped_configs())}."
+    return config_flags.DEFINE_config_file("config", None, meaning, lock_config=True)
+
+
 def config_of(flag: flags.FlagHolder) -> ConfigDict:
     """The config behind a ``--config`` flag.
 
@@ -65,6 +72,42 @@ def config_of(flag: flags.FlagHolder) -> ConfigDict:
             f"for example --{flag.name}=configs/tiny.py."
         )
     return flag.value
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The config files that come with the package, by name: of the checkout's ``configs/``, or of the wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+
+
+def config_path(value: str) -> str:
+    """The value of --config with the path of the file that it means.
+
+    Args:
+      value: a path, or a shipped config as ``tiny`` or ``configs/tiny.py``, typed in any folder; a file that exists
+        comes first. Behind a colon there may be an argument for ``get_config()``: ``sd15:16gb``.
+
+    Raises:
+      UserError: there is no such file, and no shipped config has that name.
+    """
+    path, colon, argument = value.partition(":")
+    if os.path.exists(path) and not os.path.isdir(path):
+        return value
+    shipped = shipped_configs()
+    name = path.removeprefix("configs/").removesuffix(".py")
+    if name not in shipped:
+        raise UserError(
+            f"--config must name a Python file or a shipped config ({', '.join(shipped)}), and {path!r} is neither."
+        )
+    return f"{shipped[name]}{colon}{argument}"
+
+
+def read_config(value: str) -> ConfigDict:
+    """The config that ``--config=value`` gives, for use in Python; see ``config_path``. Keys can be set, not added."""
+    path, colon, argument = config_path(value).partition(":")
+    return runpy.run_path(path)["get_config"](*[argument] if colon else []).lock()
 
 
 def workdir_of(flag: flags.FlagHolder) -> Path:
@@ -116,8 +159,10 @@ def start_processes() -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        given = _with_home(flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False))
+        given = _written_out(flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False))
         rest = flags.FLAGS(given, known_only=False)
+    except UserError as error:
+        _fail(str(error))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # ml_collections reports an unknown key or a value of the wrong type with Python's own exceptions.
         _fail(f"{_one_line(error)} (see --help for the flags, and the config file for its keys)")
@@ -135,17 +180,24 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _with_home(argv: Sequence[str]) -> list[str]:
-    """The arguments with ``--name=~/path`` and ``--name ~/path`` written out; texts stay as they are."""
+def _written_out(argv: Sequence[str]) -> list[str]:
+    """The arguments with ``~`` and the name of a shipped config written out as paths.
+
+    Both in ``--name=value`` and ``--name value``; the texts of prompts stay as they are.
+    """
     written, last = [], ""
     for argument in argv:
-        name, equals, value = argument.partition("=") if argument.startswith("-") else (last, "", argument)
-        if value.startswith("~") and name.lstrip("-") not in ("prompt", "negative_prompt"):
+        named = argument.startswith("-")
+        name, equals, value = argument.partition("=") if named else (last, "", argument)
+        start, option = argument[: len(argument) - len(value)], name.lstrip("-")
+        if value.startswith("~") and option not in ("prompt", "negative_prompt"):
             home = os.path.expanduser(value)
             if home == value and "/" in value:
-                _fail(f"{name}={value}: there is no such home folder here; write the path out.")
-            argument = argument[: len(argument) - len(value)] + home
-        written.append(argument)
+                raise UserError(f"{name}={value}: there is no such home folder here; write the path out.")
+            value = home
+        if option == "config" and option in flags.FLAGS and (equals or not named):
+            value = config_path(value)
+        written.append(start + value)
         last = "" if equals else name
     return written
 

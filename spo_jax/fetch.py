@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from spo_jax import cli
 from spo_jax.formats.download import bytes_to_fetch, cache_folder, in_bytes, size_of
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from spo_jax.formats.remote import RemoteName
     from spo_jax.runs.artifacts import Stock
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/sd15.py.", lock_config=True)
+CONFIG = cli.config_flag()
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "List only what a run needs and what of it is missing.")
 
 

@@ -9,11 +9,10 @@ Run the same command again to go on after an interruption. Several processes tog
 from __future__ import annotations
 
 from absl import flags
-from ml_collections import config_flags
 
 from spo_jax import cli, methods
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/tiny.py.", lock_config=True)
+CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, adapters and the report.")
 cli.process_flags()
 

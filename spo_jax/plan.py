@@ -11,13 +11,13 @@ from __future__ import annotations
 import sys
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from spo_jax import cli
 from spo_jax.errors import UserError
 from spo_jax.planning.targets import parse_target
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, for example configs/sdxl.py.", lock_config=True)
+CONFIG = cli.config_flag()
 TARGET = flags.DEFINE_string(
     "target", "cpu", "v5e, v6e or v5p with a topology (v5e:2x4), h100 or h100:8, cpu or cpu:8."
 )

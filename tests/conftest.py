@@ -26,6 +26,7 @@ import tests.shapes  # noqa: F401 (named below)
 
 # What `-m fast` runs: modules without PyTorch, and quick, because they compile no network.
 FAST = {
+    "commands": ("test_readme.py",),
     "data": ("test_prompt_files.py", "test_prompts.py"),
     "diffusion": ("test_guidance.py", "test_pool.py", "test_process.py"),
     "distributed": ("test_mesh.py", "test_roll_call.py"),
@@ -38,7 +39,7 @@ FAST = {
     "runs": ("test_artifacts.py", "test_metrics.py", "test_recorded_checkpoint.py"),
     "spm": ("test_spm_report.py",),
     "spo": ("test_exchange.py", "test_report.py"),
-    "system": ("test_processes.py",),
+    "system": ("test_processes.py", "test_wheel.py"),
 }
 
 # Shapes are checked where a module annotates them. Elsewhere the check would find nothing and slow every call.
@@ -65,5 +66,5 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what is fast."""
     for item in items:
-        if _is_fast(item.path):
+        if _is_fast(item.path) and item.get_closest_marker("slow") is None:
             item.add_marker("fast")

@@ -19,7 +19,7 @@ from spo_jax.distributed.mesh import constrain_batch
 from spo_jax.formats.pipeline import Pipeline
 from spo_jax.preference.pairs import constant_threshold, make_pairs
 from spo_jax.preference.scorers import Scorer
-from spo_jax.types import Candidates, PoolNoise, PreferencePairs, PromptBatch
+from spo_jax.types import Candidates, Pool, PoolNoise, PreferencePairs, PromptBatch
 
 
 @flax.struct.dataclass
@@ -37,16 +37,19 @@ class Rollout:
 SamplePairs = Callable[[dict[str, PyTree], PyTree, PromptBatch, jax.Array], tuple[PreferencePairs, jax.Array]]
 
 
-def make_pool(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, process: Process, mesh: Mesh) -> SamplePairs:
-    """The program that samples pools and makes pairs of them; everything of a prompt stays on its device."""
+# ``(params, trained, prompts, key) -> pool``; everything of a prompt stays on its device.
+SamplePool = Callable[[dict[str, PyTree], PyTree, PromptBatch, jax.Array], Pool]
+
+
+def make_sample_pool(
+    config: ConfigDict, pipeline: Pipeline, scorer: Scorer, process: Process, mesh: Mesh
+) -> SamplePool:
+    """The program that samples the pools of a batch of prompts and scores them."""
     predict_guided = make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale)
-    threshold = constant_threshold(config.pairs.threshold)
     sampling = config.sampling
     options = PoolOptions(sampling.num_plain_steps, sampling.num_inner_steps, sampling.eta, sampling.continuation)
 
-    def pool(
-        params: dict[str, PyTree], trained: PyTree, prompts: PromptBatch, key: jax.Array
-    ) -> tuple[PreferencePairs, jax.Array]:
+    def sample(params: dict[str, PyTree], trained: PyTree, prompts: PromptBatch, key: jax.Array) -> Pool:
         batch_size = prompts.embeddings.shape[0]
         noise = draw_pool_noise(
             rng.stream(key, "pool"),
@@ -75,7 +78,20 @@ def make_pool(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, process: P
             assert prompts.scorer_text is not None
             return scorer.score(params, candidates, prompts.scorer_text)
 
-        sampled = sample_pool(predict, score, process, noise, options)
+        return sample_pool(predict, score, process, noise, options)
+
+    return sample
+
+
+def make_pool(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, process: Process, mesh: Mesh) -> SamplePairs:
+    """The program that samples pools and makes pairs of them."""
+    sample = make_sample_pool(config, pipeline, scorer, process, mesh)
+    threshold = constant_threshold(config.pairs.threshold)
+
+    def pool(
+        params: dict[str, PyTree], trained: PyTree, prompts: PromptBatch, key: jax.Array
+    ) -> tuple[PreferencePairs, jax.Array]:
+        sampled = sample(params, trained, prompts, key)
         return make_pairs(sampled, threshold), sampled.scores
 
     return pool

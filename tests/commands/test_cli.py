@@ -74,11 +74,11 @@ def test_a_config_file_that_makes_no_config(tmp_path, content, words):
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize("config", ["", ".", "configs/none.py"])
-def test_a_config_that_is_no_file(tmp_path, config):
-    assert "--config must name a Python file" in sentence(
-        run("spo_jax.main", f"--config={config}", f"--workdir={tmp_path / 'w'}")
-    )
+@pytest.mark.parametrize("command", ["main", "plan", "fetch"])
+def test_a_config_that_is_not_there(tmp_path, command):
+    words = sentence(run(f"spo_jax.{command}", "--config=configs/none.py"))
+    assert "--config must name a Python file or a shipped config" in words and "'configs/none.py' is neither" in words
+    assert all(path.stem in words for path in (ROOT / "configs").glob("*.py"))
 
 
 class Parser:
@@ -113,6 +113,51 @@ class Parser:
 @pytest.fixture
 def parse(monkeypatch, capsys):
     return Parser(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("value", ["tiny", "tiny.py", "configs/tiny.py", str(ROOT / "configs" / "tiny.py")])
+@pytest.mark.parametrize("as_two", [False, True])
+def test_a_shipped_config_is_named_in_any_folder(parse, monkeypatch, tmp_path, value, as_two):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()  # such as a --workdir: a folder is no config file
+    config = parse(*(("--config", value) if as_two else (f"--config={value}",)), "--config.seed=7")["config"].value
+    assert (config.model, config.seed) == ("emoji:model", 7)
+
+
+def test_a_shipped_config_takes_an_argument(parse, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    full, small = (parse(f"--config={value}")["config"].value for value in ("sd15", "sd15:16gb"))
+    assert small.prompts_per_batch < full.prompts_per_batch
+    assert parse("--config=configs/sd15.py:16gb")["config"].value.to_dict() == small.to_dict()
+
+
+def test_a_config_is_read_in_python_as_by_the_flag(parse, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = cli.read_config("sd15:16gb")
+    assert config.to_dict() == parse("--config=sd15:16gb")["config"].value.to_dict()
+    with pytest.raises(AttributeError):
+        config.no_such_key = 1
+    with pytest.raises(UserError, match="'sd16' is neither"):
+        cli.read_config("sd16")
+
+
+def test_every_shipped_config_has_a_name():
+    assert set(cli.shipped_configs()) == {path.stem for path in (ROOT / "configs").glob("*.py")}
+
+
+@pytest.mark.parametrize("value", ["tiny", "configs/tiny.py"])
+def test_a_file_that_exists_comes_before_a_shipped_config(parse, monkeypatch, tmp_path, value):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    text = (ROOT / "configs" / "tiny.py").read_text(encoding="utf-8").replace("c.num_batches = 60", "c.num_batches = 7")
+    (tmp_path / value).write_text(text, encoding="utf-8")
+    assert parse(f"--config={value}")["config"].value.num_batches == 7
+
+
+@pytest.mark.parametrize("value", ["", ".", "tin", "mine/tiny.py", "configs/tiny.txt", "../configs/tiny.py"])
+def test_what_is_no_file_and_no_shipped_config(parse, monkeypatch, tmp_path, value):
+    monkeypatch.chdir(tmp_path)
+    assert f"{value!r} is neither" in parse.refused(f"--config={value}")
 
 
 @pytest.mark.parametrize("override", ["trin.x=1", "trin=1", "train.learning_rat=1", "sampling.num_stepz=3"])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spo_jax.evaluation.colorfulness import colorfulness
+from spo_jax.evaluation.metrics import colorfulness
 
 SEEDS = st.integers(0, 2**32 - 1)
 few = hypothesis.settings(deadline=None, max_examples=20)

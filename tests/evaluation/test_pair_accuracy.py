@@ -1,4 +1,4 @@
-"""Measuring judges on pairs at several timesteps: what each judge is told, what does not matter, what is shown."""
+"""Measuring scorers on pairs at several timesteps: what each is told, what does not matter, what is shown."""
 
 import dataclasses
 import json
@@ -11,10 +11,18 @@ import pytest
 from spo_jax.data.preferences import PairBatch
 from spo_jax.distributed.mesh import AXES, make_mesh
 from spo_jax.errors import UserError
-from spo_jax.evaluation.pair_accuracy import Judge, accuracy_row, accuracy_table, first_pairs, make_measure_accuracy
+from spo_jax.evaluation.pair_accuracy import (
+    AccuracyMeasure,
+    AskedScorer,
+    accuracy_row,
+    accuracy_table,
+    first_pairs,
+    make_accuracy_programs,
+    measure_accuracy,
+)
 from spo_jax.formats.hub import local
 from spo_jax.formats.pipeline import read_pipeline
-from spo_jax.preference.scorers import Scorer
+from spo_jax.preference.scorers import ImageScorer
 
 NUM_PAIRS = 20
 TIMESTEPS = (0, 400, 951)
@@ -25,15 +33,15 @@ def pipeline():
     return read_pipeline(local("emoji:model"))
 
 
-def brightness_judge(tokenizer, step_aware=True, sign=1.0):
+def brightness_scorer(tokenizer, step_aware=True, sign=1.0):
     """Prefers bright pictures, below t = 500 times ``sign`` of its parameters; equal ones where ``sign`` is 0."""
 
     def score(params, images, text, timesteps):
         assert text.shape == (len(images), 1)
         return images.mean((1, 2, 3)) * jnp.where(timesteps < 500, 1.0, params["above"]) * params["sign"]
 
-    scorer = Scorer(lambda params, tokens: tokens[:, :1], score)
-    return Judge(scorer, tokenizer, step_aware), {"above": jnp.float32(-1), "sign": jnp.float32(sign)}
+    scorer = ImageScorer(lambda params, tokens: tokens[:, :1], score)
+    return AskedScorer(scorer, tokenizer, step_aware), {"above": jnp.float32(-1), "sign": jnp.float32(sign)}
 
 
 def pairs(batch_size):
@@ -63,22 +71,28 @@ def noisy(params, images, prompts, timesteps, keys):
     return images / 127.5 - 1.0 + 0.3 * shift + 0 * timesteps[:, None, None, None, None]
 
 
-def measured(pipeline, judges, predict_clean=noisy):
-    only_judges = {name: judge for name, (judge, _) in judges.items()}
-    measure = make_measure_accuracy(pipeline, predict_clean, only_judges, make_mesh(-1, 1))
-    params = {**pipeline.params, "judges": {name: params for name, (_, params) in judges.items()}}
-    return measure(params, pairs(8), TIMESTEPS, jax.random.key(0))
+def measure_on(mesh, pipeline, scorers, predict_clean=noisy):
+    """The measurement of scorers, and its parameters."""
+    asked = {name: scorer for name, (scorer, _) in scorers.items()}
+    programs = make_accuracy_programs(pipeline, predict_clean, asked, mesh)
+    params = {**pipeline.params, "scorers": {name: params for name, (_, params) in scorers.items()}}
+    return AccuracyMeasure(programs, pipeline, asked, mesh), params
+
+
+def measured(pipeline, scorers, predict_clean=noisy):
+    measure, params = measure_on(make_mesh(-1, 1), pipeline, scorers, predict_clean)
+    return measure_accuracy(measure, params, pairs(8), TIMESTEPS, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def result(pipeline):
     tokenizer = pipeline.tokenizer
     # Not in alphabetical order: the first is the one that is measured.
-    judges = {"zeal": brightness_judge(tokenizer), "blind": brightness_judge(tokenizer, step_aware=False)}
-    return measured(pipeline, judges | {"equal": brightness_judge(tokenizer, sign=0.0)})
+    scorers = {"zeal": brightness_scorer(tokenizer), "blind": brightness_scorer(tokenizer, step_aware=False)}
+    return measured(pipeline, scorers | {"equal": brightness_scorer(tokenizer, sign=0.0)})
 
 
-def test_each_judge_is_told_what_it_should_and_rows_that_fill_up_do_not_count(result):
+def test_each_scorer_is_told_what_it_should_and_rows_that_fill_up_do_not_count(result):
     agreed, count = 13, 18  # 15 of 20 agree, two of these are ties
     for timestep in TIMESTEPS:
         accuracy = result[timestep].accuracy
@@ -91,20 +105,22 @@ def test_each_judge_is_told_what_it_should_and_rows_that_fill_up_do_not_count(re
         np.testing.assert_allclose(gain["equal"].value, accuracy["zeal"].value - 0.5, atol=1e-7)
 
 
-def sensitive_judge(tokenizer):
+def sensitive_scorer(tokenizer):
     """Its order of two pictures depends on their noise."""
-    scorer = Scorer(lambda params, tokens: tokens[:, :1], lambda params, images, text, t: images.mean((1, 2, 3)) ** 2)
-    return Judge(scorer, tokenizer), {}
+    scorer = ImageScorer(
+        lambda params, tokens: tokens[:, :1], lambda params, images, text, t: images.mean((1, 2, 3)) ** 2
+    )
+    return AskedScorer(scorer, tokenizer), {}
 
 
 def test_batch_and_devices_do_not_decide_the_noise_but_the_key(pipeline):
-    judge, params = sensitive_judge(pipeline.tokenizer)
-    params = {**pipeline.params, "judges": {"scorer": params}}
     results = []
     for num_devices, batch_size in ((8, 8), (1, 5)):
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]).reshape(num_devices, 1), AXES)
-        measure = make_measure_accuracy(pipeline, noisy, {"scorer": judge}, mesh)
-        results += [measure(params, pairs(batch_size), TIMESTEPS, jax.random.key(key)) for key in (0, 1)]
+        measure, params = measure_on(mesh, pipeline, {"scorer": sensitive_scorer(pipeline.tokenizer)})
+        batches = (list(pairs(batch_size)) for _ in range(2))
+        keys = map(jax.random.key, (0, 1))
+        results += [measure_accuracy(measure, params, *of, TIMESTEPS, k) for *of, k in zip(batches, keys, strict=True)]
     assert results[0] == results[2] != results[1] == results[3]
 
 
@@ -116,15 +132,15 @@ def test_all_timesteps_are_one_program(pipeline):
         count += 1
         return noisy(*arguments)
 
-    measured(pipeline, {"scorer": sensitive_judge(pipeline.tokenizer)}, predict_clean=counting)
+    measured(pipeline, {"scorer": sensitive_scorer(pipeline.tokenizer)}, predict_clean=counting)
     assert count == 1
 
 
-def test_a_judge_that_does_not_give_numbers_is_named(pipeline):
-    judge, params = brightness_judge(pipeline.tokenizer)
-    judges = {"scorer": (judge, params), "plain": (judge, params | {"sign": jnp.float32(np.nan)})}
-    with pytest.raises(UserError, match="judge 'plain' are not finite at t = 0; check its weights"):
-        measured(pipeline, judges)
+def test_a_scorer_that_does_not_give_numbers_is_named(pipeline):
+    scorer, params = brightness_scorer(pipeline.tokenizer)
+    scorers = {"scorer": (scorer, params), "plain": (scorer, params | {"sign": jnp.float32(np.nan)})}
+    with pytest.raises(UserError, match="scorer 'plain' are not finite at t = 0; check its weights"):
+        measured(pipeline, scorers)
 
 
 def test_what_is_shown(result):

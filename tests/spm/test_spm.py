@@ -28,13 +28,14 @@ from spo_jax.models import CLIPModel
 from spo_jax.models.published import CLIP_VIT_H
 from spo_jax.preference.losses import preference_loss
 from spo_jax.preference.pairs import labels_from_scores
-from spo_jax.preference.scorers import Scorer, make_clip_scorer
+from spo_jax.preference.scorers import ImageScorer, make_clip_scorer, score_pairs
 from spo_jax.runs.optimizer import make_optimizer, warmup_linear_decay
+from spo_jax.runs.state import Optimizer, TrainState
 from spo_jax.sampling.encode import make_encode_captions
-from spo_jax.sampling.noisy_pairs import make_predict_clean, pair_keys, score_pairs
+from spo_jax.sampling.noisy_pairs import make_predict_clean, pair_keys
 from spo_jax.spm import config as spm_config
-from spo_jax.spm.update import make_relabel, make_spm_loss, make_spm_update, spm_metrics
-from spo_jax.types import JudgedPairs, TrainState
+from spo_jax.spm.update import SeenPairs, make_relabel, make_spm_update, spm_loss, spm_metrics
+from spo_jax.types import LabelledPairs
 from tests.small_pipeline import small_pipeline
 
 CAPTIONS = [
@@ -47,7 +48,7 @@ def pipeline():
     return read_pipeline(local("emoji:model"))
 
 
-def some_pairs(pipeline, **changes) -> JudgedPairs:
+def some_pairs(pipeline, **changes) -> LabelledPairs:
     """Eight pairs of smooth random pictures; a tie, and prompts of several pairs."""
     generator = np.random.default_rng(0)
     coarse = generator.integers(0, 256, (8, 2, 8, 8, 3), np.uint8)
@@ -56,12 +57,12 @@ def some_pairs(pipeline, **changes) -> JudgedPairs:
         "images": np.asarray(coarse.repeat(4, axis=2).repeat(4, axis=3)),
         "tokens": tokenize_prompts(pipeline, CAPTIONS),
         "scorer_tokens": tokenize(pipeline.tokenizer, CAPTIONS),
-        "judge_tokens": None,
+        "labeller_tokens": None,
         "labels": labels,
         "weights": 1 / np.array([1, 2, 4, 1, 1, 3, 1, 8], np.float32),
         "positions": np.arange(8, dtype=np.uint32) + 5,
     }
-    return JudgedPairs(**fields | changes)
+    return LabelledPairs(**fields | changes)
 
 
 # ---------------------------------------------------------------------------------------------- what the model is shown
@@ -115,8 +116,9 @@ def test_a_pair_does_not_depend_on_its_batch(pipeline, predictions):
     shuffled = jax.tree.map(lambda x: x[order], pairs)
     expected = shown(pipeline, predictions[0], pairs, timesteps)
     # A clean prediction divides what the network has rounded by sqrt(alpha_bar): 1e-5 at t = 0, more later.
-    alphas_cumprod = np.asarray(make_schedule(pipeline.scheduler_config, num_steps=1).alphas_cumprod)
-    allowed = (1e-5 / np.sqrt(alphas_cumprod[timesteps])).reshape(-1, 1, 1, 1, 1)
+    process = make_schedule(pipeline.scheduler_config, num_steps=1)
+    signal = jax.vmap(lambda t: process.add_noise(jnp.ones(()), jnp.zeros(()), t))(jnp.asarray(timesteps))
+    allowed = (1e-5 / np.asarray(signal)).reshape(-1, 1, 1, 1, 1)
     by_shuffled = shown(pipeline, predictions[0], shuffled, timesteps[order])
     assert (np.abs(by_shuffled - expected[order]) <= allowed[order]).all()
     assert (np.abs(shown(pipeline, predictions[2], pairs, timesteps) - expected) <= allowed).all()
@@ -125,7 +127,7 @@ def test_a_pair_does_not_depend_on_its_batch(pipeline, predictions):
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
-BRIGHTNESS = Scorer(
+BRIGHTNESS = ImageScorer(
     encode_text=lambda params, tokens: jnp.zeros((len(tokens), 1)),
     score=lambda params, images, text, timesteps: params * images.mean((1, 2, 3)),
 )
@@ -134,7 +136,7 @@ BRIGHTNESS = Scorer(
 def test_weights_are_normalised_over_the_batch_and_rows_of_weight_zero_do_not_count(pipeline):
     pairs = some_pairs(pipeline)
     clean, times = pairs.images.astype(np.float32) / 127.5 - 1, jnp.zeros(8, jnp.int32)
-    loss_fn = make_spm_loss(BRIGHTNESS)
+    loss_fn = functools.partial(spm_loss, BRIGHTNESS)
     loss, scores = loss_fn(3.0, clean, pairs, times)
     each = np.array([float(preference_loss(s, jnp.asarray(y))) for s, y in zip(scores, pairs.labels, strict=True)])
     np.testing.assert_allclose(loss, np.average(each, weights=pairs.weights), rtol=1e-6)
@@ -152,12 +154,12 @@ def test_a_batch_of_weight_zero_has_loss_and_gradient_zero():
     nothing = pairs.replace(weights=np.zeros(8, np.float32), images=np.zeros_like(pairs.images))
     encode, schedule = make_encode_captions(pipeline), make_schedule(pipeline.scheduler_config, 1)
     predict_clean = make_predict_clean(pipeline, schedule, 2.0)
-    optimizer = optax.MultiSteps(optax.sgd(0.5), 2)
-    update = jax.jit(make_spm_update(encode, predict_clean, BRIGHTNESS, optimizer))
+    optimizer = Optimizer(optax.MultiSteps(optax.sgd(0.5), 2).gradient_transformation())
+    update = jax.jit(make_spm_update(BRIGHTNESS, SeenPairs(encode, predict_clean), optimizer))
     moved = []
     for first, second in ((pairs, nothing), (nothing, nothing)):
         start = jnp.float32(3.0)
-        state, metrics = TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start)), []
+        state, metrics = TrainState.create(start, optimizer), []
         for batch in (first, second):
             state, result = update(state, pipeline.params, batch, jax.random.key(1))
             metrics.append(result)
@@ -168,7 +170,7 @@ def test_a_batch_of_weight_zero_has_loss_and_gradient_zero():
 
 
 @given(st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=2), st.floats(0, 0.9))
-def test_a_judge_labels_what_it_is_sure_of_and_ties_the_rest(scores, threshold):
+def test_a_labeller_labels_what_it_is_sure_of_and_ties_the_rest(scores, threshold):
     labels = labels_from_scores(jnp.array(scores), threshold)
     p = 1 / (1 + np.exp(np.float64(scores[1]) - scores[0]))
     if abs(abs(2 * p - 1) - threshold) > 1e-5:
@@ -177,7 +179,7 @@ def test_a_judge_labels_what_it_is_sure_of_and_ties_the_rest(scores, threshold):
 
 
 def test_relabelling_looks_at_the_clean_pictures(pipeline):
-    pairs = some_pairs(pipeline, judge_tokens=tokenize(pipeline.tokenizer, CAPTIONS))
+    pairs = some_pairs(pipeline, labeller_tokens=tokenize(pipeline.tokenizer, CAPTIONS))
     means = pairs.images.mean((2, 3, 4)) / 127.5 - 1
     expected = jax.vmap(lambda s: labels_from_scores(s, 0.1))(5.0 * means)
     chex.assert_trees_all_close(make_relabel(BRIGHTNESS, 0.1)(5.0, pairs), expected)
@@ -250,12 +252,12 @@ def first_update(fsdp, **clip_changes):
     scorer = make_clip_scorer(clip.clone(**clip_changes))
     # Adam's first step is the gradient's sign, whatever its size: at 1e-3 rounding alone moves the next loss by 5e-5.
     optimizer = make_optimizer(config.train, warmup_linear_decay(1e-4, 0, 100))
-    state = TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start))
+    state = TrainState.create(start, optimizer)
     shardings = weight_shardings(mesh, state)
     state = jax.device_put(state, shardings)
     schedule = make_schedule(pipeline.scheduler_config, 1)
     predict_clean = make_predict_clean(pipeline, schedule, 2.0)
-    update = make_spm_update(make_encode_captions(pipeline), predict_clean, scorer, optimizer)
+    update = make_spm_update(scorer, SeenPairs(make_encode_captions(pipeline), predict_clean), optimizer)
     update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
     pairs = jax.device_put(some_pairs(pipeline), batch_sharding(mesh))
     return update, (state, pipeline.params, pairs, jax.random.key(1))
@@ -295,7 +297,7 @@ def test_of_the_published_model_each_of_eight_devices_holds_an_eighth():
     params = clip_shapes(clip)
     assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(1.306e9, rel=1e-3)
     optimizer = make_optimizer(spm_config.get_config().train, warmup_linear_decay(3e-6, 500, 8000))
-    state = jax.eval_shape(lambda p: TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p)), params)
+    state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
     shardings = jax.tree.leaves(weight_shardings(make_mesh(data=1, fsdp=8), state))
     held = [np.prod(s.shard_shape(x.shape)) * 4 for x, s in zip(jax.tree.leaves(state), shardings, strict=True)]
     total = sum(x.size * 4 for x in jax.tree.leaves(state))
@@ -308,7 +310,7 @@ def loss_and_gradient(**clip_changes):
     clip, params = read_clip(local("emoji:model/clip"), step_aware=True)
     pairs = some_pairs(read_pipeline(small_pipeline()))
     clean, timesteps = pairs.images.astype(np.float32) / 127.5 - 1, jnp.arange(8) * 125
-    loss_fn = make_spm_loss(make_clip_scorer(clip.clone(**clip_changes)))
+    loss_fn = functools.partial(spm_loss, make_clip_scorer(clip.clone(**clip_changes)))
     (loss, _), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, clean, pairs, timesteps)
     return loss, gradient
 

@@ -1,6 +1,5 @@
 """What a config can switch on: the shipped recipes, memory savers, accumulation, averages, warnings."""
 
-import functools
 import re
 from importlib import import_module
 
@@ -14,26 +13,27 @@ import optax
 import pytest
 
 from configs import tiny
-from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import batch_sharding, make_mesh, replicated
 from spo_jax.distributed.offload import to_device, weight_placement
 from spo_jax.distributed.pieces import map_in_pieces, piece_size
-from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.formats.hub import local
 from spo_jax.formats.pipeline import read_pipeline
 from spo_jax.models import UNet2DConditionModel
 from spo_jax.models.lora import init_lora
 from spo_jax.preference.losses import PairLoss
-from spo_jax.preference.scorers import Scorer
-from spo_jax.runs.metrics import CLIPPED_BATCHES, clipped_warning
+from spo_jax.preference.scorers import ImageScorer, ScorerSetup, image_candidates_scorer
+from spo_jax.runs.load import Weights
 from spo_jax.runs.optimizer import make_optimizer
-from spo_jax.sampling.encode import encode_prompts, make_encode, shard_prompts
+from spo_jax.runs.state import Optimizer, TrainState
+from spo_jax.sampling.encode import shard_prompts
+from spo_jax.sampling.generate import make_decode
 from spo_jax.spo import config as spo_config
+from spo_jax.spo.assemble import assemble
 from spo_jax.spo.config import check as check_config
-from spo_jax.spo.programs import collect, compile_programs, run_updates, starting_state, untrained
-from spo_jax.spo.rollout import make_score_latents
-from spo_jax.spo.update import make_update
-from spo_jax.types import PreferencePairs, PromptBatch, TrainState
+from spo_jax.spo.evaluation import untrained
+from spo_jax.spo.steps import collect, encode_texts, run_updates
+from spo_jax.spo.update import CLIPPED_BATCHES, clipped_warning, make_update
+from spo_jax.types import Candidates, PreferencePairs
 from tests.small_pipeline import small_pipeline
 
 
@@ -129,15 +129,24 @@ def test_pieces_give_what_the_whole_gives(sizes, limit):
     chex.assert_trees_all_equal(pieces, function(rows))
 
 
+def image_scorer(pipeline, look, **changes):
+    """SPO's scorer around ``look``, a score of images, texts and timesteps."""
+    settings = spo_config.get_config().scorer
+    settings.update(changes)
+    asked = ImageScorer(lambda params, tokens: tokens, lambda params, *rows: look(*rows))
+    return lambda num_devices: (
+        image_candidates_scorer(ScorerSetup(settings, asked, make_decode(pipeline), num_devices)).score
+    )
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_scores_do_not_depend_on_how_many_are_made_at_a_time(chunk):
     pipeline = read_pipeline(local("emoji:model"))
-    scorer = Scorer(lambda params, tokens: tokens, lambda params, images, text, t: images.mean((1, 2, 3)) * text + t)
-    prompts = PromptBatch(jnp.zeros((2, 1, 1)), jnp.zeros((1, 1, 1)), jnp.array([1.0, -3.0]))
-    latents = jax.random.normal(jax.random.key(0), (2, 4, *pipeline.latent_shape))
+    texts, x0 = jnp.array([1.0, -3.0]), jax.random.normal(jax.random.key(0), (2, 4, *pipeline.latent_shape))
+    candidates = Candidates(jnp.zeros_like(x0), x0, jnp.int32(50), jnp.int32(7))
     whole, parts = (
-        make_score_latents(pipeline, scorer, step_aware=True, chunk=size, num_devices=devices)(
-            pipeline.params | {"scorer": {}}, prompts, latents, jnp.int32(7)
+        image_scorer(pipeline, lambda images, text, t: images.mean((1, 2, 3)) * text + t, chunk=size)(devices)(
+            pipeline.params | {"scorer": {}}, candidates, texts
         )
         for size, devices in ((0, 1), (chunk, 2))
     )
@@ -145,26 +154,35 @@ def test_scores_do_not_depend_on_how_many_are_made_at_a_time(chunk):
     assert len(np.unique(np.asarray(whole))) == 8
 
 
-def test_a_device_decodes_its_own_pictures_one_at_a_time():
-    """On eight devices with two prompts each and two candidates: four rounds of one picture, and nothing is sent."""
+@pytest.mark.parametrize("step_aware", [True, False])
+def test_the_scorer_is_told_the_timestep_that_candidates_have_arrived_at(step_aware):
+    pipeline = read_pipeline(small_pipeline())
+    x0 = jnp.zeros((1, 2, *pipeline.latent_shape))
+    score = image_scorer(pipeline, lambda images, text, t: t.astype(jnp.float32), step_aware=step_aware)(1)
+    told = score(pipeline.params | {"scorer": {}}, Candidates(x0, x0, jnp.int32(50), jnp.int32(7)), jnp.zeros(1))
+    np.testing.assert_array_equal(told, 7.0 if step_aware else 0.0)
+
+
+def test_a_device_decodes_its_own_images_one_at_a_time():
+    """On eight devices with two prompts each and two candidates: four rounds of one image, and nothing is sent."""
     mesh = make_mesh(-1, 1)
     pipeline = read_pipeline(local("emoji:model"))
     num_images = []
 
-    def look(params, images, text, timesteps):
+    def look(images, text, timesteps):
         num_images.append(len(images))
         return images.mean((1, 2, 3))
 
-    scorer = Scorer(lambda params, tokens: tokens, look)
     spread = batch_sharding(mesh)
-    prompts = PromptBatch(jnp.zeros((16, 1, 1)), jnp.zeros((1, 1, 1)), jax.device_put(jnp.ones(16), spread))
+    texts = jax.device_put(jnp.ones(16), spread)
     latents = jax.device_put(jnp.zeros((16, 2, *pipeline.latent_shape)), spread)
-    score = make_score_latents(pipeline, scorer, step_aware=True, chunk=1, num_devices=8)
+    score = image_scorer(pipeline, look, chunk=1)(8)
     params = jax.device_put(pipeline.params | {"scorer": {}}, replicated(mesh))
-    compiled = jax.jit(score, out_shardings=spread).lower(params, prompts, latents, jnp.int32(7)).compile().as_text()
+    candidates = Candidates(latents, latents, jnp.int32(50), jnp.int32(7))
+    compiled = jax.jit(score, out_shardings=spread).lower(params, candidates, texts).compile().as_text()
     assert num_images == [8]
     height, width = pipeline.image_size
-    assert re.search(rf"f32\[1,{height},{width},3\]", compiled), "the picture of a device"
+    assert re.search(rf"f32\[1,{height},{width},3\]", compiled), "the image of a device"
     assert not re.search(r"all-reduce|all-gather|all-to-all|collective-permute", compiled)
 
 
@@ -191,7 +209,7 @@ def options(**changes):
 
 def test_accumulated_gradients_are_averaged_before_a_step():
     params, gradients = {"w": jnp.ones(3)}, [{"w": jnp.array([1.0, 2.0, -4.0])}, {"w": jnp.array([3.0, -2.0, 0.0])}]
-    twice, once = make_optimizer(options(accumulation_steps=2)), make_optimizer(options())
+    twice, once = (make_optimizer(options(accumulation_steps=n)).transformation for n in (2, 1))
     state = twice.init(params)
     first, state = twice.update(gradients[0], state, params)
     second, state = twice.update(gradients[1], state, params)
@@ -204,7 +222,7 @@ def test_accumulated_gradients_are_averaged_before_a_step():
 def test_the_factored_optimizer_has_a_small_state():
     params = {"w": jnp.zeros((512, 256))}
     sizes = [
-        sum(x.size for x in jax.tree.leaves(make_optimizer(options(optimizer=name)).init(params)))
+        sum(x.size for x in jax.tree.leaves(make_optimizer(options(optimizer=name)).transformation.init(params)))
         for name in ("adamw", "adafactor")
     ]
     assert sizes[1] < 0.01 * sizes[0]
@@ -212,6 +230,7 @@ def test_the_factored_optimizer_has_a_small_state():
 
 def steps_of(optimizer, params, gradients):
     """The weights after each of the updates."""
+    optimizer = getattr(optimizer, "transformation", optimizer)
     state, all_params = optimizer.init(params), []
     for gradient in gradients:
         updates, state = optimizer.update(gradient, state, params)
@@ -246,14 +265,13 @@ def test_the_factored_optimizer_without_decay_is_optax_adafactor(schedule):
 
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_the_average_follows_what_is_trained(decay):
-    def loss(trained, params, prompts, pairs, mask):
+    def loss(trained, average, params, prompts, pairs, mask):
         zero = jnp.zeros(())
         return jnp.square(trained["lora"] - 1.0), PairLoss(zero, zero, zero, zero, zero)
 
-    optimizer = optax.sgd(0.1)
-    update = jax.jit(make_update(loss, optimizer, decay or 0.0))
-    start = {"lora": jnp.zeros(())}
-    state = TrainState(jnp.int32(0), start, optimizer.init(start), None if decay is None else start)
+    optimizer = Optimizer(optax.sgd(0.1), decay or 0.0)
+    update = jax.jit(make_update(loss, optimizer))
+    state = TrainState.create({"lora": jnp.zeros(())}, optimizer)
     empty = PreferencePairs(*(jnp.zeros(1) for _ in range(6)))
     trained, average = 0.0, 0.0
     for _ in range(3):
@@ -288,28 +306,17 @@ def test_the_base_model_is_measured_by_the_program_of_the_tuned_one():
 def test_split_weights_and_state_give_the_update_of_whole_ones():
     """Full fine-tuning on eight devices: each holds an eighth of what is large, and the numbers are the same."""
     config = tiny.get_config()
+    config.model, config.scorer.fn = str(small_pipeline()), "tests.scorers:brightness"
+    config.evaluation.metrics = ("colorfulness",)
     config.lora.rank, config.prompts_per_batch, config.train.minibatch_size, config.pairs.threshold = 0, 8, 8, 0.0
     config.sampling.num_steps, config.sampling.num_plain_steps, config.sampling.num_candidates = 4, 2, 2
-    optimizer = make_optimizer(config.train)
     results = []
     for fsdp in (1, 8):
-        mesh = make_mesh(data=-1, fsdp=fsdp)
-        pipeline = read_pipeline(small_pipeline(), sharding=functools.partial(weight_sharding, mesh))
-        scorer = Scorer(
-            encode_text=lambda params, tokens: jnp.ones((len(tokens), 3)),
-            score=lambda params, images, text, timesteps: 10 * images.mean((1, 2, 3)),
-        )
-        params = pipeline.params | {"scorer": {}}
-        encode = jax.jit(make_encode(pipeline, scorer))
-        prompts = encode_prompts(encode, params, pipeline, pipeline.tokenizer, ["a fox on a teal background"] * 8)
-        prompts = shard_prompts(prompts, mesh)
-        state = starting_state(config, optimizer, jax.random.key(0), params["unet"])
-        state = jax.device_put(state, weight_shardings(mesh, state))
-        schedule = make_schedule(pipeline.scheduler_config, 4)
-        programs = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
-        rollout = collect(programs, params, state.trained, prompts, jax.random.key(2))
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        state, updates = run_updates(config, programs, state, params["unet"], prompts, rollout, int(rollout.num_valid))
+        spo = assemble(config, make_mesh(data=-1, fsdp=fsdp), Weights())
+        prompts = shard_prompts(encode_texts(spo, ["a fox on a teal background"] * 8), spo.mesh)
+        rollout, num_valid = collect(spo, spo.state, prompts, jax.random.key(2))
+        shardings = jax.tree.map(lambda x: x.sharding, spo.state)
+        state, updates = run_updates(spo, spo.state, prompts, rollout, num_valid)
         jax.tree.map(lambda x, sharding: chex.assert_equal(x.sharding, sharding), state, shardings)
         for x in jax.tree.leaves(state):
             assert x.size < 2**14 or x.addressable_shards[0].data.size == x.size / fsdp, "all that is large is split"
