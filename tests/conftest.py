@@ -30,7 +30,6 @@ FAST = {
     "data": ("test_prompt_files.py", "test_prompts.py"),
     "diffusion": ("test_guidance.py", "test_pool.py", "test_process.py"),
     "distributed": ("test_mesh.py", "test_roll_call.py"),
-    "emoji": ("test_records.py",),
     "evaluation": ("test_colorfulness.py",),
     "formats": ("test_remote.py", "test_write_pipeline.py"),
     "root": ("test_fast.py", "test_files.py", "test_rng.py", "test_shapes.py"),
