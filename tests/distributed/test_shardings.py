@@ -131,7 +131,7 @@ def test_adapters_of_every_layer_have_a_place_on_eight_devices(config):
             adapters[(*path[:-1], "A")] = jax.ShapeDtypeStruct((*inputs, 3), jnp.float32)
             adapters[(*path[:-1], "B")] = jax.ShapeDtypeStruct((3, fan_out), jnp.float32)
     adapters = flax.traverse_util.unflatten_dict(adapters)
-    state = jax.eval_shape(make_optimizer(config.train).init, {"lora": adapters})
+    state = jax.eval_shape(make_optimizer(config.train).transformation.init, {"lora": adapters})
     shardings = weight_shardings(make_mesh(1, 8), ({"lora": adapters}, state))
     split = [sharding.spec != P() for sharding in jax.tree.leaves(shardings)]
     assert sum(split) > 0.95 * len(split)
@@ -174,7 +174,7 @@ def test_optimizer_state_lies_with_its_parameter():
     config = sd15.get_config().train
     for name, accumulation in (("adamw", 1), ("adamw", 4), ("adafactor", 1)):
         config.optimizer, config.accumulation_steps = name, accumulation
-        state = make_optimizer(config).init(params)
+        state = make_optimizer(config).transformation.init(params)
         leaves = jax.tree_util.tree_flatten_with_path(weight_shardings(make_mesh(1, 8), state))[0]
         split = {"/".join(path_names(path)) for path, sharding in leaves if sharding.spec == P("fsdp", None)}
         moments = {"adamw": {"mu", "nu"}, "adafactor": set()}[name]

@@ -19,7 +19,7 @@ import pytest
 from spo_jax.distributed.mesh import batch_sharding, make_mesh, replicated
 from spo_jax.errors import UserError
 from spo_jax.runs import checkpoint
-from spo_jax.types import TrainState
+from spo_jax.runs.state import TrainState
 
 # When one read fails, orbax drops the others unawaited; they are collected here, not during some later test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
