@@ -19,26 +19,35 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
+
+import tests.shapes  # noqa: F401 (named below)
 
 # What `-m fast` runs: modules without PyTorch, and quick, because they compile no network.
 FAST = {
     "commands": ("test_readme.py",),
-    "data": ("test_prompt_files.py", "test_prompts.py"),
-    "diffusion": ("test_guidance.py",),
+    "data": ("test_preference_records.py", "test_prompt_files.py", "test_prompts.py"),
+    "diffusion": ("test_guidance.py", "test_process.py"),
     "distributed": ("test_mesh.py", "test_roll_call.py"),
-    "emoji": ("test_records.py",),
     "evaluation": ("test_colorfulness.py",),
-    "formats": ("test_remote.py", "test_write_pipeline.py"),
-    "house": ("test_fast.py", "test_files.py", "test_seams.py"),
-    "models": ("test_layers.py",),
+    "formats": ("test_home.py", "test_hub.py", "test_remote.py", "test_safetensors_io.py", "test_write_pipeline.py"),
+    "models": ("test_configs.py", "test_layers.py"),
+    "planning": ("test_collectives.py",),
     "preference": ("test_accuracy.py", "test_pairs.py"),
-    "runs": ("test_artifacts.py", "test_metrics.py", "test_recorded_checkpoint.py"),
+    "root": ("test_fast.py", "test_files.py", "test_rng.py", "test_shapes.py"),
+    "runs": ("test_artifacts.py", "test_config_check.py", "test_metrics.py", "test_recorded_checkpoint.py"),
     "spm": ("test_spm_report.py",),
     "spo": ("test_exchange.py", "test_report.py"),
     "system": ("test_processes.py", "test_wheel.py"),
 }
 
+# Shapes are checked where a module annotates them. Elsewhere the check would find nothing and slow every call.
+PACKAGE = Path(__file__).parents[1] / "spo_jax"
+ANNOTATED = [path for path in PACKAGE.rglob("*.py") if "[Array, " in path.read_text(encoding="utf-8")]
+MODULES = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in ANNOTATED]
+jaxtyping.install_import_hook(MODULES, "tests.shapes.check")
+jaxtyping.Array = jaxtyping.ArrayLike  # JAX's functions take NumPy's arrays and numbers as well
 jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("spo_jax", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile("spo_jax")

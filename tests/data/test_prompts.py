@@ -1,4 +1,4 @@
-"""Prompt files that cannot be read, and the order of training; formats and contents are in test_records.py."""
+"""Prompt files of one prompt a line, those that cannot be read, and the order of training."""
 
 import numpy as np
 import pytest
@@ -34,6 +34,43 @@ def test_unreadable_file(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_bytes", fail)
     with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); check its permissions"):
         prompts.read_prompts(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("p.txt", b"", "is empty"),
+        ("p.txt", b"caf\xe9", "byte 3 is 0xe9"),
+        ("p.json", b"[", "not valid JSON"),
+        ("p.json", b"", "is empty"),
+        ("p.json", b"[" * 200_000, "not valid JSON"),
+        ("p.json", b"[" + b"1" * 5000 + b"]", "not valid JSON"),
+        ("p.json", b'["a fox", "a \\ud800 fox"]', "entry 1 is not valid Unicode"),
+    ],
+)
+def test_content_that_is_none(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prompts.read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("p.txt", "a fox\n\n  an owl \n"),
+        ("p.txt", "\ufeffa fox\nan owl"),
+        ("p.txt", "a fox\r\nan owl\r\n"),
+        ("P.JSON", '["a fox", "an owl"]'),
+    ],
+)
+def test_line_ends_blanks_a_mark_at_the_start_and_capitals_do_not_matter(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert prompts.read_prompts(tmp_path / name) == ["a fox", "an owl"]
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path):
+    (tmp_path / "p.txt").write_text("a fox\u2028on teal\x0b\nan owl", encoding="utf-8")
+    assert prompts.read_prompts(tmp_path / "p.txt") == ["a fox\u2028on teal", "an owl"]
 
 
 @pytest.mark.parametrize("entries", ["3", '"a fox"', "null", '{"caption": "a fox"}'])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from jaxtyping import TypeCheckError
 
 from spo_jax.diffusion.pool import PoolOptions, draw_pool_noise, sample_pool
 from spo_jax.diffusion.schedule import make_schedule
@@ -177,3 +178,18 @@ def test_noise_is_that_of_its_key():
     for a, b, c in zip(*(jax.tree.leaves(noise_of(seed, 5, 1)) for seed in (1, 1, 2)), strict=True):
         np.testing.assert_array_equal(a, b)
         assert (a != c).any()
+
+
+@pytest.mark.parametrize(
+    "predict, score, plain",
+    [
+        (lambda x, t: x[:1], score, 1),
+        (lambda x, t: x, lambda candidates: score(candidates)[:, :1], 1),
+        (lambda x, t: x, lambda candidates: score(candidates).T, 1),
+        (lambda x, t: x, score, 2),
+    ],
+    ids=["one output for all prompts", "one score for all candidates", "scores by candidate", "noise of other steps"],
+)
+def test_arrays_that_would_be_broadcast_are_refused(predict, score, plain):
+    with pytest.raises((AssertionError, TypeCheckError), match="shape"):
+        sample_pool(predict, score, make_schedule(CONFIG, 5), noise_of(0, 5, 1), PoolOptions(plain))

@@ -39,10 +39,15 @@ def test_constrain_batch_splits_every_array_and_keeps_its_values():
         np.testing.assert_array_equal(before, after)
 
 
-@pytest.mark.parametrize("sizes", [(3, -1), (0, -1), (-2, 1), (-2, -4), (-1, 16), (8, 8)])
+@pytest.mark.parametrize("sizes", [(3, -1), (3, 1), (-1, -1), (0, -1), (-2, 1), (-2, -4), (-1, 16), (8, 8)])
 def test_impossible_meshes_name_both_sizes(sizes):
     with pytest.raises(UserError, match=f"data={sizes[0]}, fsdp={sizes[1]}.* does not fit the 8 devices here; use"):
         make_mesh(*sizes)
+
+
+def test_one_size_may_be_what_the_other_leaves():
+    assert dict(make_mesh(-1, 1).shape) == {"data": 8, "fsdp": 1}
+    assert dict(make_mesh(2, -1).shape) == {"data": 2, "fsdp": 4}
 
 
 def test_divisible_sizes_pass():

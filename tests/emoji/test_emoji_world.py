@@ -12,6 +12,7 @@ import transformers
 from examples.emoji_world import pictures, tokenizer
 from spo_jax.emoji import world
 from spo_jax.errors import UserError
+from spo_jax.formats.hub import local
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,14 @@ def test_split_is_a_partition_with_every_concept_and_colour_in_training():
     assert {prompt.concept for prompt in train} == set(range(len(world.CONCEPTS)))
     assert {prompt.color for prompt in train} == set(range(len(world.COLORS)))
     assert set(world.SPO_PROMPTS) <= train
+
+
+def test_shipped_prompts_are_those_of_the_world():
+    files = world.prompt_files()
+    for name, text in files.items():
+        assert local(f"emoji:prompts/{name}").read_text(encoding="utf-8") == text
+    held_out, training = (set(files[name].splitlines()) for name in ("held_out.txt", "spo.txt"))
+    assert held_out and training and not held_out & training
 
 
 def test_captions():

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.preference.losses import OBJECTIVES, LossOptions, preference_loss, spo_loss
-from spo_jax.spo.update import make_loss
+from spo_jax.preference.losses import OBJECTIVES, LossOptions, PairOutputs, preference_loss, spo_loss
+from spo_jax.spo.update import make_loss, pair_losses
 from spo_jax.types import PreferencePairs, PromptBatch
 
 LOG_RATIO = st.floats(-0.75, 0.75, width=32)
@@ -131,6 +132,14 @@ def test_win_and_lose_are_measured_from_their_own_starts(minibatch):
     assert abs(from_win.lose_ratio - from_lose.lose_ratio) > 1e-4
 
 
+def test_outputs_of_one_pair_for_all_are_refused(minibatch):
+    _, pairs, _ = minibatch
+    schedule = make_schedule({"beta_schedule": "scaled_linear", "steps_offset": 1}, 20)
+    outputs = PairOutputs(pairs.latents, pairs.latents[:1])
+    with pytest.raises((AssertionError, TypeCheckError), match="shape"):
+        pair_losses(OBJECTIVES["spo"], schedule, outputs, pairs, LossOptions())
+
+
 def test_network_runs_once_a_pair_and_on_both_starts_only_where_they_may_differ(minibatch):
     _, pairs, prompts = minibatch
     rows = []
@@ -157,3 +166,8 @@ def test_preference_loss_of_pairs_and_ties(a, b):
     np.testing.assert_allclose(tie, (first + second) / 2 - math.log(2), atol=1e-5)
     assert tie >= -1e-6
     np.testing.assert_allclose(preference_loss(jnp.array([a, a]), jnp.array([0.5, 0.5])), 0.0, atol=1e-6)
+
+
+def test_labels_of_several_pairs_are_refused():
+    with pytest.raises((AssertionError, TypeCheckError), match=r"labels|shape"):
+        preference_loss(jnp.zeros(2), jnp.zeros((3, 2)))

@@ -1,11 +1,15 @@
 """Choosing and shuffling pairs."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from spo_jax.preference.pairs import compact, compare, constant_threshold, make_pairs
 from spo_jax.types import Pool
@@ -38,6 +42,15 @@ def test_a_higher_threshold_keeps_fewer(scores, low, high):
     assert not compare(jnp.asarray(scores), 1.0)[2], "no preference is surer than certain"
 
 
+@given(scores=SCORES, threshold=st.floats(0, 0.95))
+def test_best_against_worst_is_valid_above_the_threshold(scores, threshold):
+    win, lose, valid = compare(jnp.asarray(scores), threshold)
+    assert scores[win] == scores.max() and scores[lose] == scores.min()
+    p = 1 / (1 + math.exp(float(scores.min()) - float(scores.max())))
+    if abs(2 * p - 1 - threshold) > 1e-5:
+        assert bool(valid) == (2 * p - 1 > threshold)
+
+
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_equal_scores_and_scores_that_are_not_finite_make_no_pair(position):
     assert not compare(jnp.full(3, 0.7), 0.0)[2]
@@ -59,6 +72,21 @@ def test_different_keys_give_different_orders():
     # Pairs of early and of late steps meet in a minibatch: no place in the order belongs to one of them.
     first = np.asarray(orders)[:, 0]
     assert len(np.unique(first)) > 8 and (valid[first]).all()
+
+
+@given(valid=st.sampled_from([2, 5, 13]).flatmap(lambda n: st.lists(st.booleans(), min_size=n, max_size=n)))
+def test_compaction_is_a_permutation_with_the_valid_first(valid):
+    order, count = compact(jax.random.key(len(valid)), jnp.asarray(valid))
+    assert sorted(order.tolist()) == list(range(len(valid)))
+    assert int(count) == sum(valid) and all(np.asarray(valid)[order[: int(count)]])
+
+
+def test_every_order_of_the_valid_is_equally_likely():
+    valid = jnp.array([True, False, True, True])
+    orders = jax.vmap(lambda key: compact(key, valid)[0][:3])(jax.random.split(jax.random.key(0), 6000))
+    _, counts = np.unique(orders, axis=0, return_counts=True)
+    assert len(counts) == 6
+    assert scipy.stats.chisquare(counts).pvalue > 0.01
 
 
 @pytest.mark.parametrize("valid", [False, True])
@@ -87,3 +115,12 @@ def test_pairs_of_one_step_and_prompt_come_from_its_candidates():
     np.testing.assert_array_equal(pairs.lose.ravel(), 4 * np.arange(6) + np.asarray(pool.scores).argmin(-1).ravel())
     np.testing.assert_array_equal(pairs.timesteps, [[30, 30], [20, 20], [10, 10]])
     np.testing.assert_array_equal(pairs.previous_timesteps, [[20, 20], [10, 10], [0, 0]])
+
+
+@pytest.mark.parametrize("name", ["scores", "latents"])
+def test_a_pool_that_lacks_a_segment_is_refused(name):
+    shapes = {"latents": (3, 2, 1, 1, 1), "candidates": (3, 2, 4, 1, 1, 1), "scores": (3, 2, 4)}
+    arrays = {key: jnp.zeros((shape[0] - (key == name), *shape[1:])) for key, shape in shapes.items()}
+    pool = Pool(**arrays, timesteps=jnp.array([30, 20, 10]), previous_timesteps=jnp.array([20, 10, 0]))
+    with pytest.raises((AssertionError, TypeCheckError), match="shape"):
+        make_pairs(pool, constant_threshold(0.0))

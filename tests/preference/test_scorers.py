@@ -9,6 +9,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from spo_jax.preference.scorers import CLIP_MEAN, CLIP_STD, make_clip_scorer, preprocess_images, resized
 
@@ -133,3 +134,11 @@ def test_antialiased_pictures_have_the_size_of_clips_own_image_processor(height,
     assert ours == sizes_of_clips_own_image_processor(height, width, size)
     assert min(ours) == min(resized(height, width, size, antialias=False)) == size
     assert resized(height, height, size, antialias=True) == resized(height, height, size, antialias=False)
+
+
+def test_one_text_for_several_images_is_refused():
+    params = {"logit_scale": jnp.float32(0.0)}
+    with pytest.raises((AssertionError, TypeCheckError), match="shape"):
+        make_clip_scorer(FakeClip(False)).score(
+            params, jnp.zeros((2, 8, 8, 3)), jnp.ones((1, 3)), jnp.zeros(2, jnp.int32)
+        )

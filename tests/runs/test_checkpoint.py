@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zlib
 
 import chex
 import jax
@@ -18,7 +19,7 @@ import pytest
 from spo_jax.distributed.mesh import batch_sharding, make_mesh, replicated
 from spo_jax.errors import UserError
 from spo_jax.runs import checkpoint
-from spo_jax.types import TrainState
+from spo_jax.runs.state import TrainState
 
 # When one read fails, orbax drops the others unawaited; they are collected here, not during some later test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -69,6 +70,16 @@ def test_every_bit_comes_back(written):
     chex.assert_trees_all_equal_structs(state, make_state(2))
     assert bits(state) == bits(make_state(2))
     assert extra == {"batch": 2}
+
+
+def test_only_the_newest_are_kept_and_a_folder_without_any_gives_none(tmp_path):
+    assert restore(tmp_path / "c", make_state(0)) is None
+    manager = checkpoint.make_manager(tmp_path / "c", keep=2)
+    for step in (1, 2, 3):
+        checkpoint.save(manager, step, make_state(step), {"batch": step})
+    checkpoint.close(manager)
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"2", "3"}
+    assert restore(tmp_path / "c", make_state(0))[1] == {"batch": 3}
 
 
 def test_unusual_numbers_come_back(tmp_path):
@@ -135,9 +146,8 @@ def test_state_may_be_donated_as_soon_as_save_returns(tmp_path):
 
 
 def test_save_returns_before_the_checkpoint_is_written(tmp_path, monkeypatch):
-    may_write = threading.Event()
-    write = checkpoint._write_checksums
-    monkeypatch.setattr(checkpoint, "_write_checksums", lambda folder: (may_write.wait(), write(folder)))
+    may_write, checksum = threading.Event(), zlib.crc32
+    monkeypatch.setattr("zlib.crc32", lambda *block: (may_write.wait(), checksum(*block))[1])  # of the last step
     manager = checkpoint.make_manager(tmp_path, keep=1)
     checkpoint.save(manager, 1, make_state(1), {})
     assert not (tmp_path / "1").exists()
@@ -236,7 +246,7 @@ import sys
 import jax.numpy as jnp
 from absl import logging
 from spo_jax.errors import UserError
-from spo_jax.training import checkpoint
+from spo_jax.runs import checkpoint
 logging.set_verbosity(logging.WARNING)
 folder, limit = sys.argv[1], int(sys.argv[2])
 if limit:
@@ -345,10 +355,30 @@ def test_config_that_json_writes_differently_is_still_the_same(tmp_path):
     checkpoint.check_workdir(tmp_path, config)
 
 
-def test_a_run_from_before_a_key_was_added_goes_on_where_the_key_has_the_old_meaning(tmp_path):
-    """A UNet of its own, for instance, which earlier runs did not have."""
-    old = {"seed": 0, "model": "m", "vae": ""}
+@pytest.mark.parametrize(
+    "old, same, other, message",
+    [
+        ({"vae": ""}, {"unet": ""}, {"unet": "u"}, r"config\.unet was '' there and is 'u' now"),
+        (
+            {"train": {}},
+            {"train": {"warmup": "linear"}},
+            {"train": {"warmup": "log"}},
+            r"config\.train\.warmup was 'linear' there and is 'log' now",
+        ),
+    ],
+)
+def test_a_run_from_before_a_key_was_added_goes_on_where_the_key_has_the_old_meaning(
+    tmp_path, old, same, other, message
+):
     checkpoint.check_workdir(tmp_path / "w", old)
-    checkpoint.check_workdir(tmp_path / "w", old | {"unet": ""})
-    with pytest.raises(UserError, match=r"config\.unet was '' there and is 'u' now"):
-        checkpoint.check_workdir(tmp_path / "w", old | {"unet": "u"})
+    checkpoint.check_workdir(tmp_path / "w", old | same)
+    with pytest.raises(UserError, match=message):
+        checkpoint.check_workdir(tmp_path / "w", old | other)
+
+
+def test_a_workdir_that_cannot_be_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="cannot be made"):
+            checkpoint.check_workdir(workdir, {"seed": 0})
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"

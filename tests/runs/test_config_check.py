@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from configs import spm_tiny, tiny
 from spo_jax.errors import UserError
-from spo_jax.runs.metrics import nothing_learned
 from spo_jax.runs.optimizer import make_optimizer
 from spo_jax.spm import config as spm_config
 from spo_jax.spo import config as spo_config
+from spo_jax.spo.update import nothing_learned
 
 CONFIGS = {
     "spo": (spo_config.get_config, tiny.get_config, spo_config.RANGES, spo_config.check),
@@ -30,8 +30,10 @@ def leaves(config, prefix=""):
 
 
 def is_number(value):
-    """Tuples are of numbers, and what is off is a number's placeholder."""
-    return value is None or (isinstance(value, int | float | tuple) and not isinstance(value, bool))
+    """A tuple of numbers counts, and None, which stands for a number that is off."""
+    if isinstance(value, tuple):
+        return all(map(is_number, value))
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def with_value(method, name, value):
@@ -136,7 +138,7 @@ def test_whatever_is_in_range_adapters_stay_finite_and_learn(numbers, factored):
     generator = np.random.default_rng(0)
     trained = {"A": generator.standard_normal((3, 2), np.float32), "B": np.zeros((2, 3), np.float32)}
     gradient = {"A": np.zeros((3, 2), np.float32), "B": 1e-3 * generator.standard_normal((2, 3), np.float32)}
-    optimizer = make_optimizer(config.train)
+    optimizer = make_optimizer(config.train).transformation
     state = optimizer.init(trained)
     for _ in range(3):
         updates, state = optimizer.update(gradient, state, trained)

@@ -1,4 +1,4 @@
-"""What reaches TensorBoard, and what a resumed run leaves of the rows; damaged rows are in test_records.py."""
+"""Rows of metrics: what a resumed run leaves of them, damaged ones, and what reaches TensorBoard."""
 
 import json
 
@@ -56,6 +56,18 @@ def test_resume_keeps_the_rows_up_to_the_checkpoint_as_they_were(tmp_path, resum
         pass
     assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() == before[:resume]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"step": 3, "lo', "[3]\n", "3\n", '{"loss": 0.3}\n', '{"step": null}\n', "\0\0\0\n"]
+)
+def test_rows_are_read_up_to_the_first_damaged_one_and_go_on_from_there(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n' + damage, encoding="utf-8")
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+    with MetricsWriter(tmp_path, resume_step=2) as writer:
+        writer.write(3, {"loss": 0.5})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
 
 
 def test_tensorboard_is_told_to_forget_the_steps_after_the_checkpoint(tmp_path):

@@ -13,10 +13,11 @@ from PIL import Image
 from configs import recorded, sd15, sdxl, spm_sd15, spm_sdxl, spm_tiny, tiny
 from spo_jax.formats.hub import local
 from spo_jax.formats.lora_write import write_lora
-from spo_jax.runs.model_card import write_model_card
 from spo_jax.runs.sources import licence_of, source_of
 from spo_jax.spm.card import write_preference_card
+from spo_jax.spo.card import write_model_card
 from tests import pictures
+from tests.metrics import all_metrics
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -27,8 +28,7 @@ def make_summary(config):
     return {
         "base": {"preference_score": 10.0, "colorfulness": 80.0, "alignment_top1": 0.98},
         "tuned": {"preference_score": 12.5, "colorfulness": float("nan"), "alignment_top1": 0.965},
-        "win_rate": 0.785,
-        "win_rate_preference_score": 0.845,
+        "win_rate": {"colorfulness": 0.785, "preference_score": 0.845},
         "num_prompts": 200,
         "seconds": 359.7,
         "seed": config.seed,
@@ -39,7 +39,8 @@ def make_summary(config):
 def make_card(folder, config, **changes):
     config.update_from_flattened_dict(changes)
     (folder / "README.md").unlink(missing_ok=True)
-    write_model_card(folder / "README.md", summary=make_summary(config), num_prompts=4000, xl="xl" in config.model)
+    facts = {"summary": make_summary(config), "metrics": all_metrics(), "num_prompts": 4000}
+    write_model_card(folder / "README.md", **facts, xl="xl" in config.model)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -91,10 +92,8 @@ def test_adapters(tmp_path):
     assert headings(card) == SECTIONS
     commit = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
     contains(card, f"(https://huggingface.co/{SD15}/tree/{commit})", "CreativeML OpenRAIL-M", f'revision="{commit}"')
-    contains(
-        card, "| preference score, mean | 10.00 | 12.50 |", "| alignment | 98.0% | 96.5% |", "84.5% of the prompts"
-    )
-    contains(card, "(no measure of quality) | 80.0 | not finite |", "oversaturated")
+    contains(card, "| Preference score | 10.00 | 12.50 | 84.5% |", "| Text alignment | 98.0% | 96.5% |  |")
+    contains(card, "| Colourfulness | 80.0 | not finite | 78.5% |", "no measure of quality", "oversaturated")
     contains(card, "training prompts, 4000 | `4k.json`", "the first 200", "adapters of rank `4`", "`6e-05`", "seed `7`")
     contains(card, "--format=kohya \\\n    --out=my-run.safetensors", "`<lora:my-run:1>`", "ComfyUI/models/loras")
     contains(card, "kohya's tools read `kohya_lora_weights.safetensors` of this folder")
@@ -275,5 +274,7 @@ def test_a_recorded_config_comes_back(tmp_path, config):
 def test_a_card_that_its_owner_has_changed_stays(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     config = tiny.get_config()
-    write_model_card(tmp_path / "README.md", summary=make_summary(config), num_prompts=1, xl=False)
+    write_model_card(
+        tmp_path / "README.md", summary=make_summary(config), metrics=all_metrics(), num_prompts=1, xl=False
+    )
     assert (tmp_path / "README.md").read_text() == "mine"

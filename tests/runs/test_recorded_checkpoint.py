@@ -16,8 +16,8 @@ import numpy as np
 
 from spo_jax.runs import checkpoint
 from spo_jax.runs.optimizer import make_optimizer
+from spo_jax.runs.state import TrainState
 from spo_jax.spo import config as spo_config
-from spo_jax.types import TrainState
 
 RECORDED = Path(__file__).parents[1] / "golden" / "checkpoint_jax_0.10.2.tar.xz"
 EXTRA = {"batch": 3, "epoch": 0.1, "name": "recorded"}
@@ -35,7 +35,9 @@ def make_states():
     config, states = spo_config.get_config().train, {}
     config.max_grad_norm, config.accumulation_steps = 1.0, 2
     for config.optimizer in ("adamw", "adafactor"):
-        states[config.optimizer] = TrainState(jnp.int32(0), {"lora": lora}, make_optimizer(config).init(lora), lora)
+        states[config.optimizer] = TrainState(
+            jnp.int32(0), {"lora": lora}, make_optimizer(config).transformation.init(lora), lora
+        )
     return counted(states)
 
 

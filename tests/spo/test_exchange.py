@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from spo_jax.distributed.mesh import batch_sharding, make_mesh, replicated
 from spo_jax.sampling.encode import shard_prompts
@@ -51,3 +52,14 @@ def test_a_minibatch_has_the_rows_of_the_order_each_with_its_prompt(sizes, inner
         np.testing.assert_array_equal(mask, start + np.arange(MINIBATCH) < count)
         seen += rows[np.asarray(mask)].tolist()
     assert sorted(seen) == np.flatnonzero(pairs.valid).tolist(), "every valid pair once"
+
+
+@pytest.mark.parametrize("wrong", ["prompts", "order"])
+def test_pairs_of_other_prompts_or_steps_are_refused(wrong):
+    mesh = make_mesh(-1, 1)
+    pairs, prompts = some_pairs(mesh, inner=False)
+    if wrong == "prompts":
+        prompts = prompts.map_rows(lambda rows: jnp.concatenate([rows, rows]))
+    order = jnp.arange(STEPS * PROMPTS - (wrong == "order"))
+    with pytest.raises((AssertionError, TypeCheckError), match=r"assert_|shape"):
+        jax.jit(make_exchange(mesh, 8))(prompts, pairs, order, STEPS * PROMPTS, 0)

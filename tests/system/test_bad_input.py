@@ -10,6 +10,7 @@ from spo_jax.formats.lora_write import write_lora
 from tests import pictures
 from tests.lora_files import random_adapters
 from tests.system.commands import ROOT, command, environment, mistake, run
+from tests.system.forks import run_forked
 
 MODEL = ROOT / "spo_jax" / "emoji" / "model"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -25,7 +26,7 @@ def refused(arguments, *words):
     check(mistake(arguments), words)
 
 
-def refused_by_the_command(arguments, *words):
+def refused_by_the_command(arguments, *words, run=run_forked):
     """The same by a process, with exit code and output."""
     result = run(arguments, environment())
     assert result.returncode == 2, result.stderr
@@ -132,5 +133,5 @@ def test_weights_that_are_not_finite(tmp_path, model):
 
 def test_loss_that_is_not_finite(tmp_path, model):
     edit(model / WEIGHTS, lambda tensors: tensors.update({"conv_out.bias": np.full(4, 3e38, np.float32)}))
-    refused_by_the_command(command(tmp_path / "w", model=model), "not finite", "batch 1")
+    refused_by_the_command(command(tmp_path / "w", model=model), "not finite", "batch 1", run=run)
     assert not (tmp_path / "w" / "pytorch_lora_weights.safetensors").exists()

@@ -9,6 +9,7 @@ import pytest
 
 from spo_jax.images import write_png
 from tests.system.commands import ROOT, environment, run
+from tests.system.forks import run_forked
 
 NUM_PAIRS = 9
 
@@ -39,7 +40,7 @@ def data(tmp_path_factory):
     return out
 
 
-def evaluate(data, *arguments, split="test", num_devices=1):
+def evaluate(data, *arguments, split="test", num_devices=1, run=run_forked):
     given = {argument.partition("=")[0] for argument in arguments}
     common = [f"--pairs={data}@{split}", "--model=emoji:model", "--guidance_scale=2", "--num_workers=0"]
     common = [argument for argument in common if argument.partition("=")[0] not in given]
@@ -52,7 +53,7 @@ def test_a_judge_of_ones_own(data, tmp_path):
     (data.parent / "my_judge.py").write_text(code, encoding="utf-8")
     out = tmp_path / "new" / "accuracy.json"
     arguments = ["--fn=my_judge:score", "--timesteps=951,0", "--num_pairs=7", "--batch_size=4", f"--out={out}"]
-    result = evaluate(data, *arguments, "--plain=emoji:model/clip")
+    result = evaluate(data, *arguments, "--plain=emoji:model/clip", run=run)
     assert result.returncode == 0, result.stderr
     numbers = json.loads(out.read_text(encoding="utf-8"))
     assert [row["timestep"] for row in numbers["timesteps"]] == [0, 951]
@@ -97,5 +98,5 @@ def test_a_mistake_ends_with_one_sentence(data, arguments, words):
 
 
 def test_a_split_that_is_not_there(data):
-    result = evaluate(data, "--scorer=emoji:model/scorer", split="train")
+    result = evaluate(data, "--scorer=emoji:model/scorer", split="train", run=run)
     assert result.returncode == 2 and "has no split 'train', only test." in result.stderr, result.stderr

@@ -1,15 +1,15 @@
 """The command that fetches, against a small server: it lists, goes on, verifies; each fault has its sentence."""
 
 import json
-import resource
-import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from tests.hub_server import COMMIT, serve
-from tests.system.commands import ROOT
+from tests.system.commands import ROOT, run
+from tests.system.forks import run_forked
 
 LARGE = bytes(range(256)) * 2000
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -46,11 +46,14 @@ def hub():
         yield server
 
 
-def fetch(env, *flags, command="spo_jax.fetch", **options):
-    """Runs the command and returns exit code, output and errors."""
+def arguments(*flags, command="spo_jax.fetch"):
     names = [f"--{key}={value}" for key, value in NAMES.items()]
-    arguments = [sys.executable, "-m", command, "--config=configs/tiny.py", *names, *flags]
-    done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, **options)
+    return [sys.executable, "-m", command, "--config=configs/tiny.py", *names, *flags]
+
+
+def fetch(env, *flags, command="spo_jax.fetch", run=run_forked, **options):
+    """Runs the command and returns exit code, output and errors."""
+    done = run(arguments(*flags, command=command), env, **options)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -73,7 +76,7 @@ def left_overs(home):
 
 def test_it_fetches_what_is_read_and_then_needs_no_network(hub, tmp_path):
     env = hub.environment(tmp_path)
-    code, output, errors = fetch(env)
+    code, output, errors = fetch(env, run=run)
     assert code == 0, errors
     assert "Fetched and verified" in output
     assert cached(tmp_path).read_bytes() == LARGE
@@ -88,7 +91,7 @@ def test_it_fetches_what_is_read_and_then_needs_no_network(hub, tmp_path):
 
 
 def test_a_dry_run_lists_commits_sizes_and_what_is_missing(hub, tmp_path):
-    code, output, _ = fetch(hub.environment(tmp_path), "--dry_run")
+    code, output, _ = fetch(hub.environment(tmp_path), "--dry_run", run=run)
     assert code == 1
     for words in (f"org/sd@{COMMIT}", "4 files, 512 kB, 4 missing", f"{WEIGHTS}, 512 kB", f"owner/texts@{COMMIT}"):
         assert words in output
@@ -98,13 +101,13 @@ def test_a_dry_run_lists_commits_sizes_and_what_is_missing(hub, tmp_path):
 
 def test_without_network_everything_that_is_missing_is_named(hub, tmp_path):
     env = hub.environment(tmp_path) | {"HF_HUB_OFFLINE": "1"}
-    ended = fetch(env, "--config.vae=org/vae")
+    ended = fetch(env, "--config.vae=org/vae", run=run)
     said, output = sentence(ended), ended[1]
     for name in (NAMES["config.model"], "config.vae (org/vae)", NAMES["config.scorer.path"], NAMES["config.prompts"]):
         assert name in said
     assert "HF_HUB_OFFLINE is set" in said
     assert NAMES["config.model"] in output and f"owner/texts@{COMMIT}" in output and "missing" in output
-    ended = fetch(env, f"--workdir={tmp_path / 'w'}", command="spo_jax.main")
+    ended = fetch(env, f"--workdir={tmp_path / 'w'}", command="spo_jax.main", run=run)
     said = sentence(ended)
     assert NAMES["config.scorer.path"] in said and "`python -m spo_jax.fetch --config=configs/tiny.py" in said
     assert len(ended[2].strip().splitlines()) == 1
@@ -128,12 +131,8 @@ def test_a_connection_that_breaks_is_made_again_and_goes_on(hub, tmp_path):
 
 
 def test_a_full_disk_is_said_and_the_same_command_goes_on(hub, tmp_path):
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-
     env = hub.environment(tmp_path)
-    said = sentence(fetch(env, preexec_fn=limit))
+    said = sentence(fetch(env, file_size=200_000))
     assert "File too large" in said and "set HF_HOME" in said and "goes on where it stopped" in said
     (part,) = left_overs(tmp_path)
     assert not cached(tmp_path).exists()
@@ -235,10 +234,8 @@ def test_a_proxy_is_respected(hub, tmp_path):
 
 
 def test_two_processes_fetch_a_file_once(hub, tmp_path):
-    names = [f"--{key}={value}" for key, value in NAMES.items()]
-    arguments = [sys.executable, "-m", "spo_jax.fetch", "--config=configs/tiny.py", *names]
     options = {"cwd": ROOT, "env": hub.environment(tmp_path), "stdout": subprocess.DEVNULL}
-    both = [subprocess.Popen(arguments, **options) for _ in range(2)]
+    both = [subprocess.Popen(arguments(), **options) for _ in range(2)]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert len(hub.downloads(WEIGHTS)) == len(hub.downloads("a/prompts.json")) == 1
     assert cached(tmp_path).read_bytes() == LARGE and not left_overs(tmp_path)
@@ -268,15 +265,17 @@ def test_a_login_page_is_not_taken_for_a_file(hub, tmp_path):
 def test_a_login_page_leaves_what_came_before(hub, tmp_path):
     content = bytes(20_000_000)
     hub.repositories["org/sd"] = PIPELINE | {WEIGHTS: content}
-    hub.faults.cut[WEIGHTS] = [12_000_000]
+    hub.faults.cut[WEIGHTS] = [12_000_000, 0, 0, 0]
     env = hub.environment(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED, *[f"--{key}={value}" for key, value in NAMES.items()]], cwd=ROOT, env=env
-    )
-    assert process.wait(timeout=120) == 9
-    (part,) = left_overs(tmp_path)
+    process = subprocess.Popen(arguments(), cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    while not any(path.stat().st_size > 10_000_000 for path in left_overs(tmp_path)):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    hub.faults.cut.clear()
+    part = max(left_overs(tmp_path), key=lambda path: path.stat().st_size)
     kept = part.stat().st_size
-    assert kept > 10_000_000
     hub.faults.pages.add(WEIGHTS)
     assert "a login page, or a proxy?" in sentence(fetch(env))
     assert part.stat().st_size == kept
@@ -284,17 +283,6 @@ def test_a_login_page_leaves_what_came_before(hub, tmp_path):
     code, _, errors = fetch(env)
     assert code == 0, errors
     assert f"bytes={kept}-" in hub.downloads(WEIGHTS) and cached(tmp_path).read_bytes() == content
-
-
-# A process that ends, as by SIGKILL, when a connection breaks.
-STOPPED = """
-import os, sys
-from spo_jax.formats import transfer
-transfer._wait = lambda error, failures: os._exit(9)
-sys.argv = ["fetch", "--config=configs/tiny.py", *sys.argv[1:]]
-import runpy
-runpy.run_module("spo_jax.fetch", run_name="__main__")
-"""
 
 
 def test_a_damaged_file_stays_until_another_has_come(hub, tmp_path):

@@ -2,15 +2,15 @@
 
 import json
 import re
-import subprocess
 
 import jax
 import numpy as np
 import pytest
-from spo_jax.evaluation.colorfulness import colorfulness
 
+from spo_jax.evaluation.metrics import colorfulness
 from tests.small_pipeline import small_pipeline
 from tests.system.commands import ROOT, command, environment
+from tests.system.forks import run_forked
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def example(tmp_path):
 def run_in(folder, arguments):
     env = environment() | {"PYTHONPATH": str(ROOT)}
     arguments = [a.replace("configs/tiny.py", str(ROOT / "configs/tiny.py")) for a in arguments]
-    return subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    return run_forked(arguments, env, cwd=folder)
 
 
 def test_the_example_is_the_true_preference_and_trains(example, monkeypatch):

@@ -19,6 +19,7 @@ from spo_jax.runs.metrics import read_metrics
 from tests.preference_data import DAMAGE, damage, record
 from tests.small_pipeline import small_pipeline
 from tests.system.commands import command, environment, kill_after, mistake, run, signal_after
+from tests.system.forks import run_forked
 
 BATCH, RECORDS, EPOCHS = 16, 160, 2  # ten steps are an epoch
 TEN_WAYS = list(DAMAGE)[:10]
@@ -211,7 +212,7 @@ def test_a_mistake_is_found_before_anything_is_written(tmp_path, data, changes, 
     ],
 )
 def test_a_mistake_ends_with_one_sentence(tmp_path, data, changes, words):
-    result = run(spm_command(tmp_path / "w", data, **changes), environment())
+    result = run_forked(spm_command(tmp_path / "w", data, **changes), environment())
     assert result.returncode == 2, result.stderr
     message = result.stderr.strip().splitlines()[-1]
     assert message.startswith("spo_jax: error: ") and "Traceback" not in result.stderr
