@@ -10,22 +10,29 @@ mirrors, HF_TOKEN opens gated repositories.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from spo_jax import cli
-from spo_jax.formats.download import bytes_to_fetch, cache_folder, in_bytes, size_of
+from spo_jax.formats.download import (
+    bytes_to_fetch,
+    cache_folder,
+    fault_of,
+    in_bytes,
+    local_path,
+    partial_bytes,
+    size_of,
+)
 from spo_jax.formats.hub import local
-
-if TYPE_CHECKING:
-    from spo_jax.formats.download import RemoteFile
-    from spo_jax.formats.remote import RemoteName
-    from spo_jax.runs.artifacts import Stock
+from spo_jax.runs import artifacts
+from spo_jax.runs.artifacts import Stock
 
 CONFIG = cli.config_flag()
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "List only what a run needs and what of it is missing.")
@@ -34,9 +41,6 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "List only what a run needs and wh
 def main() -> None:
     """Lists, fetches and verifies; exits with 1 if a dry run finds something missing."""
     config = cli.config_of(CONFIG)
-
-    from spo_jax.runs import artifacts
-
     config = artifacts.with_pins(config, artifacts.look_up(config, {}))
     stocks = artifacts.take_stock(config)
     if not DRY_RUN.value:
@@ -54,29 +58,30 @@ def main() -> None:
 
 
 def verified(stocks: Sequence[Stock]) -> list[Stock]:
-    """The stocks with what is damaged of them, which is said."""
-    from tqdm import tqdm
-
-    from spo_jax.runs import artifacts
-
-    here = [(stock.remote, file) for stock in stocks for file in stock.files or () if file not in stock.missing]
-    total = sum(size_of(remote, file) for remote, file in here)
+    """The stocks with what is damaged, by its digest, of the files that are here; it is said."""
+    here = [[file for file in stock.files or () if file not in stock.missing] for stock in stocks]
+    total = sum(size_of(stock.remote, file) for stock, files in zip(stocks, here, strict=True) for file in files)
+    faults: dict[Path, str | None] = {}  # content that several files share is looked at once
+    found = []
     with tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=None if total else True) as progress:
-
-        def seen(remote: RemoteName, file: RemoteFile, fault: str | None) -> None:
-            progress.update(size_of(remote, file))
-            if fault is not None:
-                told = f"spo_jax: {file.path} of {remote.repo} is damaged ({fault}); it is fetched again."
-                progress.write(told, file=sys.stderr)
-
-        return artifacts.verify(stocks, seen)
+        for stock, files in zip(stocks, here, strict=True):
+            damaged = []
+            for file in files:
+                content = local_path(stock.remote, file.path).resolve()
+                if content not in faults:
+                    faults[content] = fault = fault_of(content, file)
+                    progress.update(size_of(stock.remote, file))
+                    if fault is not None:
+                        told = f"{file.path} of {stock.remote.repo} is damaged ({fault}); it is fetched again."
+                        progress.write(f"spo_jax: {told}", file=sys.stderr)
+                if faults[content] is not None:
+                    damaged.append(file)
+            found.append(dataclasses.replace(stock, damaged=tuple(damaged)))
+    return found
 
 
 def inventory(config: ConfigDict, stocks: Sequence[Stock]) -> str:
     """What a run of the config reads: names with commits, files, sizes, and what of it is missing."""
-    from spo_jax.formats.download import partial_bytes
-    from spo_jax.runs import artifacts
-
     remote = {stock.artifact: stock for stock in stocks}
     lines = []
     for artifact in artifacts.artifacts_of(config):
@@ -85,11 +90,14 @@ def inventory(config: ConfigDict, stocks: Sequence[Stock]) -> str:
             lines += [f"{title}: local", f"    {artifact.name}"]
             continue
         lines += [f"{title}: {_state(stock)}", f"    {stock.remote}"]
-        for file in (*stock.missing, *stock.damaged):
+        for file in stock.lacking:
             part = partial_bytes(stock.remote, file)
             size = f"{in_bytes(file.size)}" if file.size >= 0 else "size not known"
             lines.append(f"        {file.path}, {size}" + (f", of it here {in_bytes(part)}" if part else ""))
-    lines += [f"pairs (config.{key}): {state}\n    {name}" for key, name, state in _pairs(config)]
+    for pairs in artifacts.pairs_of(config):  # they are not fetched, because Pick-a-Pic has left the hub
+        here = local(pairs.name.partition("@")[0]).is_dir()
+        state = "here" if here else "missing; make it with spo_jax.prepare, as the top of the config file says"
+        lines += [f"pairs (config.{pairs.key}): {state}", f"    {pairs.name}"]
     return "\n".join([*lines, _total(stocks)])
 
 
@@ -112,17 +120,8 @@ def _total(stocks: Sequence[Stock]) -> str:
     room = f"{folder} has {in_bytes(shutil.disk_usage(folder).free)} free"
     if any(stock.files is None for stock in lacking):
         return f"{len(lacking)} of {len(stocks)} are missing; {room}."
-    size = bytes_to_fetch([(stock.remote, file) for stock in lacking for file in (*stock.missing, *stock.damaged)])
+    size = bytes_to_fetch([(stock.remote, file) for stock in lacking for file in stock.lacking])
     return f"To fetch: {in_bytes(size)}; {room}."
-
-
-def _pairs(config: ConfigDict) -> list[tuple[str, str, str]]:
-    """Prepared pairs of preferences; they are not fetched, because Pick-a-Pic has left the hub."""
-    if config.method != "spm":
-        return []
-    told = "missing; make it with spo_jax.prepare, as the top of the config file says"
-    splits = (("data.train", config.data.train), ("data.validation", config.data.validation))
-    return [(key, name, "here" if local(name.partition("@")[0]).is_dir() else told) for key, name in splits]
 
 
 if __name__ == "__main__":

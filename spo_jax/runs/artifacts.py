@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -23,9 +24,26 @@ from spo_jax.formats.remote import RemoteName
 
 PINS_FILE = "pins.json"
 
+# Keys of configs that name something to read, with what it is for; of a tokenizer no weights are read.
+_NAMED = {
+    "model": "base model",
+    "unet": "UNet, instead of the base model's",
+    "vae": "autoencoder, instead of the base model's",
+    "scorer.path": "preference model",
+    "scorer.init": "CLIP to start from",
+    "scorer.tokenizer": "its tokenizer",
+    "lora.init": "adapters to start from",
+    "prompts": "training prompts",
+    "evaluation.prompts": "held-out prompts",
+    "evaluation.judge": "CLIP that measures alignment",
+    "labels.judge": "CLIP that labels pairs",
+    "labels.tokenizer": "its tokenizer",
+    "validation.plain": "CLIP to compare with",
+}
+_PAIRS = {"data.train": "training pairs", "data.validation": "validation pairs"}
 
-@dataclasses.dataclass(frozen=True)
-class Artifact:
+
+class Artifact(NamedTuple):
     """Something that a config names.
 
     ``key`` is the config's key, ``what`` says what it is for, ``name`` is as the config has it. ``variant`` is that of
@@ -56,40 +74,44 @@ class Stock:
     unreachable: str = ""
 
     @property
+    def lacking(self) -> tuple[RemoteFile, ...]:
+        """The files to fetch."""
+        return self.missing + self.damaged
+
+    @property
     def complete(self) -> bool:
         """Whether it can be read; where its files are not known, whether there is a folder to read from."""
         if self.files is None:
             return self.remote.pinned and download.local_path(self.remote, self.remote.inside).exists()
-        return not self.missing and not self.damaged
+        return not self.lacking
 
 
 def artifacts_of(config: ConfigDict) -> list[Artifact]:
-    """Everything that a run of the config reads, except pairs of preferences, which ``spo_jax.prepare`` makes."""
-    scorer = config.scorer
-    found = [
-        Artifact("model", "base model", config.model, config.variant),
-        *(Artifact("model", "its tokenizer", name, weights=False) for name in _tokenizers_of(config.model)),
-        Artifact("unet", "its UNet", config.unet, config.variant),
-        Artifact("vae", "its autoencoder", config.vae, config.variant),
-    ]
-    if config.method == "spo":
-        found += [
-            Artifact("scorer.path", "preference model", "" if scorer.fn else scorer.path),
-            Artifact("scorer.tokenizer", "its tokenizer", scorer.tokenizer, weights=False),
-            Artifact("lora.init", "adapters to start from", with_strength(config.lora.init)[0]),
-            Artifact("prompts", "training prompts", config.prompts),
-            Artifact("evaluation.prompts", "held-out prompts", config.evaluation.prompts),
-            Artifact("evaluation.judge", "CLIP that measures alignment", config.evaluation.judge),
-        ]
-    else:
-        found += [
-            Artifact("scorer.init", "CLIP to start from", scorer.init),
-            Artifact("scorer.tokenizer", "its tokenizer", scorer.tokenizer, weights=False),
-            Artifact("labels.judge", "CLIP that labels pairs", config.labels.judge),
-            Artifact("labels.tokenizer", "its tokenizer", config.labels.tokenizer, weights=False),
-            Artifact("validation.plain", "CLIP to compare with", config.validation.plain),
-        ]
-    return [artifact for artifact in found if artifact.name]
+    """Everything that a run of the config reads, except pairs of preferences."""
+    found = []
+    for key, what, name in _named(config, _NAMED):
+        if key == "lora.init":
+            name, _ = with_strength(name)
+        elif key == "scorer.path" and config["scorer"]["fn"]:
+            continue
+        variant = config["variant"] if key in ("model", "unet", "vae") else ""
+        found.append(Artifact(key, what, name, variant, weights=not key.endswith("tokenizer")))
+        if key == "model":
+            found += [Artifact(key, "its tokenizer", tokenizer, weights=False) for tokenizer in _tokenizers_of(name)]
+    return found
+
+
+def pairs_of(config: ConfigDict) -> list[Artifact]:
+    """The pairs of preferences that a run of the config reads, which ``spo_jax.prepare`` makes."""
+    return [Artifact(*named) for named in _named(config, _PAIRS)]
+
+
+def _named(config: ConfigDict, keys: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Key, what it is for and value, of the keys that the config has and that name something."""
+    for key, what in keys.items():
+        value = functools.reduce(lambda keys, part: keys.get(part) or {}, key.split("."), config)
+        if value:
+            yield key, what, value
 
 
 def ready(config: ConfigDict, workdir: str | Path) -> tuple[ConfigDict, dict[str, str]]:
@@ -128,17 +150,13 @@ def look_up(config: ConfigDict, known: Mapping[str, str]) -> dict[str, str]:
             continue
         if moving in known:
             pins[moving] = known[moving]
-            continue
-        if unreachable:
-            continue
-        try:
-            pins[moving] = download.commit_of(remote)
-        except Unreachable:
-            unreachable = True
-        except UserError as error:
-            raise UserError(f"config.{artifact.key}: {error}") from error
-        else:
-            print(f"spo_jax: config.{artifact.key}={artifact.name} is at commit {pins[moving]}.", file=sys.stderr)
+        elif not unreachable:
+            try:
+                with _named_key(artifact):
+                    pins[moving] = download.commit_of(remote)
+                print(f"spo_jax: config.{artifact.key}={artifact.name} is at commit {pins[moving]}.", file=sys.stderr)
+            except Unreachable:
+                unreachable = True
     return pins
 
 
@@ -147,10 +165,10 @@ def with_pins(config: ConfigDict, pins: Mapping[str, str]) -> ConfigDict:
     config = config.copy_and_resolve_references()
     for artifact, remote in _remotes(config):
         if not remote.pinned and (commit := pins.get(_repository(remote))):
+            ((_, _, given),) = _named(config, {artifact.key: ""})
             name = str(dataclasses.replace(remote, revision=commit))
             # Behind the name of adapters their strength may stand.
-            given = functools.reduce(getattr, artifact.key.split("."), config).removeprefix(artifact.name)
-            config.update_from_flattened_dict({artifact.key: name + given})
+            config.update_from_flattened_dict({artifact.key: name + given.removeprefix(artifact.name)})
     return config
 
 
@@ -177,9 +195,10 @@ def take_stock(config: ConfigDict) -> list[Stock]:
     stocks, unreachable = [], {"hub": "", "github": ""}  # why, by site
     for artifact, remote in _remotes(config):
         options: dict[str, Any] = {"variant": artifact.variant, "weights": artifact.weights}
-        try:
+        with _named_key(artifact):
             files = download.list_files(remote, network=False, **options) if remote.pinned else None
-            if not unreachable[remote.site] and not _all_here(remote, files):
+            all_here = files is not None and all(download.is_here(remote, file) for file in files)
+            if not unreachable[remote.site] and not all_here:
                 try:
                     if not remote.pinned:  # look_up has tried; what a second try finds would be no pin of the run
                         download.commit_of(remote)
@@ -188,34 +207,9 @@ def take_stock(config: ConfigDict) -> list[Stock]:
                 except Unreachable as error:
                     unreachable[remote.site] = error.reason
             missing = tuple(file for file in files or () if not download.is_here(remote, file))
-        except UserError as error:
-            raise UserError(f"config.{artifact.key}: {error}") from error
         known = None if files is None else tuple(files)
         stocks.append(Stock(artifact, remote, known, missing, unreachable=unreachable[remote.site]))
     return stocks
-
-
-def verify(stocks: Sequence[Stock], seen: Callable[[RemoteName, RemoteFile, str | None], None]) -> list[Stock]:
-    """The stocks with what is damaged of the files that are here, by their digests.
-
-    Args:
-      stocks: of ``take_stock``.
-      seen: is told of each file what is wrong with it, or None; content that several files share is looked at once.
-    """
-    faults: dict[Path, str | None] = {}
-
-    def is_damaged(remote: RemoteName, file: RemoteFile) -> bool:
-        content = download.local_path(remote, file.path).resolve()
-        if content not in faults:
-            faults[content] = download.fault_of(content, file)
-            seen(remote, file, faults[content])
-        return faults[content] is not None
-
-    def one(stock: Stock) -> Stock:
-        here = [file for file in stock.files or () if file not in stock.missing]
-        return dataclasses.replace(stock, damaged=tuple(file for file in here if is_damaged(stock.remote, file)))
-
-    return [one(stock) for stock in stocks]
 
 
 def fetch_missing(stocks: Sequence[Stock]) -> None:
@@ -227,13 +221,15 @@ def fetch_missing(stocks: Sequence[Stock]) -> None:
     """
     out_of_reach = [stock for stock in stocks if not stock.complete and stock.unreachable]
     lacking = [stock for stock in stocks if not stock.complete and not stock.unreachable]
-    download.check_space([(stock.remote, file) for stock in lacking for file in (*stock.missing, *stock.damaged)])
-    sizes = {stock.artifact: sum(max(0, f.size) for f in (*stock.missing, *stock.damaged)) for stock in lacking}
-    # The small ones first: what is wrong with them shows soon.
-    for stock in sorted(lacking, key=lambda stock: sizes[stock.artifact]):
-        size = f", {in_bytes(sizes[stock.artifact])}" if sizes[stock.artifact] else ""
+    download.check_space([(stock.remote, file) for stock in lacking for file in stock.lacking])
+
+    def size_of(stock: Stock) -> int:
+        return sum(max(0, file.size) for file in stock.lacking)
+
+    for stock in sorted(lacking, key=size_of):  # the small ones first: what is wrong with them shows soon
+        size = f", {in_bytes(size_of(stock))}" if size_of(stock) else ""
         print(f"spo_jax: fetching {stock.artifact.what}{size}: {stock.remote}", file=sys.stderr)
-        for file in (*stock.missing, *stock.damaged):
+        for file in stock.lacking:
             try:
                 download.fetch(stock.remote, file, again=file in stock.damaged)
             except Unreachable as error:
@@ -245,7 +241,9 @@ def fetch_missing(stocks: Sequence[Stock]) -> None:
 
 def missing_sentence(stocks: Sequence[Stock], reason: str = "") -> str:
     """One sentence that names all that is missing and the command that fetches it."""
-    names = ", ".join(f"config.{stock.artifact.key} ({_short(stock.remote)})" for stock in stocks)
+    names = ", ".join(
+        f"config.{stock.artifact.key} ({dataclasses.replace(stock.remote, sha256='')})" for stock in stocks
+    )
     why = reason or next(stock.unreachable for stock in stocks if stock.unreachable)
     return f"Missing here, and out of reach ({why}): {names}; with network, `{fetch_command()}` fetches all of it."
 
@@ -265,35 +263,33 @@ def _remotes(config: ConfigDict) -> list[tuple[Artifact, RemoteName]]:
     """The artifacts that are not here and do not ship with the package, with their parsed names."""
     found = []
     for artifact in artifacts_of(config):
-        if artifact.name.startswith(TFDS) or exists(artifact.name):
-            continue
-        try:
-            remote = remote_of(artifact.name)
-        except UserError as error:
-            raise UserError(f"config.{artifact.key}: {error}") from error
-        if remote is None:
-            raise UserError(f"config.{artifact.key}: {not_here(artifact.name)}")
-        found.append((artifact, remote))
+        if not artifact.name.startswith(TFDS) and not exists(artifact.name):
+            with _named_key(artifact):
+                if (remote := remote_of(artifact.name)) is None:
+                    raise UserError(not_here(artifact.name))
+            found.append((artifact, remote))
     return found
+
+
+@contextlib.contextmanager
+def _named_key(artifact: Artifact) -> Iterator[None]:
+    """Puts the config's key before the sentence of a UserError."""
+    try:
+        yield
+    except Unreachable:
+        raise
+    except UserError as error:
+        raise UserError(f"config.{artifact.key}: {error}") from error
 
 
 def _tokenizers_of(model: str) -> list[str]:
     """Names of the tokenizers that go with a model, if it is a single file that is here."""
-    path = local(model)
-    if not exists(path) or not path.is_file():
+    if not exists(model) or not local(model).is_file():
         return []
     from spo_jax.formats.single_file import tokenizers_of  # which imports the networks
 
-    return tokenizers_of(path)
-
-
-def _all_here(remote: RemoteName, files: list[RemoteFile] | None) -> bool:
-    return files is not None and all(download.is_here(remote, file) for file in files)
+    return tokenizers_of(local(model))
 
 
 def _repository(remote: RemoteName) -> str:
     return str(dataclasses.replace(remote, inside="", sha256=""))
-
-
-def _short(remote: RemoteName) -> str:
-    return str(dataclasses.replace(remote, sha256=""))

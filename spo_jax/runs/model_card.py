@@ -13,10 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from spo_jax.files import write_text
 from spo_jax.formats.hub import PREFIX
+from spo_jax.runs.artifacts import artifacts_of, pairs_of
 from spo_jax.runs.html import duration
-from spo_jax.runs.sources import licence_of, source_of
+from spo_jax.runs.sources import licence_of, source_of, url_of
 
 PAPER = "[SPO](https://arxiv.org/abs/2406.04314), CVPR 2025"
 CITATION = """\
@@ -46,16 +49,13 @@ def write_card(path: Path, sections: Sequence[str]) -> None:
 def front_matter(base: str, *, relation: str, **fields: str | Sequence[str]) -> str:
     """The YAML at the top, which the hub reads; what is empty or not known is left out."""
     source = source_of(base)
-    if source is not None and source.on_hub:
+    if source is not None and source.site == "hub":
         fields = {"base_model": source.repo, "base_model_relation": relation, **fields}
     fields = {"license": licence_of(base).identifier, **fields}
-    lines = []
-    for key, value in sorted(fields.items()):
-        if isinstance(value, str):
-            lines += [f"{key}: {literal(value)}"] if value else []
-        else:
-            lines += [f"{key}:", *(f"- {literal(entry)}" for entry in value)]
-    return "\n".join(["---", *lines, "---", ""])
+    given = {
+        key: literal(x) if isinstance(x, str) else f"[{', '.join(map(literal, x))}]" for key, x in fields.items() if x
+    }
+    return "\n".join(["---", *(f"{key}: {value}" for key, value in sorted(given.items())), "---", ""])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -82,7 +82,7 @@ def shown(name: str) -> str:
     source = source_of(name)
     if source is not None:
         inside = f", {code(source.inside)}" if source.inside else ""
-        return f"[{source.repo}]({source.url}){inside}, commit `{source.commit[:10]}`"
+        return f"[{source.repo}]({url_of(source)}){inside}, commit `{source.revision[:10]}`"
     return code(local_name(name)) + (", part of `spo_jax`" if is_emoji(name) else ", a local path")
 
 
@@ -92,19 +92,23 @@ def local_name(name: str) -> str:
     return name if ":" in name and not path.is_absolute() else path.name or name
 
 
-def with_licence(what: str, name: str) -> tuple[str, str, str]:
-    """A row of the table of what the model was made from."""
-    source, licence = source_of(name), licence_of(name)
-    return what, shown(name), licence.words if source is None else f"[{licence.words}]({source.url})"
+def made_from(config: Mapping[str, Any], notes: Mapping[str, str], *more: tuple[str, str, str]) -> str:
+    """What the model was made from: all that the config names, with its licence, and ``more`` rows.
+
+    ``notes`` go on with what the name of a key is for.
+    """
+    rows = []
+    read = ConfigDict(config)
+    for artifact in (*artifacts_of(read), *pairs_of(read)):
+        source, licence = source_of(artifact.name), licence_of(artifact.name).words
+        what = artifact.what + notes.get(artifact.key, "")
+        rows.append((what, shown(artifact.name), licence if source is None else f"[{licence}]({url_of(source)})"))
+    return "## Made from\n\n" + table(("part", "what", "licence"), (*rows, *more))
 
 
 def command(module: str, **flags: Any) -> str:
     """A command of this package in a code block; a flag that is None or empty is left out."""
-    given = [
-        f"--{name.replace('__', '.')}={shlex.quote(_one_line(x))}"
-        for name, x in flags.items()
-        if x is not None and x != ""
-    ]
+    given = [f"--{name}={shlex.quote(_one_line(x))}" for name, x in flags.items() if x not in (None, "")]
     return "```\n" + " \\\n    ".join([f"python -m spo_jax.{module}", *given]) + "\n```\n"
 
 

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import re
 import urllib.parse
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from spo_jax.errors import UserError
 from spo_jax.formats.hub import PREFIX, find_file
-from spo_jax.formats.remote import parse_remote
+from spo_jax.formats.remote import RemoteName, parse_remote
 
 _MAX_CARD_BYTES = 2**20
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
 _LICENCE_LINE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*\r?$", re.ASCII | re.MULTILINE)
-
-
-class Source(NamedTuple):
-    """What a name such as ``org/name@commit/inside`` stands for, and the page that shows it."""
-
-    repo: str
-    commit: str
-    inside: str
-    url: str
-    on_hub: bool
 
 
 class Licence(NamedTuple):
@@ -50,18 +40,20 @@ _LICENCES = {
 }
 
 
-def source_of(name: str) -> Source | None:
-    """The repository behind a remote name (see ``formats/remote.py``) that has its commit; None for all others."""
+def source_of(name: str) -> RemoteName | None:
+    """The remote name that a name is, if it has its commit; None for all others."""
     try:
         remote = parse_remote(name)
     except UserError:
         return None
-    if remote is None or not remote.pinned:
-        return None
-    kind = "blob" if PurePosixPath(remote.inside).suffix else "tree"  # a file's page or a folder's
-    url = f"{remote.page()}/{kind}/{remote.revision}"
-    url += f"/{urllib.parse.quote(remote.inside)}" if remote.inside else ""
-    return Source(remote.repo, remote.revision, remote.inside, url, remote.site == "hub")
+    return remote if remote is not None and remote.pinned else None
+
+
+def url_of(remote: RemoteName) -> str:
+    """The page that shows a repository, or a folder or a file of it, at its commit."""
+    kind = "blob" if PurePosixPath(remote.inside).suffix else "tree"
+    inside = f"/{urllib.parse.quote(remote.inside)}" if remote.inside else ""
+    return f"{remote.page()}/{kind}/{remote.revision}{inside}"
 
 
 def licence_of(name: str) -> Licence:
@@ -74,16 +66,9 @@ def licence_of(name: str) -> Licence:
         return _APACHE if name.startswith(f"{PREFIX}prompts/") else _EMOJI_MODEL
     if source is not None and source.repo in _LICENCES:
         return _LICENCES[source.repo]
-    identifier = _licence_in(find_file(name, "README.md"))
-    if identifier:
-        return Licence(identifier, identifier)
+    card = find_file(name, "README.md")
+    if card is not None and card.stat().st_size <= _MAX_CARD_BYTES:
+        front_matter = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
+        if front_matter and (line := _LICENCE_LINE.search(front_matter[1])):
+            return Licence(line[1], line[1])
     return Licence("", "not known" if source is None else "not known; see its page")
-
-
-def _licence_in(card: Path | None) -> str:
-    """``license`` in the YAML at the top of a README, or ""."""
-    if card is None or card.stat().st_size > _MAX_CARD_BYTES:
-        return ""
-    front_matter = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
-    line = _LICENCE_LINE.search(front_matter[1]) if front_matter else None
-    return line[1] if line else ""

@@ -16,10 +16,10 @@ from spo_jax.runs.model_card import (
     front_matter,
     is_emoji,
     limits,
+    made_from,
     repeat,
     shown,
     table,
-    with_licence,
     write_card,
 )
 
@@ -39,9 +39,8 @@ def write_preference_card(path: str | Path, *, summary: Mapping[str, Any]) -> No
     sections = [
         front_matter(config["scorer"]["init"], relation="finetune", library_name=library, pipeline_tag=task, tags=tags),
         _introduction(summary, aware),
-        _made_from(config, summary["records"]["used"]),
+        made_from(config, {"data.train": f", {summary['records']['used']} used over all epochs"}),
         _accuracies(summary["accuracy"]),
-        _settings(config),
         _use(config, aware),
         repeat(summary),
         limits(config["scorer"]["init"], "models"),
@@ -60,22 +59,6 @@ def _introduction(summary: Mapping[str, Any], aware: bool) -> str:
         f"`best` is the model of step {code(summary['best_step'])}, which was right most often on the validation "
         f"pairs, and `last` that of step {code(config['num_steps'])}.\n"
     )
-
-
-def _made_from(config: Mapping[str, Any], num_used: int) -> str:
-    rows = [with_licence("start of the training", config["scorer"]["init"])]
-    rows.append(with_licence("base model, which makes what is judged", config["model"]))
-    if config["unet"]:
-        rows.append(with_licence("UNet, instead of the base model's", config["unet"]))
-    if config["vae"]:
-        rows.append(with_licence("autoencoder, instead of the base model's", config["vae"]))
-    rows.append(with_licence(f"training pairs, {num_used} used over all epochs", config["data"]["train"]))
-    rows.append(with_licence("validation pairs", config["data"]["validation"]))
-    if config["labels"]["judge"]:
-        rows.append(with_licence("judge that labelled the training pairs anew", config["labels"]["judge"]))
-    if config["validation"]["plain"]:
-        rows.append(with_licence("plain model to compare with", config["validation"]["plain"]))
-    return "## Made from\n\n" + table(("part", "what", "licence"), rows)
 
 
 def _accuracies(accuracy: Mapping[str, Mapping[str, Any]]) -> str:
@@ -98,25 +81,6 @@ def _accuracies(accuracy: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _settings(config: Mapping[str, Any]) -> str:
-    train, (first, end) = config["train"], config["timesteps"]
-    rows = [
-        ("optimizer steps, of them warm-up", f"{code(config['num_steps'])}, {code(train['warmup_steps'])}"),
-        ("shape of the warm-up", code(train["warmup"])),
-        (
-            "pairs a minibatch, minibatches a step",
-            f"{code(train['batch_size'])}, {code(train['accumulation_steps'])}",
-        ),
-        ("learning rate, optimizer", f"{code(train['learning_rate'])}, {code(train['optimizer'])}"),
-        ("weight decay", code(train["weight_decay"])),
-        ("timesteps", f"{code(first)} to {code(end - 1)}"),
-        ("guidance scale of the base model", code(config["guidance_scale"])),
-        ("weight average (EMA)", code(train["ema_decay"] or "off")),
-        ("seed", code(config["seed"])),
-    ]
-    return "## Settings\n\n" + table(("setting", "value"), rows) + "\nAll others are in `config.json`.\n"
-
-
 def _use(config: Mapping[str, Any], aware: bool) -> str:
     reading = (
         ["from spo_jax.formats.pipeline import read_clip", "", 'clip, params = read_clip("best", step_aware=True)']
@@ -126,7 +90,9 @@ def _use(config: Mapping[str, Any], aware: bool) -> str:
     recipe = "tiny" if is_emoji(config["model"]) else "sdxl" if "xl" in config["model"].lower() else "sd15"
     return (
         "## Use\n\nAs the judge of a training, WORKDIR being this folder:\n\n"
-        + command("main", config=f"configs/{recipe}.py", workdir="runs/tuned", config__scorer__path="WORKDIR/best")
+        + command(
+            "main", **{"config": f"configs/{recipe}.py", "workdir": "runs/tuned", "config.scorer.path": "WORKDIR/best"}
+        )
         + "\nFrom Python, in this folder:\n\n"
         + "\n".join(["```python", *reading, "```", ""])
         + "\nNeither diffusers, ComfyUI nor A1111 uses it: it judges pictures, and makes none.\n"

@@ -23,10 +23,10 @@ from spo_jax.runs.model_card import (
     limits,
     literal,
     local_name,
+    made_from,
     repeat,
     shown,
     table,
-    with_licence,
     write_card,
 )
 from spo_jax.runs.sources import source_of
@@ -53,6 +53,19 @@ def write_model_card(
     full = config["lora"]["rank"] == 0
     family = [] if is_emoji(config["model"]) else ["stable-diffusion-xl" if xl else "stable-diffusion"]
     tags = ["text-to-image", "diffusers", *family, *([] if full else ["lora"]), "spo", "preference-optimization"]
+    file_name = re.sub(r"[^A-Za-z0-9_-]+", "-", path.absolute().parent.name).strip("-") or "spo"
+    sheet = f"validation/batch_{config['num_batches']:06d}.png"
+    shown_there = (
+        f"![Pictures of the tuned model]({sheet})\n\nThe tuned model on the first held-out prompts, not a selection.\n"
+    )
+    _, strength = with_strength(config["lora"]["init"])
+    notes = {
+        "lora.init": "" if strength == 1 else f", at strength {code(strength)}",
+        "prompts": f", {num_prompts}",
+        "evaluation.prompts": f", the first {summary['num_prompts']}",
+    }
+    function = config["scorer"]["fn"]
+    own = [("preference model", f"{code(function)}, a function of the user", "")] if function else []
     sections = [
         front_matter(
             config["model"],
@@ -62,13 +75,12 @@ def write_model_card(
             tags=tags,
         ),
         _introduction(config, full),
-        _sheet(path.parent, config),
-        _made_from(config, num_prompts, summary["num_prompts"]),
+        shown_there if (path.parent / sheet).is_file() else "",
+        made_from(config, notes, *own),
         _results(summary, metrics),
-        _settings(config, full),
         "## Use\n\n### diffusers\n",
         _diffusers(config, xl, full),
-        _other_programs(config, xl, full, _file_name(path)),
+        _other_programs(config, full, file_name),
         "### spo_jax\n\nWORKDIR is this folder.\n",
         _generate(config, full),
         repeat(summary),
@@ -76,11 +88,6 @@ def write_model_card(
         CITATION,
     ]
     write_card(path, sections)
-
-
-# ------------------------------------------------------------------------------------------- adapters and whole models
-def _file_name(path: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", path.absolute().parent.name).strip("-") or "spo"
 
 
 def _introduction(config: Mapping[str, Any], full: bool) -> str:
@@ -94,36 +101,6 @@ def _introduction(config: Mapping[str, Any], full: bool) -> str:
         "`spo_jax`. At each denoising step a judge has told which of some candidates is better, and the model has "
         "learned to make the better ones.\n"
     )
-
-
-def _sheet(folder: Path, config: Mapping[str, Any]) -> str:
-    sheet = f"validation/batch_{config['num_batches']:06d}.png"
-    if not (folder / sheet).is_file():
-        return ""
-    return (
-        f"![Pictures of the tuned model]({sheet})\n\nThe tuned model on the first held-out prompts, not a selection.\n"
-    )
-
-
-def _made_from(config: Mapping[str, Any], num_prompts: int, num_held_out: int) -> str:
-    scorer, evaluation = config["scorer"], config["evaluation"]
-    rows = [with_licence("base model", config["model"])]
-    if config["unet"]:
-        rows.append(with_licence("UNet, instead of the base model's", config["unet"]))
-    if config["vae"]:
-        rows.append(with_licence("autoencoder, instead of the base model's", config["vae"]))
-    if config["lora"]["init"]:
-        name, strength = with_strength(config["lora"]["init"])
-        times = "" if strength == 1 else f", at strength {code(strength)}"
-        rows.append(with_licence(f"adapters that training started from{times}", name))
-    if scorer["fn"]:
-        rows.append(("judge", f"{code(scorer['fn'])}, a function of the user", ""))
-    else:
-        rows.append(with_licence("judge", scorer["path"]))
-    rows.append(with_licence(f"training prompts, {num_prompts}", config["prompts"]))
-    rows.append(with_licence(f"held-out prompts, the first {num_held_out}", evaluation["prompts"]))
-    rows.append(with_licence("judge of alignment", evaluation["judge"]))
-    return "## Made from\n\n" + table(("part", "what", "licence"), rows)
 
 
 def _results(summary: Summary, metrics: Mapping[str, Metric]) -> str:
@@ -141,38 +118,6 @@ def _results(summary: Summary, metrics: Mapping[str, Metric]) -> str:
         + table(("", "base", "tuned", "tuned wins"), rows)
         + f"\n{''.join(meanings)}\n`report.html` has images and curves, `evaluation.csv` each image's numbers.\n"
     )
-
-
-def _settings(config: Mapping[str, Any], full: bool) -> str:
-    sampling, train = config["sampling"], config["train"]
-    rows = [
-        ("trained", "the whole UNet" if full else _adapters(config["lora"])),
-        ("learning rate, optimizer", f"{code(train['learning_rate'])}, {code(train['optimizer'])}"),
-        ("batches, prompts a batch", f"{code(config['num_batches'])}, {code(config['prompts_per_batch'])}"),
-        (
-            "pairs a minibatch, minibatches an update",
-            f"{code(train['minibatch_size'])}, {code(train['accumulation_steps'])}",
-        ),
-        (
-            "DDIM steps, the first without candidates (d)",
-            f"{code(sampling['num_steps'])}, {code(sampling['num_plain_steps'])}",
-        ),
-        (
-            "candidates a step (k), steps before they are judged (m)",
-            f"{code(sampling['num_candidates'])}, {code(sampling['num_inner_steps'])}",
-        ),
-        ("guidance scale, eta", f"{code(sampling['guidance_scale'])}, {code(sampling['eta'])}"),
-        ("least difference of a pair", code(config["pairs"]["threshold"])),
-        ("beta, clipping", f"{code(config['loss']['beta'])}, {code(config['loss']['clip_range'])}"),
-        ("weight average (EMA)", code(train["ema_decay"] or "off")),
-        ("seed", code(config["seed"])),
-    ]
-    return "## Settings\n\n" + table(("setting", "value"), rows) + "\nAll others are in `config.json`.\n"
-
-
-def _adapters(lora: Mapping[str, Any]) -> str:
-    fresh = f"adapters of rank {code(lora['rank'])}"
-    return f"the adapters that training started from, and fresh {fresh} beside them" if lora["init"] else fresh
 
 
 def _diffusers(config: Mapping[str, Any], xl: bool, full: bool) -> str:
@@ -228,14 +173,14 @@ def _pretrained(name: str, imports: set[str]) -> tuple[str, list[str]]:
         return f"local({literal(name)})", []
     if source is None:
         return literal(local_name(name)), []
-    revision = f"revision={literal(source.commit)}"
+    revision = f"revision={literal(source.revision)}"
     if source.inside:
         imports.add("from huggingface_hub import snapshot_download")
         return f"snapshot_download({literal(source.repo)}, {revision}) + {literal('/' + source.inside)}", []
     return literal(source.repo), [revision]
 
 
-def _other_programs(config: Mapping[str, Any], xl: bool, full: bool, name: str) -> str:
+def _other_programs(config: Mapping[str, Any], full: bool, name: str) -> str:
     head = "### ComfyUI and A1111\n\n"
     if is_emoji(config["model"]):
         return head + "They know Stable Diffusion, not the emoji model.\n"
