@@ -15,21 +15,31 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import jax
+import jax.numpy as jnp
 from absl import flags
+from jax.sharding import Sharding
+from jaxtyping import PyTree
+from tqdm import tqdm
 
-from spo_jax import cli
+from spo_jax import cli, rng
+from spo_jax.data.preferences import PairBatch, PairLoader, open_pairs, total_state
+from spo_jax.data.records import Records
+from spo_jax.diffusion.schedule import make_schedule
+from spo_jax.distributed.mesh import check_divisible, make_mesh, replicated
+from spo_jax.distributed.processes import is_main_process
 from spo_jax.errors import UserError, notice
+from spo_jax.evaluation import pair_accuracy as accuracy
+from spo_jax.evaluation.pair_accuracy import AskedScorer
 from spo_jax.files import check_place, saying_where, write_text
-
-if TYPE_CHECKING:
-    from jax.sharding import Sharding
-    from jaxtyping import PyTree
-
-    from spo_jax.data.records import Records
-    from spo_jax.evaluation.pair_accuracy import AccuracyMeasure, AskedScorer, PairAccuracy
-    from spo_jax.formats.pipeline import Pipeline
+from spo_jax.formats.base import Base, read_base
+from spo_jax.formats.hub import resolve_model
+from spo_jax.formats.pipeline import Pipeline, read_clip, with_image_size
+from spo_jax.formats.scorers import function_scorer, load_function
+from spo_jax.formats.tokenizers import cut_warning, fitted, read_tokenizer, tokenizers_of
+from spo_jax.preference.scorers import make_clip_scorer
+from spo_jax.sampling.noisy_pairs import make_predict_clean
 
 SCORER = flags.DEFINE_string(
     "scorer", None, "The scorer: a preference model or a CLIP; a folder, file or org/name@commit."
@@ -72,21 +82,15 @@ def main() -> None:
     for flag, example in ((PAIRS, "data/pickapic@validation_unique"), (MODEL, "emoji:model")):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing; for example --{flag.name}={example}.")
-    timesteps = parse_timesteps(TIMESTEPS.value)
-    out = None if OUT.value is None else check_out(Path(OUT.value))
+    texts = TIMESTEPS.value
+    if not texts or not all(text.strip().isdecimal() and len(text) < 10 for text in texts):
+        raise UserError(f"--timesteps={','.join(texts)} must be numbers from 0 with commas between, such as 0,251,501.")
+    timesteps = sorted({int(text) for text in texts})
+    if OUT.value is not None:
+        if Path(OUT.value).suffix != ".json":
+            raise UserError(f"--out={OUT.value} must name a JSON file, for example --out=accuracy.json.")
+        check_place(OUT.value)
     cli.start_processes()
-
-    import jax.numpy as jnp
-
-    from spo_jax.data.preferences import open_pairs
-    from spo_jax.diffusion.schedule import make_schedule
-    from spo_jax.distributed.mesh import check_divisible, make_mesh, replicated
-    from spo_jax.evaluation.pair_accuracy import AccuracyMeasure, make_accuracy_programs
-    from spo_jax.formats.base import Base, read_base
-    from spo_jax.formats.hub import resolve_model
-    from spo_jax.formats.pipeline import with_image_size
-    from spo_jax.formats.scorers import load_function
-    from spo_jax.sampling.noisy_pairs import make_predict_clean
 
     if FN.value:
         load_function(FN.value, "--fn")
@@ -105,59 +109,42 @@ def main() -> None:
         raise UserError(f"--timesteps={max(timesteps)} is beyond the model's last, {last}.")
     scorers, params = open_scorers(pipeline, replicated(mesh))
     predict_clean = make_predict_clean(pipeline, process, GUIDANCE_SCALE.value)
-    programs = make_accuracy_programs(pipeline, predict_clean, scorers, mesh)
-    measured, captions, skipped = measure(
-        AccuracyMeasure(programs, pipeline, scorers, mesh), {**pipeline.params, "scorers": params}, source, timesteps
-    )
-    show(measured, scorers, pipeline, captions, skipped, out)
+    programs = accuracy.make_accuracy_programs(pipeline, predict_clean, scorers, mesh)
+    made = accuracy.AccuracyMeasure(programs, pipeline, scorers, mesh)
+    measured, captions, skipped = measure(made, {**pipeline.params, "scorers": params}, source, timesteps)
+    if is_main_process():
+        if warning := cut_warning([*tokenizers_of(pipeline), scorers[accuracy.SCORER].tokenizer], captions, "captions"):
+            notice(warning)
+        show(measured, skipped)
 
 
 def open_scorers(pipeline: Pipeline, sharding: Sharding) -> tuple[dict[str, AskedScorer], dict[str, PyTree]]:
     """The scorers that the flags name, and their parameters."""
-    import jax.numpy as jnp
-
-    from spo_jax.evaluation.pair_accuracy import PLAIN as PLAIN_NAME
-    from spo_jax.evaluation.pair_accuracy import SCORER as SCORER_NAME
-    from spo_jax.evaluation.pair_accuracy import TOLD_0, AskedScorer
-    from spo_jax.formats.pipeline import read_clip
-    from spo_jax.formats.scorers import function_scorer
-    from spo_jax.formats.tokenizers import fitted, read_tokenizer
-    from spo_jax.preference.scorers import make_clip_scorer
-
     tokenizer = read_tokenizer(TOKENIZER.value) if TOKENIZER.value else pipeline.tokenizer
     options = {"step_aware": None, "dtype": jnp.dtype(DTYPE.value), "sharding": sharding}
     params: dict[str, PyTree] = {}
     if FN.value:
         shapes = {"num_images": 2 * BATCH_SIZE.value, "image_size": pipeline.image_size}
-        scorer, params[SCORER_NAME] = function_scorer(FN.value, tokenizer=tokenizer, key="--fn", **shapes), {}
+        scorer, params[accuracy.SCORER] = function_scorer(FN.value, tokenizer=tokenizer, key="--fn", **shapes), {}
     else:
-        clip, params[SCORER_NAME] = read_clip(SCORER.value, **options)
+        clip, params[accuracy.SCORER] = read_clip(SCORER.value, **options)
         scorer = make_clip_scorer(clip)
     tokenizer = tokenizer if scorer.tower is None else fitted(tokenizer, scorer.tower)
-    scorers = {SCORER_NAME: AskedScorer(scorer, tokenizer)}
+    scorers = {accuracy.SCORER: AskedScorer(scorer, tokenizer)}
     if FN.value or clip.step_aware:  # to a plain CLIP the timestep makes no difference
-        scorers[TOLD_0] = AskedScorer(scorer, tokenizer, step_aware=False)
-        params[TOLD_0] = params[SCORER_NAME]
+        scorers[accuracy.TOLD_0] = AskedScorer(scorer, tokenizer, step_aware=False)
+        params[accuracy.TOLD_0] = params[accuracy.SCORER]
     if PLAIN.value is not None:
-        clip, params[PLAIN_NAME] = read_clip(PLAIN.value, **options)
+        clip, params[accuracy.PLAIN] = read_clip(PLAIN.value, **options)
         plain = make_clip_scorer(clip)
-        scorers[PLAIN_NAME] = AskedScorer(plain, fitted(tokenizer, clip.tower), step_aware=False)
+        scorers[accuracy.PLAIN] = AskedScorer(plain, fitted(tokenizer, clip.tower), step_aware=False)
     return scorers, params
 
 
 def measure(
-    made: AccuracyMeasure, params: dict[str, PyTree], source: Records, timesteps: list[int]
-) -> tuple[dict[int, PairAccuracy], list[str], dict[str, int]]:
+    made: accuracy.AccuracyMeasure, params: dict[str, PyTree], source: Records, timesteps: list[int]
+) -> tuple[dict[int, accuracy.PairAccuracy], list[str], dict[str, int]]:
     """Accuracy by timestep, the captions that this process has seen, and records left out by fault."""
-    import jax
-    from tqdm import tqdm
-
-    from spo_jax import rng
-    from spo_jax.data.preferences import PairBatch, PairLoader, total_state
-    from spo_jax.distributed.processes import is_main_process
-    from spo_jax.evaluation.pair_accuracy import SCORER as SCORER_NAME
-    from spo_jax.evaluation.pair_accuracy import first_pairs, measure_accuracy
-
     num_pairs = min(NUM_PAIRS.value or len(source), len(source))
     loader = PairLoader(
         source,
@@ -179,64 +166,35 @@ def measure(
 
     with contextlib.closing(loader):
         bar = {"unit": "batch", "dynamic_ncols": True, "disable": not is_main_process()}
-        batches = noted(tqdm(first_pairs(loader, num_pairs), "pairs", -(-num_pairs // BATCH_SIZE.value), **bar))
+        pairs = accuracy.first_pairs(loader, num_pairs)
+        batches = noted(tqdm(pairs, "pairs", -(-num_pairs // BATCH_SIZE.value), **bar))
         key = rng.stream(jax.random.key(SEED.value), "accuracy")
-        measured = measure_accuracy(made, params, batches, timesteps, key)
+        measured = accuracy.measure_accuracy(made, params, batches, timesteps, key)
         counts = total_state(loader.state())["counts"]
-    if not measured[timesteps[0]].accuracy[SCORER_NAME].count:
+    if not measured[timesteps[0]].accuracy[accuracy.SCORER].count:
         raise UserError(f"--pairs={PAIRS.value} has no pair with a preferred picture among the first {num_pairs}.")
     return measured, list(captions), {name: count for name, count in counts.items() if count and name != "used"}
 
 
-def show(
-    measured: dict[int, PairAccuracy],
-    scorers: dict[str, AskedScorer],
-    pipeline: Pipeline,
-    captions: list[str],
-    skipped: dict[str, int],
-    out: Path | None,
-) -> None:
-    """Prints the table, and writes the numbers to ``out``; in the first process."""
-    from spo_jax.distributed.processes import is_main_process
-    from spo_jax.evaluation.pair_accuracy import SCORER as SCORER_NAME
-    from spo_jax.evaluation.pair_accuracy import accuracy_row, accuracy_table
-    from spo_jax.formats.tokenizers import cut_warning, tokenizers_of
-
-    if not is_main_process():
-        return
-    if warning := cut_warning([*tokenizers_of(pipeline), scorers[SCORER_NAME].tokenizer], captions, "captions"):
-        notice(warning)
-    print(accuracy_table(measured, list(scorers)))
-    some = next(iter(measured.values())).accuracy[SCORER_NAME]
-    left_out = {"ties": int(some.ties)} if some.ties else {}
-    said = "".join(f", {name} left out: {count}" for name, count in (left_out | skipped).items())
-    print(f"{some.count:.0f} pairs{said}.")
-    if out is not None:
+def show(measured: dict[int, accuracy.PairAccuracy], skipped: dict[str, int]) -> None:
+    """Prints the table, and writes the numbers to ``--out``."""
+    some = next(iter(measured.values())).accuracy
+    names = [name for name in (accuracy.SCORER, accuracy.TOLD_0, accuracy.PLAIN) if name in some]
+    print(accuracy.accuracy_table(measured, names))
+    count, ties = int(some[accuracy.SCORER].count), int(some[accuracy.SCORER].ties)
+    left_out = ({"ties": ties} if ties else {}) | skipped
+    print(f"{count} pairs" + "".join(f", {name} left out: {number}" for name, number in left_out.items()) + ".")
+    if OUT.value is not None:
         numbers = {
             **{flag.name: flag.value for flag in (SCORER, FN, PLAIN, PAIRS, MODEL, GUIDANCE_SCALE, SEED)},
-            "num_pairs": int(some.count),
-            "num_ties": int(some.ties),
+            "num_pairs": count,
+            "num_ties": ties,
             "skipped": skipped,
-            "timesteps": [{"timestep": timestep, **accuracy_row(row)} for timestep, row in measured.items()],
+            "timesteps": [{"timestep": timestep, **accuracy.accuracy_row(row)} for timestep, row in measured.items()],
         }
-        with saying_where(out):
-            write_text(out, json.dumps(numbers, indent=2) + "\n")
-        print(f"Numbers: {out}")
-
-
-def parse_timesteps(texts: list[str]) -> list[int]:
-    """Timesteps in ascending order, each once; UserError if one is no number from 0."""
-    if not texts or not all(text.strip().isdecimal() and len(text) < 10 for text in texts):
-        raise UserError(f"--timesteps={','.join(texts)} must be numbers from 0 with commas between, such as 0,251,501.")
-    return sorted({int(text) for text in texts})
-
-
-def check_out(out: Path) -> Path:
-    """The file to write; its folder is made. UserError if it is no .json file or cannot be there."""
-    if out.suffix != ".json":
-        raise UserError(f"--out={out} must name a JSON file, for example --out=accuracy.json.")
-    check_place(out)
-    return out
+        with saying_where(OUT.value):
+            write_text(OUT.value, json.dumps(numbers, indent=2) + "\n")
+        print(f"Numbers: {OUT.value}")
 
 
 if __name__ == "__main__":

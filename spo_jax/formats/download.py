@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import huggingface_hub
 from huggingface_hub import constants, errors
 
 from spo_jax.errors import UserError, first_line
@@ -100,11 +101,8 @@ def list_files(
     if remote.site == "github":
         digest = f"sha256:{remote.sha256}" if remote.sha256 else ""
         return [RemoteFile(remote.inside, _size_on_github(remote) if network else -1, digest)]
-    listing = _known_listing(remote)
-    if listing is None:
-        if not network:
-            return None
-        listing = _ask_listing(remote)
+    if (listing := _listing(remote, network)) is None:
+        return None
     chosen = choose_files(remote, listing, variant=variant, weights=weights)
     if not chosen or chosen[0] not in listing:
         there = ", ".join(sorted(listing)[:5]) or "no files"
@@ -146,16 +144,14 @@ def is_here(remote: RemoteName, file: RemoteFile) -> bool:
 
 def size_of(remote: RemoteName, file: RemoteFile) -> int:
     """Its size as its server has it; if that is unknown, the size of what is here of it."""
-    return file.size if file.size >= 0 else _size(local_path(remote, file.path))
+    path = local_path(remote, file.path)
+    return file.size if file.size >= 0 else path.stat().st_size if path.is_file() else 0
 
 
 def partial_bytes(remote: RemoteName, file: RemoteFile) -> int:
     """The bytes that an interrupted transfer has left of the file."""
-    return _size(_incomplete(remote, file))
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    part = _incomplete(remote, file)
+    return part.stat().st_size if part.is_file() else 0
 
 
 def page(remote: RemoteName) -> str:
@@ -165,12 +161,10 @@ def page(remote: RemoteName) -> str:
 
 def address(remote: RemoteName, path: str) -> str:
     """The URL of a file's content."""
-    from huggingface_hub import hf_hub_url
-
     if remote.site == "github":
         base = os.environ.get("GITHUB_RAW_ENDPOINT") or _GITHUB
         return f"{base.rstrip('/')}/{remote.repo}/{remote.revision}/{path}"
-    return hf_hub_url(remote.repo, path, repo_type=remote.kind, revision=remote.revision)
+    return huggingface_hub.hf_hub_url(remote.repo, path, repo_type=remote.kind, revision=remote.revision)
 
 
 def cache_folder(remote: RemoteName) -> Path:
@@ -190,15 +184,17 @@ def fetch(remote: RemoteName, file: RemoteFile, *, again: bool = False) -> Path:
       UserError: it is not accessible, has another size or checksum, or cannot be written.
       Unreachable: the server cannot be asked.
     """
-    from huggingface_hub.utils import build_hf_headers
-
     target, incomplete, blob = local_path(remote, file.path), _incomplete(remote, file), _blob(remote, file)
-    with _one_sentence(remote, file.path), alone(_lock(remote, file), f"{file.path} of {remote.repo}"):
+    if blob is None:
+        lock = _own_folder() / "locks" / f"{hashlib.sha256(str(target).encode()).hexdigest()}.lock"
+    else:  # the one that huggingface_hub takes, so that its commands wait as well
+        lock = blob.parents[2] / ".locks" / blob.parents[1].name / f"{blob.name}.lock"
+    with _one_sentence(remote, file.path), alone(lock, f"{file.path} of {remote.repo}"):
         if is_here(remote, file) and not (again and fault_of(target, file)):
             return target
         incomplete.parent.mkdir(parents=True, exist_ok=True)
         if blob is None or not blob.is_file() or fault_of(blob, file) is not None:
-            headers = {} if remote.site == "github" else build_hf_headers()
+            headers = {} if remote.site == "github" else huggingface_hub.utils.build_hf_headers()
             transfer(address(remote, file.path), headers, incomplete, file.size, file.path)
             if (fault := fault_of(incomplete, file)) is not None:
                 incomplete.unlink()
@@ -210,7 +206,12 @@ def fetch(remote: RemoteName, file: RemoteFile, *, again: bool = False) -> Path:
                 )
             os.replace(incomplete, blob or target)
         if blob is not None:
-            _link(target, blob)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            try:
+                target.symlink_to(os.path.relpath(blob, target.parent))
+            except OSError:  # a file system without links
+                os.replace(blob, target)
     return target
 
 
@@ -259,10 +260,9 @@ def in_bytes(size: int) -> str:
     """A size for people: 604 kB, 5.48 GB."""
     if size < 1000:
         return f"{size} byte{'' if size == 1 else 's'}"
-    amount, units = size / 1000, ["kB", "MB", "GB"]
-    while amount >= 1000 and len(units) > 1:
-        amount, units = amount / 1000, units[1:]
-    return f"{amount:.2f} GB" if units[0] == "GB" else f"{amount:.3g} {units[0]}"
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.3g} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
@@ -290,38 +290,17 @@ def _incomplete(remote: RemoteName, file: RemoteFile) -> Path:
     return whole.with_name(whole.name + ".spo_jax.incomplete")
 
 
-def _lock(remote: RemoteName, file: RemoteFile) -> Path:
-    # For files of the hub the one that huggingface_hub takes, so that its commands wait as well.
-    if (blob := _blob(remote, file)) is not None:
-        return blob.parents[2] / ".locks" / blob.parents[1].name / f"{blob.name}.lock"
-    return _own_folder() / "locks" / f"{hashlib.sha256(str(local_path(remote, file.path)).encode()).hexdigest()}.lock"
+def _listing(remote: RemoteName, network: bool) -> dict[str, RemoteFile] | None:
+    """The files of a commit by path, as they were listed before, or as the hub lists them now if it may be asked."""
+    kept = _own_folder() / "listings" / _repository(remote).name / f"{remote.revision}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # then it is asked for again
+        if kept.stat().st_size <= _MAX_LISTING_BYTES:
+            known = [RemoteFile(*entry) for entry in json.loads(kept.read_text(encoding="utf-8"))]
+            if known and all(map(_is_safe, known)):
+                return {file.path: file for file in known}
+    if not network:
+        return None
 
-
-def _link(target: Path, blob: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        target.symlink_to(os.path.relpath(blob, target.parent))
-    except OSError:  # a file system without links
-        os.replace(blob, target)
-
-
-def _listing_file(remote: RemoteName) -> Path:
-    return _own_folder() / "listings" / _repository(remote).name / f"{remote.revision}.json"
-
-
-def _known_listing(remote: RemoteName) -> dict[str, RemoteFile] | None:
-    path = _listing_file(remote)
-    try:
-        if path.stat().st_size > _MAX_LISTING_BYTES:
-            return None
-        files = [RemoteFile(*entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
-        return None  # asked for again
-    return {file.path: file for file in files} if files and all(map(_is_safe, files)) else None
-
-
-def _ask_listing(remote: RemoteName) -> dict[str, RemoteFile]:
     def ask(api: Any) -> list[Any]:
         place = {"revision": remote.revision, "repo_type": remote.kind}
         api.repo_info(remote.repo, timeout=_SILENCE, **place)  # fails soon without network
@@ -331,16 +310,14 @@ def _ask_listing(remote: RemoteName) -> dict[str, RemoteFile]:
     for entry in _ask(remote, ask):
         if hasattr(entry, "size"):  # a folder has none
             large = getattr(entry, "lfs", None)
-            digest = f"sha256:{large.sha256}" if large else f"git:{entry.blob_id}"
-            file = RemoteFile(entry.path, entry.size, digest)
+            file = RemoteFile(entry.path, entry.size, f"sha256:{large.sha256}" if large else f"git:{entry.blob_id}")
             if not _is_safe(file):
-                raise UserError(
-                    f"{page(remote)} lists a file {entry.path!r}, {file.size!r} bytes, {digest!r}; no hub does."
-                )
+                what = f"{file.path!r}, {file.size!r} bytes, {file.digest!r}"
+                raise UserError(f"{page(remote)} lists a file {what}; no hub does.")
             files.append(file)
     if files:
         with contextlib.suppress(OSError):  # without it the hub is asked again
-            write_text(_listing_file(remote), json.dumps([dataclasses.astuple(file) for file in files]))
+            write_text(kept, json.dumps([dataclasses.astuple(file) for file in files]))
     return {file.path: file for file in files}
 
 
@@ -352,15 +329,11 @@ def _is_safe(file: RemoteFile) -> bool:
 
 def _ask(remote: RemoteName, request: Callable[[Any], _T]) -> _T:
     """Asks the hub; patient with a busy one."""
-    from huggingface_hub import HfApi
-
     with _one_sentence(remote):
-        return patiently(lambda: request(HfApi()))
+        return patiently(lambda: request(huggingface_hub.HfApi()))
 
 
 def _size_on_github(remote: RemoteName) -> int:
-    from huggingface_hub.utils import get_session, hf_raise_for_status
-
     path = local_path(remote, remote.inside)
     if path.is_file():
         return path.stat().st_size
@@ -368,10 +341,10 @@ def _size_on_github(remote: RemoteName) -> int:
     def ask() -> int:
         headers = {"Accept-Encoding": "identity"}
         url = address(remote, remote.inside)
-        response = get_session().head(url, headers=headers, follow_redirects=True, timeout=_SILENCE)
+        response = huggingface_hub.get_session().head(url, headers=headers, follow_redirects=True, timeout=_SILENCE)
         if response.status_code in (405, 501):  # a mirror without it
             return -1
-        hf_raise_for_status(response)
+        huggingface_hub.utils.hf_raise_for_status(response)
         told = response.headers.get("Content-Length", "")
         packed = response.headers.get("Content-Encoding", "identity") != "identity"
         return int(told) if told.isdigit() and not packed else -1
@@ -415,20 +388,16 @@ def _one_sentence(remote: RemoteName, path: str = "") -> Iterator[None]:
                 "set HF_HOME to a folder of yours."
             ) from error
         if response is not None:
-            raise UserError(_refusal(remote, what, response.status_code)) from error
+            status, see, again = response.status_code, f"see {page(remote)}", "run the same command again"
+            busy = f"The server cannot give {what} now ({status}); {again} later: it goes on then."
+            missing = f"There is no {what} at {remote.revision or 'its default branch'} ({status}); {see}."
+            refused = f"The server refuses {what} ({status}); {see}, and check HF_TOKEN or `hf auth login`."
+            many = f"The server has had too many requests for {what} (429); {again} in some minutes."
+            refusals = {401: refused, 403: refused, 404: missing, 410: missing, 429: many}
+            raise UserError(refusals.get(status, busy)) from error
         if isinstance(error, errors.OfflineModeIsEnabled):
             reason = "HF_HUB_OFFLINE is set"
         if isinstance(error, json.JSONDecodeError):
             reason = "what came is no answer of a hub: a login page, or a proxy?"
         message = f"{what} could not be fetched ({reason}); run the same command again with network."
         raise Unreachable(message, reason) from error
-
-
-def _refusal(remote: RemoteName, what: str, status: int) -> str:
-    if status in (401, 403):
-        return f"The server refuses {what} ({status}); see {page(remote)}, and check HF_TOKEN or `hf auth login`."
-    if status in (404, 410):
-        return f"There is no {what} at {remote.revision or 'its default branch'} ({status}); see {page(remote)}."
-    if status == 429:
-        return f"The server has had too many requests for {what} (429); run the same command again in some minutes."
-    return f"The server cannot give {what} now ({status}); run the same command again later: it goes on then."

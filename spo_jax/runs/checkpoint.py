@@ -7,6 +7,7 @@ it is complete; beside the arrays it holds the checksums of its files, by which 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -52,7 +53,6 @@ ADDED_KEYS = {
     "unet": "",
 }
 _ARRAYS, _EXTRA = "state", "extra"  # the parts of a checkpoint
-_NO_STEP = -1
 _BLOCK = 2**20
 _SLICE = 2**20  # bytes; devices that hold the same array share its writing, and each slice is a program to compile
 
@@ -125,7 +125,7 @@ def restore_latest(manager: ocp.CheckpointManager, template: Any) -> tuple[Any, 
       UserError: all checkpoints are damaged, or the newest good one does not fit the template; nothing is renamed then.
     """
     step = agree(lambda: _choose(Path(manager.directory)))
-    if step == _NO_STEP:
+    if step < 0:
         return None
     manager.reload()
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
@@ -143,27 +143,29 @@ def restore_latest(manager: ocp.CheckpointManager, template: Any) -> tuple[Any, 
 
 # -------------------------------------------------------------------------------------------------- damage and failures
 def _choose(directory: Path) -> int:
-    """The newest checkpoint that is not damaged, or ``_NO_STEP``; puts damaged ones that are newer aside."""
+    """The newest checkpoint that is not damaged, -1 if there is none; puts damaged ones that are newer aside."""
     faults = {}
     for step in _steps(directory):
-        fault = _fault(directory / str(step))
-        if fault is None:
+        if (fault := _fault(directory / str(step))) is None:
             break
         faults[step] = fault
     else:
         if not faults:
-            return _NO_STEP
+            return -1
         newest, fault = next(iter(faults.items()))
         raise UserError(
             f"No checkpoint in {directory} can be restored ({newest}: {fault}); move that folder away to start from "
             "the beginning, or choose another --workdir."
         )
     for damaged, fault in faults.items():
-        aside = _free_name(directory / f"{damaged}.damaged")
-        (directory / str(damaged)).rename(aside)
+        names = itertools.chain(
+            [f"{damaged}.damaged"], (f"{damaged}.damaged-{number}" for number in itertools.count(2))
+        )
+        aside = next(name for name in names if not (directory / name).exists())
+        (directory / str(damaged)).rename(directory / aside)
         print(
             f"spo_jax: warning: checkpoint {directory / str(damaged)} is damaged ({fault}); going on from checkpoint "
-            f"{step} instead. The damaged one is now {aside.name}.",
+            f"{step} instead. The damaged one is now {aside}.",
             file=sys.stderr,
         )
     return step
@@ -172,13 +174,6 @@ def _choose(directory: Path) -> int:
 def _steps(directory: Path) -> list[int]:
     """Steps of the checkpoints that are complete, the newest first."""
     return sorted((int(path.name) for path in directory.iterdir() if path.name.isdecimal()), reverse=True)
-
-
-def _free_name(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists():
-        number, free = number + 1, path.with_name(f"{path.name}-{number + 1}")
-    return free
 
 
 def _fault(checkpoint: Path) -> str | None:
@@ -198,11 +193,11 @@ def _checksums(checkpoint: Path) -> dict[str, list[int]]:
     """Size and CRC of every file of arrays and extra."""
     sums = {}
     for path in sorted(path for part in (_ARRAYS, _EXTRA) for path in (checkpoint / part).rglob("*") if path.is_file()):
-        size = crc = 0
+        crc = 0
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
-                size, crc = size + len(block), zlib.crc32(block, crc)
-        sums[path.relative_to(checkpoint).as_posix()] = [size, crc]
+                crc = zlib.crc32(block, crc)
+        sums[path.relative_to(checkpoint).as_posix()] = [path.stat().st_size, crc]
     return sums
 
 
@@ -249,51 +244,46 @@ def check_workdir(workdir: str | Path, config: dict[str, Any], pins: dict[str, s
     Raises:
       UserError: the folder belongs to a run with another config (names the first key that differs), or cannot be made.
     """
-    agree(lambda: _check_workdir(Path(workdir), config, pins or {}))
+    path = Path(workdir) / CONFIG_FILE
 
-
-def _check_workdir(workdir: Path, config: dict[str, Any], pins: dict[str, str]) -> int:
-    path = workdir / CONFIG_FILE
-    if path.is_file():
+    def check() -> int:
+        if path.is_file():
+            try:
+                recorded = json.loads(path.read_text(encoding="utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise UserError(f"File {path} is damaged ({error}); choose another --workdir.") from error
+            difference = _first_difference(recorded, json.loads(json.dumps(config)), "config")
+            if difference is not None:
+                raise UserError(
+                    f"--workdir={workdir} belongs to a run with another config ({difference}); "
+                    "choose another --workdir, or start with the config of that run."
+                )
+            return 0
+        # The pins before the config, without which there is no run.
+        files = {PINS_FILE: pins, CONFIG_FILE: config} if pins else {CONFIG_FILE: config}
         try:
-            recorded = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"File {path} is damaged ({error}); choose another --workdir.") from error
-        difference = _first_difference(recorded, json.loads(json.dumps(config)), "config")
-        if difference is not None:
+            for name, values in files.items():
+                write_text(path.with_name(name), json.dumps(values, indent=2, sort_keys=True) + "\n")
+        except OSError as error:
             raise UserError(
-                f"--workdir={workdir} belongs to a run with another config ({difference}); "
-                "choose another --workdir, or start with the config of that run."
-            )
+                f"--workdir={workdir} cannot be made or written ({error.strerror}); choose another --workdir."
+            ) from error
         return 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if pins:  # before the config, without which there is no run
-            _write_json(workdir / PINS_FILE, pins)
-        _write_json(path, config)
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be made or written ({error.strerror}); choose another --workdir."
-        ) from error
-    return 0
 
-
-def _write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    agree(check)
 
 
 def _first_difference(old: Any, new: Any, name: str) -> str | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            path = f"{name}.{key}".removeprefix("config.")
-            if path in FREE_KEYS:
-                continue
-            if path in ADDED_KEYS:
-                old = {key: ADDED_KEYS[path]} | old
-            if key not in old or key not in new:
-                return f"{name}.{key} is only in the {'new' if key in new else 'old'} one"
-            difference = _first_difference(old[key], new[key], f"{name}.{key}")
-            if difference is not None:
-                return difference
-        return None
-    return None if old == new else f"{name} was {old!r} there and is {new!r} now"
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return None if old == new else f"{name} was {old!r} there and is {new!r} now"
+    for key in sorted(old.keys() | new.keys()):
+        path = f"{name}.{key}".removeprefix("config.")
+        if path in FREE_KEYS:
+            continue
+        if path in ADDED_KEYS:
+            old = {key: ADDED_KEYS[path]} | old
+        if key not in old or key not in new:
+            return f"{name}.{key} is only in the {'new' if key in new else 'old'} one"
+        if (difference := _first_difference(old[key], new[key], f"{name}.{key}")) is not None:
+            return difference
+    return None

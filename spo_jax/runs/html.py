@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,6 @@ figure { margin: 0; } figcaption { font-size: .9rem; }
 img { width: 128px; height: 128px; object-fit: contain; image-rendering: pixelated; border-radius: .3rem;
   display: block; }
 .steps { display: flex; flex-wrap: wrap; gap: .8rem; } .steps img { width: 98px; height: 98px; }
-td small { white-space: nowrap; }
 svg { width: 100%; height: auto; display: block; margin-top: .4rem; }
 svg line { stroke: var(--line); }
 polyline { fill: none; stroke: var(--win); stroke-width: 1.6; stroke-linejoin: round; }
@@ -100,15 +99,37 @@ def curve(
     )
 
 
-def settings(config: Mapping[str, Any], prefix: str = "") -> str:
+def settings(config: Mapping[str, Any]) -> str:
+    """The section of all settings."""
+    return (
+        '<h2>Settings</h2><p class="lead">Each can be set on the command line, as <code>--config.KEY=VALUE</code>.</p>'
+        f'<div class="settings">{_level(config)}</div>'
+    )
+
+
+def _level(config: Mapping[str, Any], prefix: str = "") -> str:
     """A table of this level's keys with their full names, then those of the levels below."""
     rows = [
         f"<tr><td><code>{escaped(prefix + key)}</code></td><td><code>{escaped(value)}</code></td></tr>"
         for key, value in config.items()
         if not isinstance(value, Mapping)
     ]
-    below = [settings(value, f"{prefix}{key}.") for key, value in config.items() if isinstance(value, Mapping)]
+    below = [_level(value, f"{prefix}{key}.") for key, value in config.items() if isinstance(value, Mapping)]
     return (f"<table>{''.join(rows)}</table>" if rows else "") + "".join(below)
+
+
+def table(rows: Iterable[tuple[str, object]]) -> str:
+    """Labels, each with a number."""
+    cells = (f'<tr><td>{escaped(label)}</td><td class="n">{value}</td></tr>' for label, value in rows)
+    return f"<table>{''.join(cells)}</table>"
+
+
+def captioned(images: Iterable[tuple[str, np.ndarray, str]], caption: str) -> str:
+    """Images side by side, uint8 [H, W, 3], each with its alternative text and what stands below it; and a caption."""
+    shown = "".join(
+        f'<div><img alt="{escaped(alt)}" src="{data_uri(image)}">{below}</div>' for alt, image, below in images
+    )
+    return f'<figure><div class="pair">{shown}</div><figcaption>{escaped(caption)}</figcaption></figure>'
 
 
 def data_uri(image: np.ndarray) -> str:

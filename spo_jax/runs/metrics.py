@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,71 +41,42 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | Path, resume_step: int = 0, *more: Sink, enabled: bool = True):
-        self._files = contextlib.ExitStack()
-        self._sinks: list[Sink] = []
+        self._enabled, self._more = enabled, more
         if enabled:
-            rows, events = _Rows(Path(workdir), resume_step), _Events(Path(workdir), resume_step)
-            for opened in (rows, events):
-                self._files.callback(opened.close)
-            self._sinks = [rows, events, *more]
+            path = Path(workdir) / METRICS_FILE
+            write_text(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path, resume_step)))
+            self._rows = path.open("a", encoding="utf-8")
+            self._events = SummaryWriter(str(path.with_name("tensorboard")), purge_step=resume_step + 1)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._files.close()
+    def __exit__(self, *_error: object) -> None:
+        if self._enabled:
+            self._rows.close()
+            self._events.close()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One row of scalars."""
-        for sink in self._sinks:
-            sink.write(step, scalars)
-
-    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """One picture, uint8 [H, W, 3]."""
-        for sink in self._sinks:
-            sink.write_image(step, name, image)
-
-
-class _Rows:
-    """``metrics.jsonl``; it has no pictures."""
-
-    def __init__(self, workdir: Path, resume_step: int):
-        path = workdir / METRICS_FILE
-        _truncate(path, resume_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        # A number that is not finite is written as null, because JSON has no NaN.
+        """One row of scalars; one that is not finite is null in the file, because JSON has no NaN."""
+        if not self._enabled:
+            return
         row = {name: float(value) if np.isfinite(value) else None for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
-
-    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        pass
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _Events:
-    """TensorBoard's event files."""
-
-    def __init__(self, workdir: Path, resume_step: int):
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._rows.write(json.dumps({"step": step, **row}) + "\n")
+        self._rows.flush()
         for name, value in scalars.items():
             self._events.add_scalar(name, float(value), step)
         self._events.flush()
+        for sink in self._more:
+            sink.write(step, scalars)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """One picture, uint8 [H, W, 3]; ``metrics.jsonl`` has none."""
+        if not self._enabled:
+            return
         self._events.add_image(name, image, step, dataformats="HWC")
         self._events.flush()
-
-    def close(self) -> None:
-        self._events.close()
+        for sink in self._more:
+            sink.write_image(step, name, image)
 
 
 def read_metrics(path: str | Path, last_step: float = math.inf) -> list[dict[str, Any]]:
@@ -127,11 +96,6 @@ def read_metrics(path: str | Path, last_step: float = math.inf) -> list[dict[str
             if row["step"] <= last_step:
                 rows.append(row)
     return rows
-
-
-def _truncate(path: Path, last_step: int) -> None:
-    rows = "".join(json.dumps(row) + "\n" for row in read_metrics(path, last_step))
-    write_text(path, rows)
 
 
 def check_finite(row: Mapping[str, float], when: str, workdir: Path) -> None:

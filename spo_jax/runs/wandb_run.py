@@ -41,13 +41,7 @@ class WandbRun:
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """One picture, uint8 [H, W, 3]."""
-
-        def log(run: Any) -> None:
-            import wandb
-
-            run.log({name: wandb.Image(image)}, step=step)
-
-        self._try(log)
+        self._try(lambda run: run.log({name: sys.modules["wandb"].Image(image)}, step=step))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """What ``summary.json`` holds, without the config, which W&B has since the start."""
@@ -70,8 +64,31 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: wandb is not installed, or nobody is logged in.
     """
+
+    def check_first() -> int:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "config.wandb.project is set, but wandb is not installed; install it with `pip install wandb`, or "
+                "leave the key empty."
+            ) from error
+        try:
+            # Asks nobody: a question would stop a run that its scheduler has started. What is configured is not tried.
+            online = wandb.setup(settings=wandb.Settings(silent=True)).settings.mode == "online"
+            ready = not online or wandb.login(prompt=False, verify=False)
+        except Exception as error:
+            what = f"W&B's settings do not work ({_reason(error)})"
+            raise UserError(f"config.wandb.project is set, but {what}.") from error
+        if not ready:
+            raise UserError(
+                "config.wandb.project is set, but nobody is logged in to W&B; run `wandb login`, set "
+                "WANDB_MODE=offline to keep the rows here, or leave the key empty."
+            )
+        return 0
+
     if config.wandb.project:
-        agree(_check)
+        agree(check_first)
 
 
 def start(config: ConfigDict, workdir: Path, resume_step: int) -> WandbRun:
@@ -106,41 +123,28 @@ def finished() -> Iterator[None]:
         yield
         exit_code = 0
     finally:
-        _finish(exit_code)
-
-
-# -------------------------------------------------------------------------------------------------------------- pieces
-def _check() -> int:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "config.wandb.project is set, but wandb is not installed; install it with `pip install wandb`, or leave "
-            "the key empty."
-        ) from error
-    try:
-        # Asks nobody: a question would stop a run that its scheduler has started. What is configured is not tried yet.
-        online = wandb.setup(settings=wandb.Settings(silent=True)).settings.mode == "online"
-        ready = not online or wandb.login(prompt=False, verify=False)
-    except Exception as error:
-        raise UserError(f"config.wandb.project is set, but W&B's settings do not work ({_reason(error)}).") from error
-    if not ready:
-        raise UserError(
-            "config.wandb.project is set, but nobody is logged in to W&B; run `wandb login`, set WANDB_MODE=offline to "
-            "keep the rows here, or leave the key empty."
-        )
-    return 0
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            try:
+                wandb.run.finish(exit_code=exit_code)
+            except Exception as error:
+                _warn(error)
 
 
 def _start(config: ConfigDict, workdir: Path, resume_step: int) -> Any:
     import wandb
 
+    path = workdir / ID_FILE
+    run_id = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    if not re.fullmatch(r"[0-9a-f]{16}", run_id):
+        run_id = secrets.token_hex(8)
+        write_text(path, run_id + "\n")
     try:
         run = wandb.init(
             project=config.wandb.project,
             entity=config.wandb.entity or None,
             name=config.wandb.name or None,
-            id=_run_id(workdir),
+            id=run_id,
             resume="allow",
             reinit="finish_previous",
             dir=str(workdir),
@@ -165,25 +169,6 @@ def _start(config: ConfigDict, workdir: Path, resume_step: int) -> Any:
             ) from error
         _warn(error)
         return None
-
-
-def _run_id(workdir: Path) -> str:
-    path = workdir / ID_FILE
-    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-    if re.fullmatch(r"[0-9a-f]{16}", known):
-        return known
-    new = secrets.token_hex(8)
-    write_text(path, new + "\n")
-    return new
-
-
-def _finish(exit_code: int) -> None:
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        try:
-            wandb.run.finish(exit_code=exit_code)
-        except Exception as error:
-            _warn(error)
 
 
 def _warn(error: Exception) -> None:

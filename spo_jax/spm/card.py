@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spo_jax.evaluation.pair_accuracy import PLAIN, SCORER, TOLD_0
-from spo_jax.runs.html import number
 from spo_jax.runs.model_card import (
     CITATION,
     PAPER,
@@ -22,6 +20,7 @@ from spo_jax.runs.model_card import (
     table,
     write_card,
 )
+from spo_jax.spm.report import accuracy_rows
 
 
 def write_preference_card(path: str | Path, *, summary: Mapping[str, Any]) -> None:
@@ -36,11 +35,14 @@ def write_preference_card(path: str | Path, *, summary: Mapping[str, Any]) -> No
     # transformers reads the model only without its time layers, and then it is a CLIP like any other.
     library, task = ("spo_jax", "") if aware else ("transformers", "zero-shot-image-classification")
     tags = ["clip", "preference-model", "spo", "preference-optimization"]
+    head, *rows = accuracy_rows(summary["accuracy"])
     sections = [
         front_matter(config["scorer"]["init"], relation="finetune", library_name=library, pipeline_tag=task, tags=tags),
         _introduction(summary, aware),
         made_from(config, {"data.train": f", {summary['records']['used']} used over all epochs"}),
-        _accuracies(summary["accuracy"]),
+        "## Results\n\nHow often the preferred picture of a validation pair has the higher score, when both carry the "
+        "noise of a timestep, with 95 % intervals; a coin has 0.5:\n\n"
+        f"{table(head, rows)}\n`report.html` has pictures and curves.\n",
         _use(config, aware),
         repeat(summary),
         limits(config["scorer"]["init"], "models"),
@@ -58,26 +60,6 @@ def _introduction(summary: Mapping[str, Any], aware: bool) -> str:
         f"Step-by-step Preference Optimization ({PAPER}) for {shown(config['model'])}, trained by `spo_jax`.\n\n"
         f"`best` is the model of step {code(summary['best_step'])}, which was right most often on the validation "
         f"pairs, and `last` that of step {code(config['num_steps'])}.\n"
-    )
-
-
-def _accuracies(accuracy: Mapping[str, Mapping[str, Any]]) -> str:
-    def cell(entry: Mapping[str, Any], form: str) -> str:
-        low, high = entry["interval"]
-        return f"{number(entry['value'], form)} [{number(low, form)}, {number(high, form)}]"
-
-    rows = []
-    for model, meaning in (("start", "before training"), ("best", "`best`"), ("last", "`last`")):
-        measured = list(accuracy[model].values())
-        rows.append((meaning, *(cell(row["accuracy"][SCORER], ".3f") for row in measured)))
-        for other, of_what in ((TOLD_0, "gain of knowing t"), (PLAIN, "gain over the plain model")):
-            if model != "start" and other in measured[0]["gain"]:
-                rows.append((f"{meaning}: {of_what}", *(cell(row["gain"][other], "+.3f") for row in measured)))
-    return (
-        "## Results\n\nHow often the preferred picture of a validation pair has the higher score, when both carry the "
-        "noise of a timestep, with 95 % intervals; a coin has 0.5:\n\n"
-        + table(("", *(f"t = {timestep}" for timestep in accuracy["best"])), rows)
-        + "\n`report.html` has pictures and curves.\n"
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from spo_jax.data.records import FAULTS
 from spo_jax.evaluation.pair_accuracy import PLAIN, SCORER, TOLD_0
 from spo_jax.files import write_text
-from spo_jax.runs.html import curve, data_uri, duration, escaped, number, page, settings, show_cards
+from spo_jax.runs.html import captioned, curve, duration, escaped, number, page, settings, show_cards, table
 
 _CURVES = (
     ("Loss", "Cross-entropy with the labels; log 2 = 0.693 is a coin's.", "loss"),
@@ -54,11 +55,17 @@ def write_spm_report(
         )
         for timestep, row in best.items()
     ]
+    meanings = {"used": "used", "unlabelled": "left out: nobody said which picture is better", **FAULTS}
     curves = [curve(title, hint, (name,), metrics) for title, hint, name in _CURVES]
     curves += [
         curve(f"Accuracy at t = {timestep}", "On the validation pairs.", (f"accuracy_t{timestep}",), metrics)
         for timestep in best
     ]
+    kinds = itertools.chain("h", itertools.repeat("d"))  # of the cells: <th> in the first row
+    accuracies = "".join(
+        f"<tr>{''.join(f'<t{kind}>{escaped(cell)}</t{kind}>' for cell in row)}</tr>"
+        for kind, row in zip(kinds, accuracy_rows(summary["accuracy"]), strict=False)
+    )
     sections = [
         "<h1>Preference model</h1>",
         f'<p class="lead">Which of two pictures people prefer, told from what a diffusion model makes of them at a '
@@ -68,7 +75,7 @@ def write_spm_report(
         "<h2>Accuracy on the validation pairs</h2>",
         '<p class="lead">With 95 % intervals. Ties are left out. Gains are on the same pairs: over the same model told '
         "t = 0 everywhere, and over another model without the time input, if config.validation.plain names one.</p>",
-        _accuracies(summary["accuracy"]),
+        f"<table>{accuracies}</table>",
         "<h2>What the model sees</h2>",
         f'<p class="lead">The first {len(pairs)} validation pairs at each timestep, with the scores of the last model. '
         "Both pictures of a pair got the same noise.</p>",
@@ -76,31 +83,27 @@ def write_spm_report(
         "<h2>Training</h2>",
         f'<div class="curves">{"".join(curves)}</div>',
         "<h2>Records</h2>",
-        _records(summary["records"]),
-        "<h2>Settings</h2>",
-        '<p class="lead">Each can be set on the command line, as <code>--config.KEY=VALUE</code>.</p>',
-        f'<div class="settings">{settings(summary["config"])}</div>',
+        table((meanings[name], count) for name, count in summary["records"].items() if count or name == "used"),
+        settings(summary["config"]),
     ]
     write_text(Path(path), page("Preference model report", sections))
 
 
-def _accuracies(accuracy: Mapping[str, Mapping[str, Any]]) -> str:
-    head = "".join(f"<th>t = {escaped(timestep)}</th>" for timestep in accuracy["best"])
-    rows = []
+def accuracy_rows(accuracy: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The table of ``summary.json``'s accuracies: a head, then a label and a text for each timestep."""
+
+    def row(label: str, entries: Iterable[Mapping[str, Any]], form: str) -> tuple[str, ...]:
+        ranges = ([number(end, form) for end in (entry["value"], *entry["interval"])] for entry in entries)
+        return label, *(f"{value} [{low}, {high}]" for value, low, high in ranges)
+
+    rows: list[tuple[str, ...]] = [("", *(f"t = {timestep}" for timestep in accuracy["best"]))]
     for model, meaning in (("start", "before training"), ("best", "best"), ("last", "last")):
-        cells = [_with_interval(row["accuracy"][SCORER], ".3f") for row in accuracy[model].values()]
-        rows.append((meaning, cells))
+        measured = list(accuracy[model].values())
+        rows.append(row(meaning, (at["accuracy"][SCORER] for at in measured), ".3f"))
         for other, of_what in ((TOLD_0, "gain of knowing t"), (PLAIN, "gain over the plain model")):
-            if model != "start" and other in next(iter(accuracy[model].values()))["gain"]:
-                cells = [_with_interval(row["gain"][other], "+.3f") for row in accuracy[model].values()]
-                rows.append((f"{meaning}: {of_what}", cells))
-    body = "".join(f"<tr><td>{name}</td>{''.join(f'<td>{c}</td>' for c in cells)}</tr>" for name, cells in rows)
-    return f"<table><tr><th></th>{head}</tr>{body}</table>"
-
-
-def _with_interval(entry: Mapping[str, Any], form: str) -> str:
-    low, high = entry["interval"]
-    return f"{number(entry['value'], form)} <small>[{number(low, form)}, {number(high, form)}]</small>"
+            if model != "start" and other in measured[0]["gain"]:
+                rows.append(row(f"{meaning}: {of_what}", (at["gain"][other] for at in measured), "+.3f"))
+    return rows
 
 
 def _pair(pair: ShownPair, timesteps: Sequence[str]) -> str:
@@ -108,25 +111,9 @@ def _pair(pair: ShownPair, timesteps: Sequence[str]) -> str:
         wanted = "people liked both alike"
     else:
         wanted = f"people preferred the {'left' if pair.labels[0] > pair.labels[1] else 'right'} one"
-    cells = []
+    seen = []
     for timestep, images, scores in zip(timesteps, pair.images, pair.scores, strict=True):
-        pictures = "".join(
-            f'<div><img alt="{escaped(pair.caption)}, t = {escaped(timestep)}" src="{data_uri(image)}">'
-            f"{number(float(score), '.2f')}</div>"
-            for image, score in zip(images, scores, strict=True)
-        )
-        cells.append(
-            f'<figure><div class="pair">{pictures}</div><figcaption>t = {escaped(timestep)}</figcaption></figure>'
-        )
-    caption = f"<p><b>{escaped(pair.caption)}</b>: {wanted}</p>"
-    return f'{caption}<div class="steps">{"".join(cells)}</div>'
-
-
-def _records(records: Mapping[str, int]) -> str:
-    meanings = {"used": "used", "unlabelled": "left out: nobody said which picture is better", **FAULTS}
-    rows = (
-        f'<tr><td>{escaped(meanings[name])}</td><td class="n">{count}</td></tr>'
-        for name, count in records.items()
-        if count or name == "used"
-    )
-    return f"<table>{''.join(rows)}</table>"
+        below = (number(float(score), ".2f") for score in scores)
+        alt = f"{pair.caption}, t = {timestep}"
+        seen.append(captioned(zip((alt, alt), images, below, strict=True), f"t = {timestep}"))
+    return f'<p><b>{escaped(pair.caption)}</b>: {wanted}</p><div class="steps">{"".join(seen)}</div>'

@@ -9,30 +9,26 @@ import numpy as np
 
 from spo_jax.evaluation.metrics import Metric, meaning_of
 from spo_jax.files import write_text
-from spo_jax.runs.html import curve, data_uri, duration, escaped, is_finite, number, page, settings, show_cards
+from spo_jax.runs.html import captioned, curve, duration, escaped, is_finite, number, page, settings, show_cards, table
 from spo_jax.runs.metrics import Row, Summary
 
-# Title, what a good run looks like, and the series in it: (key of metrics.jsonl, name in the legend).
+# Title, what a good run looks like, and the keys of metrics.jsonl in it.
 _CURVES = (
     (
         "Preference score, mean",
         "Of the candidates; noisy, because each batch has other prompts.",
-        ("preference_score_mean",),
+        "preference_score_mean",
     ),
     (
         "Preference score, spread",
         "Its standard deviation; without it there is nothing to choose from.",
-        ("preference_score_std",),
+        "preference_score_std",
     ),
-    ("Loss", "It starts at log 2 = 0.693, where better and worse are equally likely.", ("loss",)),
-    ("Fraction of pairs with a clear preference", "Only these are learned from.", ("valid_fraction",)),
-    (
-        "Probability ratio to the base model",
-        "The better sample should rise above the worse.",
-        ("win_ratio", "lose_ratio"),
-    ),
-    ("Fraction of ratios clipped", "Clipped samples no longer push.", ("win_clipped", "lose_clipped")),
-    ("Gradient norm", "It should stay of one size.", ("grad_norm",)),
+    ("Loss", "It starts at log 2 = 0.693, where better and worse are equally likely.", "loss"),
+    ("Fraction of pairs with a clear preference", "Only these are learned from.", "valid_fraction"),
+    ("Probability ratio to the base model", "The better sample should rise above the worse.", "win_ratio lose_ratio"),
+    ("Fraction of ratios clipped", "Clipped samples no longer push.", "win_clipped lose_clipped"),
+    ("Gradient norm", "It should stay of one size.", "grad_norm"),
 )
 _TIMES = {"seconds_pool": "sampling and scoring", "seconds_update": "updating"}
 
@@ -54,8 +50,11 @@ def write_report(
       rows: of ``metrics.jsonl``.
       samples: prompt, and uint8 images [H, W, 3] of base and tuned model from the same noise.
     """
-    pictures = "".join(_pair(*sample) for sample in samples)
-    curves = "".join(curve(title, hint, names, rows) for title, hint, names in _CURVES)
+    pictures = "".join(
+        captioned([(f"{name}: {prompt}", image, name) for name, image in (("base", base), ("tuned", tuned))], prompt)
+        for prompt, base, tuned in samples
+    )
+    curves = "".join(curve(title, hint, names.split(), rows) for title, hint, names in _CURVES)
     sections = [
         "<h1>Step-aware preference optimization</h1>",
         f'<p class="lead">A text-to-image model before (base) and after (tuned) learning from a preference model, '
@@ -70,9 +69,7 @@ def write_report(
         f'<div class="curves">{curves}</div>',
         "<h2>Time</h2>",
         _times(summary, rows),
-        "<h2>Settings</h2>",
-        '<p class="lead">Each can be set on the command line, as <code>--config.KEY=VALUE</code>.</p>',
-        f'<div class="settings">{settings(summary["config"])}</div>',
+        settings(summary["config"]),
     ]
     write_text(Path(path), page("SPO report", sections))
 
@@ -101,20 +98,10 @@ def _headline(summary: Summary, metrics: Mapping[str, Metric]) -> str:
     return show_cards(cards)
 
 
-def _pair(prompt: str, base: np.ndarray, tuned: np.ndarray) -> str:
-    images = "".join(
-        f'<div><img alt="{name}: {escaped(prompt)}" src="{data_uri(image)}">{name}</div>'
-        for name, image in (("base", base), ("tuned", tuned))
-    )
-    return f'<figure><div class="pair">{images}</div><figcaption>{escaped(prompt)}</figcaption></figure>'
-
-
 def _times(summary: Summary, rows: Sequence[Row]) -> str:
     times = {"The whole run, with loading, compiling and measuring": summary["seconds"]}
     if "seconds_training" in summary:
         times["Training, with checkpoints and validation images"] = summary["seconds_training"]
     for key, label in _TIMES.items():
         times[f"of it {label}"] = sum(row.get(key) or 0.0 for row in rows)
-    cells = ((escaped(label), duration(value)) for label, value in times.items())
-    lines = (f'<tr><td>{label}</td><td class="n">{value}</td></tr>' for label, value in cells)
-    return f"<table>{''.join(lines)}</table>"
+    return table((label, duration(value)) for label, value in times.items())

@@ -202,7 +202,7 @@ def test_a_step_aware_preference_model(tmp_path):
     contains(
         card, "code is under MIT", "step `6500`", "51200 used", "`pickapic@train`", "0.625 [0.500, 0.750]", "t = 951"
     )
-    contains(card, "| `best`: gain of knowing t | +0.030", "--config.scorer.path=WORKDIR/best", "configs/sdxl.py")
+    contains(card, "| best: gain of knowing t | +0.030", "--config.scorer.path=WORKDIR/best", "configs/sdxl.py")
     compile(*blocks(card, "python"), "block", "exec")
 
 
