@@ -15,15 +15,16 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
+from jaxtyping import PyTree
 
 from spo_jax import cli
 from spo_jax.errors import UserError
 from spo_jax.files import check_place, saying_where
 
 if TYPE_CHECKING:
-    from jaxtyping import PyTree
-
     from spo_jax.formats.pipeline_files import PipelineFiles
 
 LORA = flags.DEFINE_multi_string("lora", [], "A --workdir of training, or a LoRA file; also with a strength.")
@@ -51,8 +52,6 @@ def main() -> None:
     if is_file == (FORMAT.value == "pipeline"):
         wanted = "a new folder" if is_file else "a file that ends in .safetensors"
         raise UserError(f"--out={OUT.value} must name {wanted} for --format={FORMAT.value}.")
-
-    import jax.numpy as jnp
 
     from spo_jax.formats.base import base_of
     from spo_jax.formats.lora import read_adapters
@@ -100,8 +99,6 @@ def main() -> None:
 def merged_part(files: PipelineFiles, part: str, lora: PyTree) -> PyTree:
     """The parameters of a part, float32, with its adapters merged into them."""
     import flax.traverse_util
-    import jax.numpy as jnp
-    import numpy as np
 
     from spo_jax.models.lora import merge_lora
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
-from spo_jax import cli
+from spo_jax import cli, rng
 from spo_jax.errors import UserError
 from spo_jax.files import check_place, saying_where
 
@@ -56,7 +58,6 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures at a time.", lower
 ZOOM = flags.DEFINE_integer("zoom", 1, "Enlarges each pixel so many times.", lower_bound=1, upper_bound=100)
 OUT = flags.DEFINE_string("out", None, "PNG file to write.")
 
-
 MAX_PIXELS = 2**28
 
 
@@ -73,10 +74,6 @@ def main() -> None:
         raise UserError("--model or --lora is empty, as that of a variable that is not set; name one, or leave it out.")
     if SOLVER.value != "ddim" and ETA.value > 0:
         raise UserError(f"--eta belongs to --solver=ddim; leave it out with --solver={SOLVER.value}.")
-
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
 
     from spo_jax.data.prompts import read_prompts
     from spo_jax.diffusion.dpm_solver import make_dpm_schedule
@@ -96,7 +93,12 @@ def main() -> None:
     flags_of_base = {"model": MODEL.value, "variant": VARIANT.value, "unet": UNET.value, "vae": VAE.value}
     pipeline = read_base(base_of(LORA.value, **flags_of_base, default="emoji:model"), dtype)
     pipeline = with_image_size(pipeline, HEIGHT.value, WIDTH.value)
-    check_sheet(grid_size(len(prompts), *pipeline.image_size))
+    height, width = (side * ZOOM.value for side in grid_size(len(prompts), *pipeline.image_size))
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"The pictures together would have {width}x{height} pixels, more than {MAX_PIXELS}; give fewer prompts or "
+            "less --zoom."
+        )
     if warning := cut_warning(tokenizers_of(pipeline), [*prompts, NEGATIVE_PROMPT.value]):
         print(f"spo_jax: {warning}", file=sys.stderr)
     lora = read_adapters(LORA.value, pipeline.params)
@@ -122,20 +124,8 @@ def main() -> None:
     print(f"Wrote {len(images)} picture{'s' if len(images) > 1 else ''} to {OUT.value}.")
 
 
-def check_sheet(size: tuple[int, int]) -> None:
-    """Refuses a picture of all pictures that nobody could open."""
-    height, width = (side * ZOOM.value for side in size)
-    if height * width > MAX_PIXELS:
-        raise UserError(
-            f"The pictures together would have {width}x{height} pixels, more than {MAX_PIXELS}; give fewer prompts or "
-            "less --zoom."
-        )
-
-
-def check_finite(images: Any, texts: list[str]) -> None:
+def check_finite(images: jax.Array, texts: list[str]) -> None:
     """Refuses pictures [n, H, W, 3] that would be black, by their prompts."""
-    import numpy as np
-
     for image, text in zip(np.asarray(images), texts, strict=True):
         if not np.isfinite(image).all():
             raise UserError(
@@ -149,11 +139,6 @@ def draw_noise(seed: int, first: int, count: int, latent_shape: tuple[int, ...],
 
     Each picture has its own key, so that it does not depend on the batch it is made in.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from spo_jax import rng
-
     keys = [rng.stream(jax.random.key(seed), "generate", first + i) for i in range(count)]
     initial = jnp.stack([jax.random.normal(rng.stream(key, "initial"), latent_shape) for key in keys])
     noise = jnp.stack([jax.random.normal(rng.stream(key, "steps"), (num_steps, *latent_shape)) for key in keys], 1)

@@ -28,7 +28,7 @@ from huggingface_hub import constants, errors
 
 from spo_jax.errors import UserError, first_line
 from spo_jax.files import write_text
-from spo_jax.formats.remote import RemoteName, choose_files
+from spo_jax.formats.remote import COMMIT, RemoteName, choose_files
 from spo_jax.formats.transfer import NO_SPACE, alone, patiently, transfer
 
 _GITHUB = "https://raw.githubusercontent.com"
@@ -37,7 +37,6 @@ _MAX_LISTING_BYTES = 64 * 2**20
 _BLOCK = 2**20
 _UNSAFE_PATH = re.compile(r"^/|(^|/)\.\.?(/|$)|[\\\0]|[^/]{256}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _T = TypeVar("_T")
 
 
@@ -77,10 +76,10 @@ def commit_of(remote: RemoteName) -> str:
         info = _ask(remote, lambda api: api.repo_info(remote.repo, timeout=_SILENCE, **place))
     except Unreachable:
         commit = known.read_text(encoding="utf-8").strip() if known.is_file() else ""
-        if _COMMIT.fullmatch(commit):
+        if COMMIT.fullmatch(commit):
             return commit
         raise
-    if not _COMMIT.fullmatch(str(info.sha)):
+    if not COMMIT.fullmatch(str(info.sha)):
         raise UserError(f"{page(remote)} gives {info.sha!r} as its commit; is HF_ENDPOINT a hub?")
     with contextlib.suppress(OSError):  # what huggingface_hub looks up without network
         write_text(known, info.sha)

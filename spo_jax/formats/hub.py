@@ -9,18 +9,18 @@ import dataclasses
 import functools
 import math
 import os
-import re
 import shlex
 from pathlib import Path, PurePosixPath
 
+import huggingface_hub
+
 from spo_jax.errors import UserError, notice
 from spo_jax.formats import download
-from spo_jax.formats.remote import RemoteName, parse_remote
+from spo_jax.formats.remote import COMMIT, RemoteName, parse_remote
 
 PREFIX = "emoji:"  # of the files of the emoji world, which ship with the package
 _EMOJI = Path(__file__).parents[1] / "emoji"
 MAX_STRENGTH = 1000  # of adapters; sensible ones are between -2 and 2
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def resolve_model(name: str | Path, *, variant: str | None = None, weights: bool = True) -> Path:
@@ -151,11 +151,8 @@ def repository_of(name: str | Path) -> str | None:
 
 def find_file(name: str | Path, file: str) -> Path | None:
     """A file of a model (see ``resolve_model``) that is here already, in its folder or in the hub's cache, or None."""
-    remote = remote_of(name)
-    if remote is None:
+    if (remote := remote_of(name)) is None:
         return path if (path := local(name) / file).is_file() else None
-    import huggingface_hub  # takes a second to import
-
     inside = str(PurePosixPath(remote.inside or ".") / file)
     found = huggingface_hub.try_to_load_from_cache(remote.repo, inside, revision=remote.revision or None)
     return Path(found) if isinstance(found, str) and Path(found).is_file() else None
@@ -164,7 +161,7 @@ def find_file(name: str | Path, file: str) -> Path | None:
 def missing(path: Path, what: str = "File") -> str:
     """The sentence for a file that is not there; if it belongs to the hub's cache, with the command that fetches it."""
     for folder in path.parents:
-        if _COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots":
+        if COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots":
             repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
             file = shlex.quote(path.relative_to(folder).as_posix())
             return (

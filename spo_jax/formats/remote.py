@@ -19,7 +19,7 @@ from pathlib import PurePosixPath
 
 from spo_jax.errors import UserError
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB = re.compile(
     r"(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/pr/\d+|[^/@#]*)(?:/(?P<inside>[^#]+)|/)?)?"
     r"(?:#sha256=(?P<sha256>[^#]*))?"
@@ -56,7 +56,7 @@ class RemoteName:
     @property
     def pinned(self) -> bool:
         """Whether it names a commit."""
-        return _COMMIT.fullmatch(self.revision) is not None
+        return COMMIT.fullmatch(self.revision) is not None
 
     @property
     def is_file(self) -> bool:
@@ -87,9 +87,9 @@ def parse_remote(name: str) -> RemoteName | None:
     Raises:
       UserError: it is one, but leads out of its repository, or its commit or checksum is not written in full.
     """
-    github = _GITHUB.fullmatch(name) if name.startswith("github:") else None
-    match = github or (None if name.startswith("github:") else _HUB.fullmatch(name))
-    if name.startswith("github:") and match is None:
+    github = name.startswith("github:")
+    match = (_GITHUB if github else _HUB).fullmatch(name)
+    if github and match is None:
         raise UserError(f"{name!r} is not understood; write github:owner/repo@<40 digits>/path of a file.")
     if match is None or any(part.startswith(".") for part in match["repo"].split("/")):
         return None
@@ -143,16 +143,13 @@ def choose_files(remote: RemoteName, paths: Iterable[str], *, variant: str = "",
         return sorted({str(place), *(configs if beside else [])})
     chosen = set(matching(place, *_CONFIGS))
     if weights:
-        for folder in {
-            place,
-            *(PurePosixPath(path).parent for path in paths if PurePosixPath(path).parent.parent == place),
-        }:
+        folders = {PurePosixPath(path).parent for path in paths}
+        for folder in (place, *(folder for folder in folders if folder.parent == place)):
             chosen.update(_weights_in(folder, paths, variant))
-        for kind in ("safetensors", "bin"):
-            adapters = matching(place, f"pytorch_lora_weights.{kind}", f"adapter_model.{kind}")
-            if adapters:
-                chosen.update(adapters)
-                break
+        adapters = [
+            matching(place, f"pytorch_lora_weights.{kind}", f"adapter_model.{kind}") for kind in ("safetensors", "bin")
+        ]
+        chosen.update(adapters[0] or adapters[1])
     return sorted(chosen)
 
 
@@ -165,8 +162,5 @@ def _weights_in(folder: PurePosixPath, paths: Iterable[str], variant: str) -> li
             forms.setdefault((match["variant"] or "", match["kind"]), []).append(path)
     variants = {name for name, _ in forms}
     only = variants if len(variants) == 1 else ()  # files of one variant alone are read without asking for it
-    for name in (variant, "", *only):
-        for kind in ("safetensors", "bin"):
-            if (name, kind) in forms:
-                return forms[name, kind]
-    return []
+    wanted = ((name, kind) for name in (variant, "", *only) for kind in ("safetensors", "bin"))
+    return next((forms[form] for form in wanted if form in forms), [])

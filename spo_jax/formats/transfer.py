@@ -36,12 +36,7 @@ class NotTheFile(UserError):
 def transfer(url: str, headers: dict[str, str], target: Path, size: int, name: str) -> None:
     """Appends the content at ``url`` to ``target`` until it is whole; a connection that breaks is made again.
 
-    Args:
-      url: of the content.
-      headers: of the request, without a range.
-      target: holds the bytes that came before.
-      size: in bytes; -1 if it is not known, then the server has to tell it.
-      name: for the progress bar, which is shown on a terminal only.
+    ``size`` is in bytes; -1 if it is not known, then the server has to tell it. ``name`` is for the progress bar.
 
     Raises:
       NotTheFile: something else is sent.

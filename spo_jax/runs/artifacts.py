@@ -133,14 +133,8 @@ def ready(config: ConfigDict, workdir: str | Path) -> tuple[ConfigDict, dict[str
 def look_up(config: ConfigDict, known: Mapping[str, str]) -> dict[str, str]:
     """The commit of each name of the hub that lacks one, by the name without path: ``{"org/name@main": "0123..."}``.
 
-    One that cannot be looked up now is left out. What is looked up is said.
-
-    Args:
-      config: of a run.
-      known: commits that the run has settled on.
-
-    Raises:
-      UserError: a name stands for nothing, here or elsewhere.
+    ``known`` are commits that the run has settled on. One that cannot be looked up now is left out. What is looked up
+    is said. Raises UserError for a name that stands for nothing, here or elsewhere.
     """
     pins: dict[str, str] = {}
     unreachable = False
@@ -236,15 +230,13 @@ def fetch_missing(stocks: Sequence[Stock]) -> None:
                 left = [s for s in lacking if not all(download.is_here(s.remote, f) for f in s.missing)]
                 raise UserError(missing_sentence([*out_of_reach, *left], error.reason)) from error
     if out_of_reach:
-        raise UserError(missing_sentence(out_of_reach))
+        raise UserError(missing_sentence(out_of_reach, out_of_reach[0].unreachable))
 
 
-def missing_sentence(stocks: Sequence[Stock], reason: str = "") -> str:
+def missing_sentence(stocks: Sequence[Stock], why: str) -> str:
     """One sentence that names all that is missing and the command that fetches it."""
-    names = ", ".join(
-        f"config.{stock.artifact.key} ({dataclasses.replace(stock.remote, sha256='')})" for stock in stocks
-    )
-    why = reason or next(stock.unreachable for stock in stocks if stock.unreachable)
+    named = [(stock.artifact.key, dataclasses.replace(stock.remote, sha256="")) for stock in stocks]
+    names = ", ".join(f"config.{key} ({remote})" for key, remote in named)
     return f"Missing here, and out of reach ({why}): {names}; with network, `{fetch_command()}` fetches all of it."
 
 

@@ -32,8 +32,48 @@ class WandbRun:
     A failure is said once, and training goes on without W&B; the rows are in ``metrics.jsonl`` in any case.
     """
 
-    def __init__(self, run: Any = None):
-        self._run = run
+    def __init__(self) -> None:
+        self._run: Any = None
+
+    def start(self, config: ConfigDict, workdir: Path, resume_step: int) -> int:
+        """See the function ``start``, which calls this in the first process."""
+        import wandb
+
+        path = workdir / ID_FILE
+        run_id = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+        if not re.fullmatch(r"[0-9a-f]{16}", run_id):
+            run_id = secrets.token_hex(8)
+            write_text(path, run_id + "\n")
+        try:
+            run = self._run = wandb.init(
+                project=config.wandb.project,
+                entity=config.wandb.entity or None,
+                name=config.wandb.name or None,
+                id=run_id,
+                resume="allow",
+                reinit="finish_previous",
+                dir=str(workdir),
+                config=config.to_dict(),
+                allow_val_change=True,  # of what may change when a run goes on, such as the number of devices
+                settings=wandb.Settings(silent=True, console="off", finish_timeout=_FINISH_SECONDS),
+            )
+            if run.offline:
+                # What lies on disk cannot be continued, and of two folders of one run W&B shows the one that it gets
+                # last: each has to hold the whole run.
+                for row in read_metrics(workdir / METRICS_FILE, resume_step):
+                    run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+                print(f"W&B: offline; `wandb sync {run.settings.sync_dir}` sends the run later.")
+            elif run.url:
+                print(f"W&B: {run.url}")
+        except Exception as error:
+            if not resume_step:
+                raise UserError(
+                    f"W&B does not take the run ({_reason(error)}); mend that, set WANDB_MODE=offline to keep the rows "
+                    "here, or leave config.wandb.project empty."
+                ) from error
+            self._run = None
+            _warn(error)
+        return 0
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One row. W&B drops rows up to the last step it has: those that a resumed run makes again are the same."""
@@ -104,14 +144,8 @@ def start(config: ConfigDict, workdir: Path, resume_step: int) -> WandbRun:
         started it, and nobody is there to mend anything.
     """
     opened = WandbRun()
-
-    def start_first() -> int:
-        nonlocal opened
-        opened = WandbRun(_start(config, workdir, resume_step))
-        return 0
-
     if config.wandb.project:
-        agree(start_first)
+        agree(lambda: opened.start(config, workdir, resume_step))
     return opened
 
 
@@ -129,46 +163,6 @@ def finished() -> Iterator[None]:
                 wandb.run.finish(exit_code=exit_code)
             except Exception as error:
                 _warn(error)
-
-
-def _start(config: ConfigDict, workdir: Path, resume_step: int) -> Any:
-    import wandb
-
-    path = workdir / ID_FILE
-    run_id = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-    if not re.fullmatch(r"[0-9a-f]{16}", run_id):
-        run_id = secrets.token_hex(8)
-        write_text(path, run_id + "\n")
-    try:
-        run = wandb.init(
-            project=config.wandb.project,
-            entity=config.wandb.entity or None,
-            name=config.wandb.name or None,
-            id=run_id,
-            resume="allow",
-            reinit="finish_previous",
-            dir=str(workdir),
-            config=config.to_dict(),
-            allow_val_change=True,  # of what may change when a run goes on, such as the number of devices
-            settings=wandb.Settings(silent=True, console="off", finish_timeout=_FINISH_SECONDS),
-        )
-        if run.offline:
-            # What lies on disk cannot be continued, and of two folders of one run W&B shows the one that it gets last:
-            # each has to hold the whole run.
-            for row in read_metrics(workdir / METRICS_FILE, resume_step):
-                run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-            print(f"W&B: offline; `wandb sync {run.settings.sync_dir}` sends the run later.")
-        elif run.url:
-            print(f"W&B: {run.url}")
-        return run
-    except Exception as error:
-        if not resume_step:
-            raise UserError(
-                f"W&B does not take the run ({_reason(error)}); mend that, set WANDB_MODE=offline to keep the rows "
-                "here, or leave config.wandb.project empty."
-            ) from error
-        _warn(error)
-        return None
 
 
 def _warn(error: Exception) -> None:

@@ -24,12 +24,7 @@ from spo_jax.spm.report import accuracy_rows
 
 
 def write_preference_card(path: str | Path, *, summary: Mapping[str, Any]) -> None:
-    """Writes the card of a preference model; complete or not at all.
-
-    Args:
-      path: ``README.md`` in the --workdir of the run.
-      summary: what ``summary.json`` holds.
-    """
+    """Writes the card, ``README.md`` in the --workdir of the run, of what ``summary.json`` holds."""
     config = summary["config"]
     aware = config["scorer"]["step_aware"]
     # transformers reads the model only without its time layers, and then it is a CLIP like any other.

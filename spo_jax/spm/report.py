@@ -39,13 +39,10 @@ def write_spm_report(
     metrics: Sequence[Mapping[str, float | None]],
     pairs: Sequence[ShownPair],
 ) -> None:
-    """Writes the report; it needs no other file and no network.
+    """Writes the report, an HTML file that needs no other file and no network.
 
-    Args:
-      path: the HTML file.
-      summary: what ``summary.json`` holds.
-      metrics: the rows of ``metrics.jsonl``.
-      pairs: some of the validation pairs, as the last model saw them at the timesteps of the summary.
+    ``metrics`` are the rows of ``metrics.jsonl``; ``pairs`` some of the validation pairs, as the last model saw them at
+    the timesteps of the summary.
     """
     best = summary["accuracy"]["best"]
     cards = [

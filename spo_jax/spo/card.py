@@ -32,22 +32,16 @@ from spo_jax.runs.model_card import (
 from spo_jax.runs.sources import source_of
 
 _PART_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-
-
 _PROMPT = "a fox on a teal background"
 
 
 def write_model_card(
     path: str | Path, *, summary: Summary, metrics: Mapping[str, Metric], num_prompts: int, xl: bool
 ) -> None:
-    """Writes the card of adapters, or of a model whose whole UNet was trained; complete or not at all.
+    """Writes the card, ``README.md`` in the --workdir of the run, of what ``summary.json`` holds.
 
-    Args:
-      path: ``README.md`` in the --workdir of the run.
-      summary: what ``summary.json`` holds.
-      metrics: those of the evaluation, by name.
-      num_prompts: how many prompts the training file has.
-      xl: whether the base model is a ``StableDiffusionXLPipeline``.
+    ``num_prompts`` are those of the training file; ``xl`` tells whether the base model is a
+    ``StableDiffusionXLPipeline``.
     """
     path, config = Path(path), summary["config"]
     full = config["lora"]["rank"] == 0
@@ -92,14 +86,14 @@ def write_model_card(
 
 def _introduction(config: Mapping[str, Any], full: bool) -> str:
     source = source_of(config["model"])
-    base = source.repo if source is not None else local_name(config["model"])
+    base = code(source.repo if source is not None else local_name(config["model"]))
     what = "The UNet" if full else "LoRA adapters for the UNet"
     learned = "was trained as a whole" if full else "were trained"
     return (
-        f"# {code(base)} with preferences (SPO{'' if full else ' LoRA'})\n\n"
+        f"# {base} with preferences (SPO{'' if full else ' LoRA'})\n\n"
         f"{what} of {shown(config['model'])}, which {learned} with Step-by-step Preference Optimization ({PAPER}) by "
-        "`spo_jax`. At each denoising step a judge has told which of some candidates is better, and the model has "
-        "learned to make the better ones.\n"
+        "`spo_jax`. At each denoising step a preference model has told which of some candidates is better, and the "
+        "model has learned to make the better ones.\n"
     )
 
 
@@ -127,8 +121,8 @@ def _diffusers(config: Mapping[str, Any], xl: bool, full: bool) -> str:
     classes = sorted(["DDIMScheduler", name, *(_PART_CLASSES[part] for part in parts)])
     imports = {f"from diffusers import {', '.join(classes)}"}
     dtype = f"torch_dtype=torch.{'bfloat16' if config['dtype'] == 'bfloat16' else 'float32'}"
-    lines: list[str] = []
-    options: list[str] = []
+    lines = []
+    options = [f"variant={literal(config['variant'])}"] if config["variant"] and not full else []
     for part, source in parts.items():
         first, more = _pretrained(source, imports)
         if find_file(source, "config.json") is None and find_file(source, f"{part}/config.json"):
@@ -136,33 +130,29 @@ def _diffusers(config: Mapping[str, Any], xl: bool, full: bool) -> str:
         lines += [f"{part} = {_PART_CLASSES[part]}.from_pretrained({', '.join([first, *more, dtype])})"]
         options += [f"{part}={part}"]
     options += [dtype]
-    if config["variant"] and not full:
-        options = [f"variant={literal(config['variant'])}", *options]
     base, more = ('"model"', []) if full else _pretrained(config["model"], imports)
     method = "from_pretrained" if full or not is_weight_file(config["model"]) else "from_single_file"
     lines += [f"pipeline = {name}.{method}(", *(f"    {x}," for x in (base, *more, *options)), ")"]
     if not full:
         lines += ['pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")']
-    size = {key: config["sampling"][key] for key in ("height", "width") if config["sampling"][key]}
-    arguments = [literal(_PROMPT), *(f"{key}={value}" for key, value in size.items())]
-    arguments += [f"num_inference_steps={config['sampling']['num_steps']}"]
-    arguments += [f"guidance_scale={config['sampling']['guidance_scale']}"]
-    arguments += ["generator=torch.Generator(device).manual_seed(0)"]
+    sampling = config["sampling"]
     lines += [
         "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         "pipeline.to(device)",
         "picture = pipeline(",
-        *(f"    {argument}," for argument in arguments),
+        f"    {literal(_PROMPT)},",
+        *(f"    {key}={sampling[key]}," for key in ("height", "width") if sampling[key]),
+        f"    num_inference_steps={sampling['num_steps']},",
+        f"    guidance_scale={sampling['guidance_scale']},",
+        "    generator=torch.Generator(device).manual_seed(0),",
         ").images[0]",
         'picture.save("fox.png")',
     ]
-    where = (
-        "In this folder"
-        if source_of(config["model"]) or is_emoji(config["model"]) or full
-        else (f"In this folder, with the base model in {code(local_name(config['model']))}")
-    )
-    return f"{where}:\n\n" + "\n".join(["```python", "import torch", *sorted(imports), "", *lines, "```", ""])
+    elsewhere = source_of(config["model"]) or is_emoji(config["model"]) or full
+    where = "" if elsewhere else f", with the base model in {code(local_name(config['model']))}"
+    block = "\n".join(["```python", "import torch", *sorted(imports), "", *lines, "```", ""])
+    return f"In this folder{where}:\n\n{block}"
 
 
 def _pretrained(name: str, imports: set[str]) -> tuple[str, list[str]]:
@@ -184,48 +174,45 @@ def _other_programs(config: Mapping[str, Any], full: bool, name: str) -> str:
     head = "### ComfyUI and A1111\n\n"
     if is_emoji(config["model"]):
         return head + "They know Stable Diffusion, not the emoji model.\n"
+    file = f"{name}.safetensors"
     if full:
-        return (
-            f"{head}They read one file, which this writes (WORKDIR is this folder):\n\n"
-            + command("export", model="WORKDIR/model", format="checkpoint", out=f"{name}.safetensors")
-            + "\n"
-            + table(
-                ("program", "folder for the file", "how to use it"),
-                [
-                    ("ComfyUI", "`ComfyUI/models/checkpoints`", "node *Load Checkpoint*"),
-                    ("A1111", "`stable-diffusion-webui/models/Stable-diffusion`", "choose it at the top left"),
-                ],
-            )
+        write = command("export", model="WORKDIR/model", format="checkpoint", out=file)
+        before, after = f"They read one file, which this writes (WORKDIR is this folder):\n\n{write}\n", ""
+        comfy, a1111 = ("checkpoints", "node *Load Checkpoint*"), ("Stable-diffusion", "choose it at the top left")
+    else:
+        before = (
+            f"They, Forge, InvokeAI and kohya's tools read `{KOHYA_FILE_NAME}` of this folder, and of the other file "
+            f"nothing at all. Copy it as `{file}`:\n\n"
         )
-    return (
-        f"{head}They, Forge, InvokeAI and kohya's tools read `{KOHYA_FILE_NAME}` of this folder, and of the other file "
-        f"nothing at all. Copy it as `{name}.safetensors`:\n\n"
-        + table(
-            ("program", "folder for the file", "how to use it"),
-            [
-                ("ComfyUI", "`ComfyUI/models/loras`", "node *Load LoRA* (`LoraLoader`) behind that of the base model"),
-                ("A1111", "`stable-diffusion-webui/models/Lora`", f"`<lora:{name}:1>` in the prompt"),
-            ],
-        )
-        + "\nThis writes it with half the size:\n\n"
-        + command("export", lora="WORKDIR", format="kohya", out=f"{name}.safetensors", dtype="float16")
-    )
+        write = command("export", lora="WORKDIR", format="kohya", out=file, dtype="float16")
+        after = f"\nThis writes it with half the size:\n\n{write}"
+        comfy = ("loras", "node *Load LoRA* (`LoraLoader`) behind that of the base model")
+        a1111 = ("Lora", f"`<lora:{name}:1>` in the prompt")
+    rows = [
+        ("ComfyUI", f"`ComfyUI/models/{comfy[0]}`", comfy[1]),
+        ("A1111", f"`stable-diffusion-webui/models/{a1111[0]}`", a1111[1]),
+    ]
+    return head + before + table(("program", "folder for the file", "how to use it"), rows) + after
 
 
 def _generate(config: Mapping[str, Any], full: bool) -> str:
-    base = config["model"] if source_of(config["model"]) else local_name(config["model"])
-    parts = {part: config[part] for part in ("unet", "vae")}
-    parts = {part: name if source_of(name) else name and local_name(name) for part, name in parts.items()}
+    names = {
+        key: config[key] if source_of(config[key]) else local_name(config[key]) for key in ("model", "unet", "vae")
+    }
+    base = (
+        {"model": "WORKDIR/model"}
+        if full
+        else {"model": names["model"], "variant": config["variant"], **names, "lora": "WORKDIR"}
+    )
+    sampling = config["sampling"]
     return command(
         "generate",
-        model="WORKDIR/model" if full else base,
-        **{} if full else {"variant": config["variant"], **parts},
-        lora=None if full else "WORKDIR",
+        **base,
         prompt=_PROMPT,
-        steps=config["sampling"]["num_steps"],
-        guidance_scale=config["sampling"]["guidance_scale"],
-        height=config["sampling"]["height"],
-        width=config["sampling"]["width"],
+        steps=sampling["num_steps"],
+        guidance_scale=sampling["guidance_scale"],
+        height=sampling["height"],
+        width=sampling["width"],
         dtype=config["dtype"],
         out="fox.png",
     )

@@ -41,14 +41,10 @@ def write_report(
     rows: Sequence[Row],
     samples: Sequence[tuple[str, np.ndarray, np.ndarray]],
 ) -> None:
-    """Writes the report; it needs no other file and no network.
+    """Writes the report, an HTML file that needs no other file and no network.
 
-    Args:
-      path: the HTML file.
-      summary: what ``summary.json`` holds.
-      metrics: those of the evaluation, by name.
-      rows: of ``metrics.jsonl``.
-      samples: prompt, and uint8 images [H, W, 3] of base and tuned model from the same noise.
+    ``rows`` are those of ``metrics.jsonl``; ``samples`` have a prompt, and uint8 images [H, W, 3] of base and tuned
+    model from the same noise.
     """
     pictures = "".join(
         captioned([(f"{name}: {prompt}", image, name) for name, image in (("base", base), ("tuned", tuned))], prompt)
