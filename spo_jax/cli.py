@@ -58,19 +58,15 @@ def config_flag() -> flags.FlagHolder:
 
 
 def config_of(flag: flags.FlagHolder) -> ConfigDict:
-    """The config behind a ``--config`` flag.
-
-    Raises:
-      UserError: the flag is missing, or the file cannot be read or makes no ConfigDict.
-    """
-    if flag.value is None:
-        raise UserError(f"--{flag.name} is missing; for example --{flag.name}=configs/tiny.py.")
+    """The config behind a ``--config`` flag; UserError if that is missing, or its file makes no ConfigDict."""
     # ml_collections puts a placeholder of its own in the place of a file that cannot be read.
     if not isinstance(flag.value, ConfigDict):
-        raise UserError(
-            f"--{flag.name} must name a Python file whose get_config() returns a ConfigDict; "
-            f"for example --{flag.name}=configs/tiny.py."
+        wrong = (
+            "must name a Python file whose get_config() returns a ConfigDict"
+            if flag.value is not None
+            else "is missing"
         )
+        raise UserError(f"--{flag.name} {wrong}; for example --{flag.name}=configs/tiny.py.")
     return flag.value
 
 
@@ -83,14 +79,10 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def config_path(value: str) -> str:
-    """The value of --config with the path of the file that it means.
+    """The value of --config with the path of the file that it means; UserError if there is none.
 
-    Args:
-      value: a path, or a shipped config as ``tiny`` or ``configs/tiny.py``, typed in any folder; a file that exists
-        comes first. Behind a colon there may be an argument for ``get_config()``: ``sd15:16gb``.
-
-    Raises:
-      UserError: there is no such file, and no shipped config has that name.
+    It is a path, or a shipped config as ``tiny`` or ``configs/tiny.py``, typed in any folder; a file that exists comes
+    first. Behind a colon there may be an argument for ``get_config()``: ``sd15:16gb``.
     """
     path, colon, argument = value.partition(":")
     if os.path.exists(path) and not os.path.isdir(path):

@@ -34,9 +34,7 @@ LORA = flags.DEFINE_multi_string(
     "LoRA file, or a folder with one (a --workdir), also with a strength, FILE:0.7; given several times, their sum.",
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; may be given several times.")
-PROMPTS_FILE = flags.DEFINE_string(
-    "prompts_file", None, "Lines, JSON list, .jsonl, .csv or .tsv; the pictures form a grid."
-)
+PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "Lines, JSON list, .jsonl, .csv or .tsv; makes a grid.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "What guidance moves away from.")
 SEED = cli.seed_flag("Seed of the noise; picture i of a grid uses the i-th noise of the seed.")
 SOLVER = flags.DEFINE_enum("solver", "ddim", ["ddim", "dpmpp_2m"], "dpmpp_2m needs fewer steps.")

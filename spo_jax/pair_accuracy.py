@@ -41,19 +41,13 @@ from spo_jax.formats.tokenizers import cut_warning, fitted, read_tokenizer, toke
 from spo_jax.preference.scorers import make_clip_scorer
 from spo_jax.sampling.noisy_pairs import make_predict_clean
 
-SCORER = flags.DEFINE_string(
-    "scorer", None, "The scorer: a preference model or a CLIP; a folder, file or org/name@commit."
-)
+SCORER = flags.DEFINE_string("scorer", None, "A preference model or a CLIP: a folder, file or org/name@commit.")
 FN = flags.DEFINE_string("fn", None, "The scorer as a function, my_module:score, instead of --scorer.")
 PLAIN = flags.DEFINE_string("plain", None, "A model without the time input to compare with, such as PickScore_v1.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Of the scorers; the model's first one by default.")
 PAIRS = flags.DEFINE_string("pairs", None, "FOLDER@SPLIT, as spo_jax.prepare has written it.")
-NUM_PAIRS = flags.DEFINE_integer(
-    "num_pairs", None, "The first so many that can be used; all by default.", lower_bound=1
-)
-MODEL = flags.DEFINE_string(
-    "model", None, "Base model: a diffusers pipeline folder, org/name@commit on the hub, or one file."
-)
+NUM_PAIRS = flags.DEFINE_integer("num_pairs", None, "The first so many usable ones; all by default.", lower_bound=1)
+MODEL = flags.DEFINE_string("model", None, "Base model: a diffusers folder, org/name@commit, or one file.")
 VARIANT = flags.DEFINE_string("variant", None, "Of the base model's weight files, such as fp16.")
 UNET = flags.DEFINE_string("unet", None, "UNet to use instead of the model's: a folder, or org/name@commit.")
 VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's: a folder, or org/name@commit.")
@@ -68,9 +62,7 @@ BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 8, "Pairs at a time, over all devices together.", lower_bound=1, upper_bound=2**16
 )
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the networks.")
-NUM_WORKERS = flags.DEFINE_integer(
-    "num_workers", 2, "Processes that decode pictures; 0: none.", lower_bound=0, upper_bound=1024
-)
+NUM_WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes that decode; 0: none.", lower_bound=0, upper_bound=1024)
 OUT = flags.DEFINE_string("out", None, "JSON file to write the numbers to.")
 cli.process_flags()
 

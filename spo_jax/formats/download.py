@@ -34,7 +34,6 @@ from spo_jax.formats.transfer import NO_SPACE, alone, patiently, transfer
 _GITHUB = "https://raw.githubusercontent.com"
 _SILENCE = 30.0  # seconds without an answer after which there is no network
 _MAX_LISTING_BYTES = 64 * 2**20
-_BLOCK = 2**20
 _UNSAFE_PATH = re.compile(r"^/|(^|/)\.\.?(/|$)|[\\\0]|[^/]{256}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
 _T = TypeVar("_T")
@@ -64,9 +63,7 @@ class RemoteFile:
 def commit_of(remote: RemoteName) -> str:
     """The commit that a name of the hub means now; without network the one that the cache holds for its branch.
 
-    Raises:
-      UserError: there is no such repository or revision.
-      Unreachable: the hub cannot be asked, and the cache does not know.
+    Raises UserError if there is no such repository or revision; Unreachable if neither hub nor cache can tell.
     """
     if remote.pinned:
         return remote.revision
@@ -93,9 +90,8 @@ def list_files(
 
     ``network=False`` asks no server; the result is None then if the files are not known.
 
-    Raises:
-      UserError: the repository, the commit or the file does not exist or is not accessible.
-      Unreachable: a server has to be asked, and cannot be.
+    Raises UserError if there is no such repository, commit or file, or it is not accessible; Unreachable if a server
+    has to be asked, and cannot be.
     """
     if remote.site == "github":
         digest = f"sha256:{remote.sha256}" if remote.sha256 else ""
@@ -179,9 +175,8 @@ def fetch(remote: RemoteName, file: RemoteFile, *, again: bool = False) -> Path:
     An interrupted transfer is resumed, and content that is here under another name is used. Several processes may ask
     for the same file: one fetches it. With ``again`` the file here is damaged, and stays until the new one has come.
 
-    Raises:
-      UserError: it is not accessible, has another size or checksum, or cannot be written.
-      Unreachable: the server cannot be asked.
+    Raises UserError if it is not accessible, has another size or checksum, or cannot be written; Unreachable if the
+    server cannot be asked.
     """
     target, incomplete, blob = local_path(remote, file.path), _incomplete(remote, file), _blob(remote, file)
     if blob is None:
@@ -224,9 +219,7 @@ def fault_of(path: Path, file: RemoteFile) -> str | None:
         return None
     digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with path.open("rb") as content:
-        while block := content.read(_BLOCK):
-            digest.update(block)
-    found = digest.hexdigest()
+        found = hashlib.file_digest(content, lambda: digest).hexdigest()
     return None if found == expected else f"checksum {found} instead of {expected}"
 
 

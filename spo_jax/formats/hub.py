@@ -26,16 +26,13 @@ MAX_STRENGTH = 1000  # of adapters; sensible ones are between -2 and 2
 def resolve_model(name: str | Path, *, variant: str | None = None, weights: bool = True) -> Path:
     """The local folder or file that ``name``, a local path or a remote name, stands for; fetches what the cache lacks.
 
-    Args:
-      name: a remote one without a commit is looked up, and a notice tells the commit.
-      variant: of the weight files to fetch, such as ``"fp16"``.
-      weights: False fetches configs and tokenizers only.
+    A remote name without a commit is looked up, and a notice tells the commit. ``variant`` is that of the weight files
+    to fetch, such as ``"fp16"``; ``weights=False`` fetches configs and tokenizers only.
 
     Raises:
       UserError: there is no such path or repository, or files are neither in the cache nor to be had.
     """
-    remote = remote_of(name)
-    if remote is None:
+    if (remote := remote_of(name)) is None:
         if not exists(name):
             raise UserError(not_here(str(name)))
         return local(name)

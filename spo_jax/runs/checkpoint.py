@@ -85,7 +85,8 @@ def make_manager(directory: str | Path, keep: int) -> ocp.CheckpointManager:
         lightweight_initialize=True,  # would read files, which may be damaged
         async_options=ocp.AsyncOptions(post_finalization_callback=lambda: _write_checksums(directory)),
     )
-    logging.getLogger("absl").addFilter(_is_news)
+    # What orbax logs as an error in the background it also raises, and then it is said in one sentence.
+    logging.getLogger("absl").addFilter(lambda said: said.levelno < logging.ERROR or "orbax" not in said.pathname)
     with _failures(directory):
         return _Manager(directory, options=options, item_handlers=handlers)
 
@@ -94,11 +95,8 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, extra: dict[str,
     """Starts to write ``state`` (a pytree of arrays, kept bit for bit) and ``extra`` (JSON) as checkpoint ``step``.
 
     When this returns the arrays have been copied to the host, so that ``state`` may be donated. One checkpoint is
-    written at a time: this waits for the one before.
-
-    Raises:
-      UserError: the checkpoint before this one could not be written, or this one cannot be started; for example because
-        the disk is full.
+    written at a time: this waits for the one before, and raises UserError if that one could not be written, or this one
+    cannot be started.
     """
     parts = {_ARRAYS: ocp.args.PyTreeSave(state), _EXTRA: ocp.args.JsonSave(extra)}
     with _failures(Path(manager.directory)):
@@ -115,11 +113,8 @@ def restore_latest(manager: ocp.CheckpointManager, template: Any) -> tuple[Any, 
     """State and extra of the newest checkpoint that is not damaged, or None if there is no checkpoint yet.
 
     A damaged one that is newer is named in a warning and renamed ``N.damaged``, so that its step can be written again.
-    The number of devices and processes may be another one than when it was written.
-
-    Args:
-      manager: from ``make_manager``.
-      template: a state of the same structure; the arrays come back with its shapes, dtypes and shardings.
+    The number of devices and processes may be another one than when it was written. The arrays come back with the
+    shapes, dtypes and shardings of ``template``, a state of the same structure.
 
     Raises:
       UserError: all checkpoints are damaged, or the newest good one does not fit the template; nothing is renamed then.
@@ -221,11 +216,6 @@ def _failures(directory: Path) -> Iterator[None]:
             f"A checkpoint could not be written to {directory} ({reason}); {good}. Free some space, "
             "or mend what else is wrong there, and run the same command again to go on."
         ) from error
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    # What orbax logs as an error in the background it also raises, and then it is said in one sentence.
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
 def _first_words(error: Exception) -> str:

@@ -5,7 +5,9 @@ A method's own keys and their ranges stand in its folder, ``spo/config.py`` or `
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -119,18 +121,10 @@ BASE_RANGES = {
 
 
 def check_base(config: ConfigDict, ranges: Mapping[str, Range], batches: Iterable[str], num_devices: int) -> None:
-    """Refuses numbers that are out of their range, and what no method can use.
+    """Refuses, with a UserError, numbers out of their range, by their full names, and what no method can use.
 
-    Types and unknown keys are refused by ml_collections already.
-
-    Args:
-      config: of a method.
-      ranges: of all of its numbers, by their full names.
-      batches: keys of batch sizes that the devices split.
-      num_devices: of the run.
-
-    Raises:
-      UserError: with the key, what it must be, and its value.
+    Types and unknown keys are refused by ml_collections already. ``batches`` are the keys of batch sizes that the
+    devices split.
     """
     for name, allowed in ranges.items():
         value = _value(config, name)
@@ -163,7 +157,4 @@ def refuse(config: ConfigDict, rules: Iterable[tuple[str, bool, str]]) -> None:
 
 
 def _value(config: ConfigDict, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = value[part]
-    return value
+    return functools.reduce(operator.getitem, name.split("."), config)

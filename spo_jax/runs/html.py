@@ -13,8 +13,6 @@ import numpy as np
 from PIL import Image
 
 _LEGEND = {"win": "better sample", "lose": "worse sample (dashed)"}
-
-
 _STYLE = """
 :root { color-scheme: light dark; --line: #8885; --soft: #8881; --win: #0a7d6c; --lose: #b4501e; }
 @media (prefers-color-scheme: dark) { :root { --win: #4fd1bd; --lose: #f0a070; } }
@@ -63,15 +61,9 @@ def show_cards(cards: Sequence[tuple[str, str]]) -> str:
     return f'<div class="cards">{body}</div>'
 
 
-def curve(
-    title: str,
-    hint: str,
-    names: Sequence[str],
-    metrics: Sequence[Mapping[str, float | None]],
-    width: int = 320,
-    height: int = 150,
-) -> str:
+def curve(title: str, hint: str, names: Sequence[str], metrics: Sequence[Mapping[str, float | None]]) -> str:
     """One picture with a line for each of ``names``; a row without a number leaves no point."""
+    width, height = 320, 150
     found = {name: [(row["step"], row[name]) for row in metrics if is_finite(row.get(name))] for name in names}
     series = {name: np.array(points, float).T for name, points in found.items() if points}
     if not series:

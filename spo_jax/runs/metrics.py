@@ -30,14 +30,9 @@ class Sink(Protocol):
 class MetricsWriter:
     """Writes scalars and pictures of a run into ``metrics.jsonl``, TensorBoard's events and further places.
 
-    A context manager. Only what it has opened itself is closed at its end.
-
-    Args:
-      workdir: gets ``metrics.jsonl`` (one object a step) and ``tensorboard/``.
-      resume_step: rows with a later step are of a run that was killed after its last checkpoint; they are dropped
-        and will be written again.
-      more: further sinks.
-      enabled: False writes nothing, for all but one of several processes.
+    A context manager. ``workdir`` gets ``metrics.jsonl`` (one object a step) and ``tensorboard/``. Rows behind
+    ``resume_step`` are of a run that was killed after its last checkpoint; they are dropped and will be written again.
+    ``more`` sinks stay open. ``enabled=False`` writes nothing, for all but one of several processes.
     """
 
     def __init__(self, workdir: str | Path, resume_step: int = 0, *more: Sink, enabled: bool = True):

@@ -23,14 +23,12 @@ class Licence(NamedTuple):
     words: str
 
 
-_OPENRAIL_M = Licence("creativeml-openrail-m", "CreativeML OpenRAIL-M")
-_OPENRAIL_PP = Licence("openrail++", "CreativeML Open RAIL++-M")
 _APACHE, _MIT = Licence("apache-2.0", "Apache-2.0"), Licence("mit", "MIT")
 _EMOJI_MODEL = Licence("apache-2.0", "Apache-2.0; learned from Noto Color Emoji (SIL OFL 1.1)")
 # As the repositories' pages have it, of models and data that the configs name.
 _LICENCES = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": _OPENRAIL_M,
-    "stabilityai/stable-diffusion-xl-base-1.0": _OPENRAIL_PP,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": Licence("creativeml-openrail-m", "CreativeML OpenRAIL-M"),
+    "stabilityai/stable-diffusion-xl-base-1.0": Licence("openrail++", "CreativeML Open RAIL++-M"),
     "madebyollin/sdxl-vae-fp16-fix": _MIT,
     "SPO-Diffusion-Models/Step-Aware_Preference_Models": _APACHE,
     "yuvalkirstain/PickScore_v1": Licence("", "its page names none; its code is under MIT"),

@@ -132,12 +132,10 @@ def check(config: ConfigDict) -> None:
 
 
 def start(config: ConfigDict, workdir: Path, resume_step: int) -> WandbRun:
-    """The run of ``workdir``, new or continued; all processes must call this.
+    """The run of ``workdir``, new or continued; all processes must call this. Without a project nothing happens.
 
-    Args:
-      config: the whole config; without ``wandb.project`` nothing happens.
-      workdir: gets W&B's files, and the run's id, by which the same command goes on with the same run.
-      resume_step: step of the checkpoint that the run goes on from; 0 if there is none.
+    ``workdir`` gets W&B's files, and the run's id, by which the same command goes on with the same run. ``resume_step``
+    is that of the checkpoint that the run goes on from; 0 if there is none.
 
     Raises:
       UserError: W&B does not take the run. A run that is resumed goes on without W&B instead: its scheduler may have
