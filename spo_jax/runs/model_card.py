@@ -22,7 +22,7 @@ from spo_jax.runs.html import duration
 from spo_jax.runs.sources import licence_of, source_of, url_of
 
 PAPER = "[SPO](https://arxiv.org/abs/2406.04314), CVPR 2025"
-CITATION = """\
+_CITATION = """\
 ## Citation
 
 ```bibtex
@@ -52,10 +52,8 @@ def front_matter(base: str, *, relation: str, **fields: str | Sequence[str]) -> 
     if source is not None and source.site == "hub":
         fields = {"base_model": source.repo, "base_model_relation": relation, **fields}
     fields = {"license": licence_of(base).identifier, **fields}
-    given = {
-        key: literal(x) if isinstance(x, str) else f"[{', '.join(map(literal, x))}]" for key, x in fields.items() if x
-    }
-    return "\n".join(["---", *(f"{key}: {value}" for key, value in sorted(given.items())), "---", ""])
+    lines = [f"{key}: {literal(x) if isinstance(x, str) else list(x)}" for key, x in sorted(fields.items()) if x]
+    return "\n".join(["---", *lines, "---", ""])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -112,23 +110,19 @@ def command(module: str, **flags: Any) -> str:
     return "```\n" + " \\\n    ".join([f"python -m spo_jax.{module}", *given]) + "\n```\n"
 
 
-def repeat(summary: Mapping[str, Any]) -> str:
-    """How to repeat the run: its config is recorded."""
-    return (
+def ending(summary: Mapping[str, Any], base: str, results: str) -> list[str]:
+    """The last sections: how to repeat the run, whose config is recorded, what not to expect of it, whom to cite."""
+    again = command("main", config="configs/recorded.py:WORKDIR", workdir="runs/again")
+    return [
         f"## Repeat\n\nThe run took {duration(summary['seconds'])} with seed {code(summary['seed'])}. `config.json` "
-        "has every setting; a model or file that it names by a local path has to be there. WORKDIR is this "
-        "folder.\n\n" + command("main", config="configs/recorded.py:WORKDIR", workdir="runs/again")
-    )
-
-
-def limits(base: str, results: str) -> str:
-    """What not to expect."""
-    return (
+        "has every setting; a model or file that it names by a local path has to be there. WORKDIR is this folder.\n\n"
+        + again,
         "## Limits\n\n"
         "It learned from a model of preferences: what that model gets wrong, or its data do not show, it gets wrong as "
         f"well, and the biases of the base model stay. The licence of the base model ({licence_of(base).words}), with "
-        f"its conditions of use, holds for these weights as well, and for the {results} that are made with them.\n"
-    )
+        f"its conditions of use, holds for these weights as well, and for the {results} that are made with them.\n",
+        _CITATION,
+    ]
 
 
 def is_emoji(name: str) -> bool:

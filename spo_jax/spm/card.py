@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from spo_jax.runs.model_card import (
-    CITATION,
     PAPER,
     code,
     command,
+    ending,
     front_matter,
     is_emoji,
-    limits,
     made_from,
-    repeat,
     shown,
     table,
     write_card,
@@ -39,9 +37,7 @@ def write_preference_card(path: str | Path, *, summary: Mapping[str, Any]) -> No
         "noise of a timestep, with 95 % intervals; a coin has 0.5:\n\n"
         f"{table(head, rows)}\n`report.html` has pictures and curves.\n",
         _use(config, aware),
-        repeat(summary),
-        limits(config["scorer"]["init"], "models"),
-        CITATION,
+        *ending(summary, config["scorer"]["init"], "models"),
     ]
     write_card(Path(path), sections)
 
@@ -51,7 +47,7 @@ def _introduction(summary: Mapping[str, Any], aware: bool) -> str:
     told = "at any timestep of its denoising, which the model is told" if aware else "of text and picture alone"
     return (
         f"# {'Step-aware preference model' if aware else 'Preference model'}\n\n"
-        f"A CLIP that says which of two pictures for the same text people prefer, {told}. It is the judge of "
+        f"A CLIP that says which of two pictures for the same text people prefer, {told}. It is the scorer of "
         f"Step-by-step Preference Optimization ({PAPER}) for {shown(config['model'])}, trained by `spo_jax`.\n\n"
         f"`best` is the model of step {code(summary['best_step'])}, which was right most often on the validation "
         f"pairs, and `last` that of step {code(config['num_steps'])}.\n"
@@ -59,18 +55,13 @@ def _introduction(summary: Mapping[str, Any], aware: bool) -> str:
 
 
 def _use(config: Mapping[str, Any], aware: bool) -> str:
-    reading = (
-        ["from spo_jax.formats.pipeline import read_clip", "", 'clip, params = read_clip("best", step_aware=True)']
-        if aware
-        else ["from transformers import CLIPModel", "", 'clip = CLIPModel.from_pretrained("best")']
-    )
+    reading = 'from transformers import CLIPModel\n\nclip = CLIPModel.from_pretrained("best")'
+    if aware:
+        reading = 'from spo_jax.formats.pipeline import read_clip\n\nclip, params = read_clip("best", step_aware=True)'
     recipe = "tiny" if is_emoji(config["model"]) else "sdxl" if "xl" in config["model"].lower() else "sd15"
+    flags = {"config": f"configs/{recipe}.py", "workdir": "runs/tuned", "config.scorer.path": "WORKDIR/best"}
     return (
-        "## Use\n\nAs the judge of a training, WORKDIR being this folder:\n\n"
-        + command(
-            "main", **{"config": f"configs/{recipe}.py", "workdir": "runs/tuned", "config.scorer.path": "WORKDIR/best"}
-        )
-        + "\nFrom Python, in this folder:\n\n"
-        + "\n".join(["```python", *reading, "```", ""])
-        + "\nNeither diffusers, ComfyUI nor A1111 uses it: it judges pictures, and makes none.\n"
+        f"## Use\n\nAs the scorer of a training, WORKDIR being this folder:\n\n{command('main', **flags)}\n"
+        f"From Python, in this folder:\n\n```python\n{reading}\n```\n\n"
+        "Neither diffusers, ComfyUI nor A1111 uses it: it judges pictures, and makes none.\n"
     )

@@ -14,17 +14,15 @@ from spo_jax.formats.remote import is_weight_file
 from spo_jax.runs.html import number
 from spo_jax.runs.metrics import Summary
 from spo_jax.runs.model_card import (
-    CITATION,
     PAPER,
     code,
     command,
+    ending,
     front_matter,
     is_emoji,
-    limits,
     literal,
     local_name,
     made_from,
-    repeat,
     shown,
     table,
     write_card,
@@ -77,9 +75,7 @@ def write_model_card(
         _other_programs(config, full, file_name),
         "### spo_jax\n\nWORKDIR is this folder.\n",
         _generate(config, full),
-        repeat(summary),
-        limits(config["model"], "pictures"),
-        CITATION,
+        *ending(summary, config["model"], "pictures"),
     ]
     write_card(path, sections)
 
