@@ -20,11 +20,12 @@ from spo_jax.formats.base import Base
 from spo_jax.formats.hub import exists, find_file, local, repository_of, with_strength
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.networks import build
-from spo_jax.formats.pipeline import Pipeline, described, for_run
+from spo_jax.formats.pipeline import Pipeline, described
 from spo_jax.formats.pipeline_files import open_folder
 from spo_jax.formats.remote import is_weight_file
 from spo_jax.formats.single_file import open_single_file
 from spo_jax.formats.tokenizers import BlankTokenizer
+from spo_jax.formats.weights import TRANSFORMERS_STEM, open_file, open_weights
 from spo_jax.models import CLIPModel, published
 from spo_jax.models.clip import CLIPTextTransformer
 from spo_jax.runs.assembly import Place, sharded
@@ -40,32 +41,6 @@ def placed(shapes: PyTree, place: Place, prefix: tuple[str, ...] = ()) -> PyTree
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(names, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(one, shapes)
-
-
-def pipeline_shapes(
-    base: Base,
-    dtype: DTypeLike,
-    place: Place,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    remat: bool = False,
-) -> Pipeline:
-    """What ``read_base`` gives, with ``jax.ShapeDtypeStruct`` for parameters and blank tokenizers.
-
-    Configs are those of local models and of the hub's cache, or else those of published models, which ship with the
-    package. ``place`` tells where each parameter lies, by its path in ``Pipeline.params`` and its shape.
-
-    Raises:
-      UserError: there is no config to be found, or it is not supported, or the parts do not fit each other.
-    """
-    replaced = {part: _part_place(part, name) for part, name in (("unet", base.unet), ("vae", base.vae)) if name}
-    if (path := local(base.model)).is_file():
-        files = open_single_file(path).with_parts(replaced, _known_config)
-    else:
-        files = open_folder(Path(base.model), None, replaced, _known_config)
-    pipeline = for_run(described(files, dtype), height=height, width=width, remat=remat)
-    return dataclasses.replace(pipeline, params=placed(pipeline.params, place))
 
 
 def _part_place(part: str, name: str) -> Path:
@@ -96,35 +71,16 @@ def _config(name: Path, file: str, default: Json | None) -> Json:
     return default
 
 
-def clip_shapes(
-    name: str,
-    dtype: DTypeLike,
-    place: Place,
-    *,
-    step_aware: bool,
-    what: str,
-    params_dtype: DTypeLike | None = None,
-    known_plain: bool = True,
-) -> tuple[CLIPModel, PyTree]:
-    """A CLIP and the shapes of its parameters.
-
-    Args:
-      name: as in ``config.scorer.path``. A weight file without a ``config.json`` beside it is a ViT-H/14, and so is
-        what is not here and not known: every released preference model is one.
-      dtype: of the network.
-      place: where each parameter lies.
-      step_aware: whether it has time layers; a plain CLIP that is known by its name has none.
-      what: its name in the parameters of a program, with which its paths begin.
-      params_dtype: of its parameters, if another.
-      known_plain: False gives time layers even to one that is known to have none, as training from it does.
-    """
-    path, repository = local(name), repository_of(name) or ""
-    folder = path.parent if is_weight_file(name) else path
-    config = _config(folder, "config.json", published.CLIPS.get(repository, published.CLIP_VIT_H))
-    step_aware = step_aware and not (known_plain and repository in published.CLIPS)
-    where = f"File {folder / 'config.json'}"
-    clip, shapes = build(CLIPModel, config, dtype, params_dtype, where=where, step_aware=step_aware)
-    return clip, placed(shapes, place, (what,))
+def _has_time_layers(name: str) -> bool:
+    """Whether weights have them that are here, by their keys; else a CLIP that is known by its name is a plain one."""
+    path = local(name)
+    if path.is_file():
+        weights = open_file(path)
+    elif path.is_dir():
+        weights = open_weights(path, TRANSFORMERS_STEM)
+    else:
+        return repository_of(name) not in published.CLIPS
+    return any("t_embedder." in key for key in weights.arrays)
 
 
 def num_parameters(tree: PyTree) -> int:
@@ -150,11 +106,25 @@ def device_bytes(tree: PyTree) -> int:
 
 
 class Shapes:
-    """See ``assembly.Load``: networks by their configs alone."""
+    """See ``assembly.Load``: networks by their configs alone.
+
+    Configs are those of local models and of the hub's cache, or else those of published models, which ship with the
+    package.
+    """
 
     def pipeline(self, base: Base, dtype: DTypeLike, place: Place) -> Pipeline:
-        """See ``pipeline_shapes``."""
-        return pipeline_shapes(base, dtype, place)
+        """``jax.ShapeDtypeStruct`` for parameters, and blank tokenizers.
+
+        Raises:
+          UserError: there is no config to be found, or it is not supported, or the parts do not fit each other.
+        """
+        replaced = {part: _part_place(part, name) for part, name in (("unet", base.unet), ("vae", base.vae)) if name}
+        if (path := local(base.model)).is_file():
+            files = open_single_file(path).with_parts(replaced, _known_config)
+        else:
+            files = open_folder(Path(base.model), None, replaced, _known_config)
+        pipeline = described(files, dtype)
+        return dataclasses.replace(pipeline, params=placed(pipeline.params, place))
 
     def clip(
         self,
@@ -166,9 +136,14 @@ class Shapes:
         params_dtype: DTypeLike | None = None,
         step_aware: bool | None = None,
     ) -> tuple[CLIPModel, PyTree]:
-        """``clip_shapes``; where the weights would tell, only a CLIP that is known by its name is taken as plain."""
-        options = {"step_aware": step_aware is not False, "known_plain": step_aware is None}
-        return clip_shapes(name, dtype, place, what=part, params_dtype=params_dtype, **options)
+        """A weight file without a ``config.json`` beside it is a ViT-H/14, and so is what is not here and not known:
+        every released preference model is one."""
+        folder = local(name).parent if is_weight_file(name) else local(name)
+        config = _config(folder, "config.json", published.CLIPS.get(repository_of(name) or "", published.CLIP_VIT_H))
+        step_aware = _has_time_layers(name) if step_aware is None else step_aware
+        where = f"File {folder / 'config.json'}"
+        clip, shapes = build(CLIPModel, config, dtype, params_dtype, where=where, step_aware=step_aware)
+        return clip, placed(shapes, place, (part,))
 
     def tokenizer(self, name: str, default: Tokenizer, tower: CLIPTextTransformer | None) -> Tokenizer:
         """A blank one of the length that the tower takes."""

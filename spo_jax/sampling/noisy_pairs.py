@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
+from jaxtyping import Array, Float, Int, Integer, PyTree, Shaped, UInt8
 
 from spo_jax import rng
 from spo_jax.diffusion.guidance import make_guided_prediction
@@ -84,6 +84,6 @@ def make_predict_clean(pipeline: Pipeline, process: Process, guidance_scale: flo
     return predict_clean
 
 
-def pair_keys(root: jax.Array, positions: Int[Array, " b"]) -> jax.Array:
+def pair_keys(root: jax.Array, positions: Integer[Array, " b"]) -> jax.Array:
     """A key for each pair, by its place in the stream of records: the same in any batch and on any device."""
     return jax.vmap(lambda position: jax.random.fold_in(root, position))(positions)
