@@ -6,6 +6,7 @@ Module and parameter names are those of transformers. The step-aware preference 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Int, Num, PyTree
 from spo_jax.distributed.sharding import gathered
 from spo_jax.models.attention import multi_head_attention
 from spo_jax.models.compiler import call
-from spo_jax.models.config import Json, check_fields, fields_of
+from spo_jax.models.config import Json, check_fields
 from spo_jax.models.layers import Conv, Dense, LayerNorm, activation, timestep_embedding
 
 # Fields of transformers' configs that do not change what the towers compute (training, text generation, bookkeeping).
@@ -74,15 +75,14 @@ class CLIPTextTransformer(nn.Module):
     @classmethod
     def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32, **kwargs) -> CLIPTextTransformer:
         """Builds the tower from a parsed transformers text config; an unsupported field raises UserError."""
-        fields = check_fields("CLIP text", config, used=fields_of(cls), fixed=_FIXED, inert=_INERT)
+        fields = check_fields("CLIP text", cls, config, fixed=_FIXED, inert=_INERT)
         return cls(dtype=dtype, **fields, **kwargs)
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b l"]) -> CLIPTextOutput:
         length = tokens.shape[1]
-        x = _TextEmbeddings(
-            self.vocab_size, self.max_position_embeddings, self.hidden_size, self.dtype, name="embeddings"
-        )(tokens)
+        sizes = self.vocab_size, self.max_position_embeddings, self.hidden_size
+        x = _TextEmbeddings(*sizes, self.dtype, name="embeddings")(tokens)
         causal = jnp.tril(jnp.ones((length, length), dtype=bool))[None, None]
         x, penultimate = _encoder(self)(x, mask=causal)
         x = _layer_norm(self, "final_layer_norm")(x)
@@ -111,7 +111,7 @@ class CLIPVisionTransformer(nn.Module):
     def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32, **kwargs) -> CLIPVisionTransformer:
         """Builds the tower from a parsed transformers vision config; an unsupported field raises UserError."""
         fixed, inert = _FIXED | {"num_channels": (3,)}, _INERT | {"eos_token_id"}
-        fields = check_fields("CLIP vision", config, used=fields_of(cls), fixed=fixed, inert=inert)
+        fields = check_fields("CLIP vision", cls, config, fixed=fixed, inert=inert)
         return cls(dtype=dtype, **fields, **kwargs)
 
     @nn.compact
@@ -189,7 +189,7 @@ class CLIPModel(nn.Module):
     def from_config(cls, config: Json, *, step_aware: bool, dtype: jnp.dtype = jnp.float32) -> CLIPModel:
         """Builds the model from a parsed transformers ``CLIPConfig``; an unsupported field raises UserError."""
         inert = _INERT | {"text_config_dict", "vision_config_dict", "eos_token_id"}
-        fields = check_fields("CLIP", config, used=fields_of(cls), fixed={}, inert=inert)
+        fields = check_fields("CLIP", cls, config, fixed={}, inert=inert)
         CLIPTextTransformer.from_config(fields["text_config"])
         CLIPVisionTransformer.from_config(fields["vision_config"])
         for tower in ("text_config", "vision_config"):
@@ -266,11 +266,9 @@ def with_identity_time_layers(
         flat = flax.traverse_util.flatten_dict(params)
         return {path: value.astype(clip.dtype) for path, value in flat.items() if is_time_layer(path)}
 
-    if callable(sharding):
-        places = {path: sharding(path, leaf.shape) for path, leaf in jax.eval_shape(fresh, key).items()}
-    layers = jax.jit(fresh, out_shardings=places if callable(sharding) else sharding)(
-        key
-    )  # computes only what it returns
+    shapes = jax.eval_shape(fresh, key)
+    places = {path: sharding(path, x.shape) for path, x in shapes.items()} if callable(sharding) else sharding
+    layers = jax.jit(fresh, out_shardings=places)(key)  # computes only what it returns
     return flax.traverse_util.unflatten_dict({**flax.traverse_util.flatten_dict(plain), **layers})
 
 
@@ -295,15 +293,8 @@ class _VisionEmbeddings(nn.Module):
     @nn.compact
     def __call__(self, pixels):
         size = (self.patch_size, self.patch_size)
-        patches = Conv(
-            self.hidden_size,
-            size,
-            strides=self.patch_size,
-            use_bias=False,
-            dtype=self.dtype,
-            name="patch_embedding",
-        )(pixels)
-        patches = patches.reshape(pixels.shape[0], -1, self.hidden_size)
+        patch = Conv(self.hidden_size, size, size[0], use_bias=False, dtype=self.dtype, name="patch_embedding")
+        patches = patch(pixels).reshape(pixels.shape[0], -1, self.hidden_size)
         class_token = self.param("class_embedding", nn.initializers.normal(0.02), (self.hidden_size,), jnp.float32)
         class_token = jnp.broadcast_to(class_token.astype(self.dtype), (pixels.shape[0], 1, self.hidden_size))
         x = jnp.concatenate([class_token, patches], axis=1)
@@ -314,19 +305,13 @@ class _VisionEmbeddings(nn.Module):
 class _Encoder(nn.Module):
     """The stack of layers; returns the last hidden state and the one before the last layer."""
 
+    make_layer: Callable[..., _EncoderLayer]
     num_layers: int
-    num_heads: int
-    intermediate_size: int
-    hidden_act: str
-    layer_norm_eps: float
-    dtype: jnp.dtype
     remat: bool
 
     @nn.compact
     def __call__(self, x, mask=None, time=None):
-        layer = _EncoderLayer(
-            self.num_heads, self.intermediate_size, self.hidden_act, self.layer_norm_eps, self.dtype, parent=None
-        )
+        layer = self.make_layer(parent=None)
         previous = x
         for i in range(self.num_layers):
             previous = x
@@ -419,13 +404,6 @@ def _layer_norm(module, name: str) -> LayerNorm:
 
 
 def _encoder(tower: CLIPTextTransformer | CLIPVisionTransformer) -> _Encoder:
-    return _Encoder(
-        tower.num_hidden_layers,
-        tower.num_attention_heads,
-        tower.intermediate_size,
-        tower.hidden_act,
-        tower.layer_norm_eps,
-        tower.dtype,
-        tower.remat,
-        name="encoder",
-    )
+    sizes = tower.num_attention_heads, tower.intermediate_size, tower.hidden_act, tower.layer_norm_eps, tower.dtype
+    make_layer = functools.partial(_EncoderLayer, *sizes)
+    return _Encoder(make_layer, tower.num_hidden_layers, tower.remat, name="encoder")

@@ -1,4 +1,4 @@
-"""The models of a config by their shapes alone: no weight is read, nothing is fetched."""
+"""The run of a config with shapes in place of arrays: no weight is read, nothing is fetched."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
+from ml_collections import ConfigDict
 
+from spo_jax import methods
 from spo_jax.distributed.offload import in_host_memory
 from spo_jax.distributed.sharding import weight_shardings
 from spo_jax.errors import UserError
@@ -28,7 +30,7 @@ from spo_jax.formats.tokenizers import BlankTokenizer
 from spo_jax.formats.weights import TRANSFORMERS_STEM, open_file, open_weights
 from spo_jax.models import CLIPModel, published
 from spo_jax.models.clip import CLIPTextTransformer
-from spo_jax.runs.assembly import Place, sharded
+from spo_jax.runs.assembly import Assembly, Place, Program, sharded
 from spo_jax.runs.state import TrainState
 from spo_jax.types import Tokenizer
 
@@ -51,24 +53,16 @@ def _part_place(part: str, name: str) -> Path:
 
 def _known_config(name: Path, file: str) -> Json:
     """A config of a model that is here, else the published one."""
-    repository = repository_of(name) or ""
-    if file == "config.json":
-        return _config(name, file, published.VAES.get(repository))
-    part = file.partition("/")[0].removesuffix(".json")
-    return _config(name, file, published.PIPELINES.get(repository, {}).get(part))
-
-
-def _config(name: Path, file: str, default: Json | None) -> Json:
-    found = find_file(name, file)
-    if found is not None:
+    if (found := find_file(name, file)) is not None:
         return read_json(found)
-    if default is None:
-        known = ", ".join([*published.PIPELINES, *published.VAES])
-        raise UserError(
-            f"Model {str(name)!r} has no {file} here, in a folder or in the cache of the hub; give one that is, "
-            f"or one whose sizes are known: {known}."
-        )
-    return default
+    repository, part = repository_of(name) or "", file.partition("/")[0].removesuffix(".json")
+    known = published.VAES if file == "config.json" else published.PIPELINES.get(repository, {})
+    if (config := known.get(repository if file == "config.json" else part)) is not None:
+        return config
+    raise UserError(
+        f"Model {str(name)!r} has no {file} here, in a folder or in the cache of the hub; give one that is, "
+        f"or one whose sizes are known: {', '.join([*published.PIPELINES, *published.VAES])}."
+    )
 
 
 def _has_time_layers(name: str) -> bool:
@@ -97,12 +91,26 @@ def device_bytes(tree: PyTree) -> int:
     def one(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
         if in_host_memory(leaf):
             return 0
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
-            return 16 * leaf.size  # random keys
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
-        return int(jnp.dtype(leaf.dtype).itemsize) * math.prod(shape)
+        return item_bytes(leaf.dtype) * math.prod(shape)
 
-    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def item_bytes(dtype: DTypeLike) -> int:
+    """Bytes of one number, or of a random key."""
+    return 16 if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else jnp.dtype(dtype).itemsize
+
+
+def make_run(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Assembly:
+    """The run of a config on a mesh, which may be abstract as long as no program is compiled; see ``assemble``."""
+    return methods.module_of(config.method, "assemble").assemble(config, mesh, Shapes())
+
+
+def extra_bytes(program: Program, run: Assembly) -> int:
+    """Bytes on a device of the arguments that are not ``run.resident``."""
+    there = {id(leaf) for leaf in jax.tree.leaves(run.resident)}
+    return device_bytes([leaf for leaf in jax.tree.leaves(program.arguments) if id(leaf) not in there])
 
 
 class Shapes:
@@ -139,7 +147,9 @@ class Shapes:
         """A weight file without a ``config.json`` beside it is a ViT-H/14, and so is what is not here and not known:
         every released preference model is one."""
         folder = local(name).parent if is_weight_file(name) else local(name)
-        config = _config(folder, "config.json", published.CLIPS.get(repository_of(name) or "", published.CLIP_VIT_H))
+        found = find_file(folder, "config.json")
+        known = published.CLIPS.get(repository_of(name) or "", published.CLIP_VIT_H)
+        config = known if found is None else read_json(found)
         step_aware = _has_time_layers(name) if step_aware is None else step_aware
         where = f"File {folder / 'config.json'}"
         clip, shapes = build(CLIPModel, config, dtype, params_dtype, where=where, step_aware=step_aware)

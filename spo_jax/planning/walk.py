@@ -29,17 +29,11 @@ Buffers = frozenset[int]  # the arrays that a value is computed from
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a program costs.
+    """What a program costs."""
 
-    Attributes:
-      flops: of matrix products and convolutions, with all rounds of scans.
-      peak: the most bytes of its own arrays at one time.
-      products: matrix products and convolutions in its text; those in loops count once.
-    """
-
-    flops: float
-    peak: int
-    products: int = 0
+    flops: float  # of matrix products and convolutions, with all rounds of scans
+    peak: int  # the most bytes of its own arrays at one time
+    products: int = 0  # matrix products and convolutions in its text; those in loops count once
 
 
 def walk(jaxpr: core.Jaxpr, size_of: SizeOf, *, fuses_operands: bool = True, num_donated: int = 0) -> Cost:
@@ -184,12 +178,9 @@ def _fuses(name: str) -> bool:
 
 def _inlined(eqn: core.JaxprEqn) -> core.Jaxpr | None:
     """The jaxpr that an equation stands for, if it is a call."""
-    if eqn.primitive.name in _CALLS:
-        for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-            if key in eqn.params:
-                inner = eqn.params[key]
-                return inner.jaxpr if hasattr(inner, "jaxpr") else inner
-    return None
+    keys = ("jaxpr", "call_jaxpr", "fun_jaxpr") if eqn.primitive.name in _CALLS else ()
+    inner = next((eqn.params[key] for key in keys if key in eqn.params), None)
+    return getattr(inner, "jaxpr", inner)
 
 
 def _flops(eqn: core.JaxprEqn) -> float:
