@@ -108,13 +108,7 @@ def sample_dpmpp_2m(
     schedule: Schedule,
     initial: Float[Array, "b h w c"],
 ) -> Float[Array, "b h w c"]:
-    """Final latents of DPM-Solver++ 2M, one network call a step.
-
-    Args:
-      predict: ``(latents [B, h, w, c], timestep scalar) -> model output [B, h, w, c]``.
-      schedule: from ``make_dpm_schedule``.
-      initial: x_T.
-    """
+    """Final latents of DPM-Solver++ 2M, one network call a step; as ``ddim.sample``, of ``make_dpm_schedule``."""
 
     def step(carry, inputs):
         latents, previous_x0 = carry

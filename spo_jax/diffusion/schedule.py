@@ -48,26 +48,18 @@ _OF_OTHER_SOLVERS = (
 
 @flax.struct.dataclass
 class Schedule:
-    """Timesteps of N sampling steps and the noise level of every training timestep.
+    """Timesteps of N sampling steps and the noise level of every training timestep."""
 
-    Attributes:
-      alphas_cumprod: float32 [T]; 0 at the last one of a schedule with zero terminal SNR.
-      timesteps: int32 [N], descending.
-      previous_timesteps: int32 [N], where each step goes; clamped to [0, T - 1], so that the last step keeps a positive
-        sigma and a finite log-probability.
-      prediction_type: what the network predicts: "epsilon", "v_prediction" or "sample".
-      ends_clean: the config has ``set_alpha_to_one``: see ``to_the_end``.
-      clip_sample_range: predictions of x0 are clipped to +- this; None leaves them as they are.
-      file: that messages name.
-    """
-
-    alphas_cumprod: jax.Array
-    timesteps: jax.Array
+    alphas_cumprod: jax.Array  # float32 [T]; 0 at the last one of a schedule with zero terminal SNR
+    timesteps: jax.Array  # int32 [N], descending
+    # int32 [N], where each step goes; clamped to [0, T - 1], so that the last step keeps a positive sigma and a finite
+    # log-probability.
     previous_timesteps: jax.Array
-    prediction_type: str = flax.struct.field(pytree_node=False)
-    ends_clean: bool = flax.struct.field(pytree_node=False, default=False)
+    prediction_type: str = flax.struct.field(pytree_node=False)  # "epsilon", "v_prediction" or "sample"
+    ends_clean: bool = flax.struct.field(pytree_node=False, default=False)  # set_alpha_to_one: see to_the_end
+    # Predictions of x0 are clipped to +- this; None leaves them as they are.
     clip_sample_range: float | None = flax.struct.field(pytree_node=False, default=None)
-    file: str = flax.struct.field(pytree_node=False, default="Scheduler config")
+    file: str = flax.struct.field(pytree_node=False, default="Scheduler config")  # that messages name
 
     @property
     def num_steps(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Self
 
 import flax.linen as nn
 import flax.struct
@@ -55,28 +56,34 @@ class CLIPTextOutput:
     pooled: jax.Array
 
 
-class CLIPTextTransformer(nn.Module):
-    """Causal text tower. Shapes: tokens int [B, L], L <= max_position_embeddings."""
+class _Tower(nn.Module):
+    """What both towers have; defaults are transformers', which leaves fields that have them out of a CLIP's config."""
 
-    # Defaults are transformers': it leaves fields that have them out of the config of a tower inside a CLIP.
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
     num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
     projection_dim: int = 512
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
 
     @classmethod
-    def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32, **kwargs) -> CLIPTextTransformer:
-        """Builds the tower from a parsed transformers text config; an unsupported field raises UserError."""
-        fields = check_fields("CLIP text", cls, config, fixed=_FIXED, inert=_INERT)
-        return cls(dtype=dtype, **fields, **kwargs)
+    def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32, **kwargs) -> Self:
+        """Builds the tower from a parsed transformers config; an unsupported field raises UserError."""
+        name, fixed, inert = "CLIP text", _FIXED, _INERT
+        if cls is CLIPVisionTransformer:
+            name, fixed, inert = "CLIP vision", _FIXED | {"num_channels": (3,)}, _INERT | {"eos_token_id"}
+        return cls(dtype=dtype, **check_fields(name, cls, config, fixed=fixed, inert=inert), **kwargs)
+
+
+class CLIPTextTransformer(_Tower):
+    """Causal text tower. Shapes: tokens int [B, L], L <= max_position_embeddings."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    eos_token_id: int = 49407
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b l"]) -> CLIPTextOutput:
@@ -92,27 +99,14 @@ class CLIPTextTransformer(nn.Module):
         return CLIPTextOutput(x, penultimate, pooled)
 
 
-class CLIPVisionTransformer(nn.Module):
+class CLIPVisionTransformer(_Tower):
     """Vision tower. Pixels [B, H, W, 3] already normalised; returns the pooled, layer-normed class token [B, D]."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
-    num_hidden_layers: int = 12
     num_attention_heads: int = 12
     image_size: int = 224
     patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    projection_dim: int = 512
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
-
-    @classmethod
-    def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32, **kwargs) -> CLIPVisionTransformer:
-        """Builds the tower from a parsed transformers vision config; an unsupported field raises UserError."""
-        fixed, inert = _FIXED | {"num_channels": (3,)}, _INERT | {"eos_token_id"}
-        fields = check_fields("CLIP vision", cls, config, fixed=fixed, inert=inert)
-        return cls(dtype=dtype, **fields, **kwargs)
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "b H W 3"], time: Float[Array, "b d"] | None = None) -> Float[Array, "b d"]:

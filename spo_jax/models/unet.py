@@ -107,7 +107,20 @@ class UNet2DConditionModel(nn.Module):
                     f"{name} config: {field} = {list(types)} is not supported; expected {num_blocks} entries out of "
                     f"{', '.join(allowed)}."
                 )
-        fields |= _addition_sizes(name, fields)
+        # SDXL's additional conditions; the sizes are 0 where there are none.
+        kind = fields.get("addition_embed_type")
+        if kind not in (None, "text_time"):
+            raise UserError(
+                f"{name} config: addition_embed_type = {kind!r} is not supported (only None or 'text_time'); "
+                "use a checkpoint without this feature."
+            )
+        for field in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            size = fields[field] = fields.get(field) or 0
+            if (size > 0) != (kind is not None):
+                raise UserError(
+                    f"{name} config: {field} = {size} does not go with addition_embed_type = {kind!r}; "
+                    "copy the config of the checkpoint again."
+                )
         check_positive(name, "norm_eps", fields.get("norm_eps", cls.norm_eps))
         size = fields.get("sample_size", cls.sample_size)
         sides = size if isinstance(size, tuple) else (size, size)
@@ -196,25 +209,6 @@ class UNet2DConditionModel(nn.Module):
         )
 
 
-def _addition_sizes(name: str, fields: Json) -> dict[str, int]:
-    """Sizes of SDXL's additional conditions, 0 where there are none; refuses other kinds and missing sizes."""
-    kind = fields.get("addition_embed_type")
-    if kind not in (None, "text_time"):
-        raise UserError(
-            f"{name} config: addition_embed_type = {kind!r} is not supported (only None or 'text_time'); "
-            "use a checkpoint without this feature."
-        )
-    names = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-    sizes = {field: fields.get(field) or 0 for field in names}
-    for field, size in sizes.items():
-        if (size > 0) != (kind is not None):
-            raise UserError(
-                f"{name} config: {field} = {size} does not go with addition_embed_type = {kind!r}; "
-                "copy the config of the checkpoint again."
-            )
-    return sizes
-
-
 class _Block(nn.Module):
     """One level of the UNet: ``num_layers`` resnets, each followed by attention if ``num_heads`` > 0; then resampling.
 
@@ -240,15 +234,8 @@ class _Block(nn.Module):
         # Ten transformer blocks at once (SDXL) would keep more inside them than the rest of the network does.
         remat_blocks = self.remat and self.transformer_layers > 1
         resnet = ResnetBlock2D(self.channels, self.num_groups, self.epsilon, self.dtype, parent=None)
-        transformer = Transformer2DModel(
-            self.num_heads,
-            self.transformer_layers,
-            self.num_groups,
-            self.use_linear_projection,
-            remat_blocks,
-            self.dtype,
-            parent=None,
-        )
+        sizes = self.num_heads, self.transformer_layers, self.num_groups, self.use_linear_projection
+        transformer = Transformer2DModel(*sizes, remat_blocks, self.dtype, parent=None)
         outputs = []
         for i in range(self.num_layers):
             if skips is not None:

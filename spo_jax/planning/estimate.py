@@ -74,20 +74,23 @@ def resident_bytes(run: Assembly) -> dict[str, int]:
     return {name: device_bytes(tree) for name, tree in run.resident.items()}
 
 
+def batches(config: ConfigDict) -> dict[str, int]:
+    """The sizes that all devices share, by their keys; 0 is no limit."""
+    if config.method == "spo":
+        return {"prompts_per_batch": config.prompts_per_batch, "train.minibatch_size": config.train.minibatch_size}
+    return {f"{part}.batch_size": config[part].batch_size for part in ("train", "validation")} | {"chunk": config.chunk}
+
+
 def share_of(config: ConfigDict, num_devices: int) -> ConfigDict:
     """The config of one device's share of the batches, on one device."""
     share = config.copy_and_resolve_references()
     with share.unlocked():
         share.mesh.data = share.mesh.fsdp = 1
+        for key, size in batches(config).items():
+            share.update_from_flattened_dict({key: max(1, size // num_devices) if size else 0})
         if config.method == "spo":
-            share.prompts_per_batch = max(1, config.prompts_per_batch // num_devices)
-            share.train.minibatch_size = max(1, config.train.minibatch_size // num_devices)
             images = min(config.evaluation.batch_size, config.evaluation.num_prompts)
             share.evaluation.batch_size = round_up(images, num_devices) // num_devices
-        else:
-            share.train.batch_size = max(1, config.train.batch_size // num_devices)
-            share.validation.batch_size = max(1, config.validation.batch_size // num_devices)
-            share.chunk = config.chunk // num_devices
     return share
 
 

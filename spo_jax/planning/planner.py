@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -15,7 +14,7 @@ from spo_jax.distributed.pieces import piece_size
 from spo_jax.errors import UserError
 from spo_jax.planning.collectives import Traffic
 from spo_jax.planning.compile import compile_program, versions
-from spo_jax.planning.estimate import abstract_run, estimate_program, resident_bytes
+from spo_jax.planning.estimate import abstract_run, batches, estimate_program, resident_bytes
 from spo_jax.planning.shapes import num_parameters
 from spo_jax.planning.targets import GIB, Target, check_installed
 from spo_jax.runs.assembly import Assembly
@@ -58,11 +57,7 @@ def check(config: ConfigDict, target: Target) -> None:
     methods.module_of(config.method, "config").check(config, target.num_devices)
     count = target.num_devices
     mesh_sizes(config.mesh.data, config.mesh.fsdp, count)
-    keys = ["prompts_per_batch", "train.minibatch_size"]
-    if config.method == "spm":
-        keys = ["train.batch_size", "validation.batch_size", "chunk"]
-    for key in keys:
-        size = functools.reduce(getattr, key.split("."), config)
+    for key, size in batches(config).items():
         if size % count:
             raise UserError(
                 f"config.{key} = {size} cannot be split over the {count} devices of {target.name}; it counts for all "
