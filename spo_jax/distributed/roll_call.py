@@ -28,11 +28,8 @@ def roll_call(
 ) -> None:
     """Returns in all processes as soon as all ``num_processes`` of them are there.
 
-    Args:
-      address: host:port of process 0.
-      timeout: seconds that process 0 waits for the others, and each of them for process 0.
-      source: where the settings are from, for the message.
-      hosts: the host of every process if they are known, for the message.
+    Process 0, at ``address`` (host:port), waits ``timeout`` seconds for the others, and each of them for it. ``source``
+    of the settings and ``hosts`` of the processes, if they are known, are for the message.
 
     Raises:
       UserError: a process did not come, two came as the same one, they disagree, or the port cannot be used.
