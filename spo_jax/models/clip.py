@@ -247,9 +247,9 @@ def with_identity_time_layers(
 ) -> PyTree:
     """Parameters of a step-aware CLIP that scores as the plain one does, at every timestep.
 
-    ``plain`` are those of the plain model of the same config, and become part of the result; the new ones have the dtype
-    of ``clip``. ``key`` is that of the time embedding's random weights, which count only once the modulation has learned
-    something; ``sharding`` is one for all new parameters, or a function from a path and a shape to its own.
+    ``plain`` are those of the plain model of the same config, and become part of the result; the new ones have the
+    dtype of ``clip``. ``key`` is that of the time embedding's random weights, which count only once the modulation has
+    learned something; ``sharding`` is one for all new parameters, or a function from a path and a shape to its own.
     """
 
     def fresh(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:

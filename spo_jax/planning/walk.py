@@ -37,18 +37,14 @@ class Cost:
 
 
 def walk(jaxpr: core.Jaxpr, size_of: SizeOf, *, fuses_operands: bool = True, num_donated: int = 0) -> Cost:
-    """Adds up FLOPs and follows which arrays are live.
+    """Adds up FLOPs and follows which arrays are live, in the jaxpr of one device's share of the work.
 
     Products, convolutions, reductions and loops make their results. Elementwise work and changes of shape make no array
     of their own, except where they join two large arrays (a residual connection): then the sum takes the place of one
-    of them. An array lives from where it is made to its last use, in the order of the jaxpr.
-
-    Args:
-      jaxpr: of one device's share of the work.
-      size_of: bytes of an array, from its ``aval``.
-      fuses_operands: whether elementwise work is fused into the operands of products and convolutions (TPU), or must be
-        written out for them (GPU, CPU).
-      num_donated: so many results, the first ones, take the place of arguments.
+    of them. An array lives from where it is made to its last use, in the order of the jaxpr. ``size_of`` gives the
+    bytes of an array from its ``aval``. ``fuses_operands``: elementwise work is fused into the operands of products and
+    convolutions (TPU), else written out for them (GPU, CPU). The first ``num_donated`` results take the place of
+    arguments.
     """
     program = _Program(size_of, fuses_operands)
     results = program.visit(jaxpr, [frozenset()] * len(jaxpr.invars))
