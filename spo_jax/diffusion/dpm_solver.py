@@ -22,15 +22,9 @@ from spo_jax.errors import UserError
 
 # Fields of a scheduler config that DDIM leaves out and that would make this solver another one, with the values that
 # do not. Order, algorithm and type of the solver are those that its name says, whatever the config has.
-_OFF = (False, None)
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "use_karras_sigmas": _OFF,
-    "use_exponential_sigmas": _OFF,
-    "use_beta_sigmas": _OFF,
-    "use_lu_lambdas": _OFF,
-    "use_flow_sigmas": _OFF,
-    "final_sigmas_type": ("zero", None),
-}
+_OTHER_SIGMAS = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas", "flow_sigmas")
+_FIXED: dict[str, tuple[Any, ...]] = {f"use_{name}": (False, None) for name in _OTHER_SIGMAS}
+_FIXED |= {"final_sigmas_type": ("zero", None)}
 # diffusers' place of the last timestep of a schedule with zero terminal SNR, where lambda would be minus infinity.
 _ALMOST_ZERO = 2.0**-24
 
@@ -60,7 +54,14 @@ def make_dpm_schedule(config: Mapping[str, Any], num_steps: int) -> Schedule:
     alphas_cumprod = schedule.alphas_cumprod
     if alphas_cumprod[-1] == 0:
         alphas_cumprod = alphas_cumprod.at[-1].set(_ALMOST_ZERO)
-    _check_lambda_min(file, config.get("lambda_min_clipped", -math.inf), alphas_cumprod)
+    # A limit that would leave out the noisiest timesteps.
+    limit, last = config.get("lambda_min_clipped", -math.inf), alphas_cumprod[-1]
+    least = 0.5 * float(jnp.log(last) - jnp.log1p(-last))
+    if limit > least:
+        raise UserError(
+            f"{file}: lambda_min_clipped = {limit!r} leaves out timesteps (the least lambda is {least:.2f}), which is "
+            "not supported by --solver=dpmpp_2m."
+        )
     timesteps = schedule.timesteps[:num_steps]
     return dataclasses.replace(
         schedule,
@@ -70,16 +71,6 @@ def make_dpm_schedule(config: Mapping[str, Any], num_steps: int) -> Schedule:
         ends_clean=False,  # it always goes all the way
         clip_sample_range=None,
     )
-
-
-def _check_lambda_min(file: str, limit: float, alphas_cumprod: jax.Array) -> None:
-    """Refuses a ``lambda_min_clipped`` that would leave out the noisiest timesteps."""
-    least = 0.5 * float(jnp.log(alphas_cumprod[-1]) - jnp.log1p(-alphas_cumprod[-1]))
-    if limit > least:
-        raise UserError(
-            f"{file}: lambda_min_clipped = {limit!r} leaves out timesteps (the least lambda is {least:.2f}), which is "
-            "not supported by --solver=dpmpp_2m."
-        )
 
 
 @flax.struct.dataclass
@@ -117,13 +108,7 @@ def sample_dpmpp_2m(
     schedule: Schedule,
     initial: Float[Array, "b h w c"],
 ) -> Float[Array, "b h w c"]:
-    """Final latents of DPM-Solver++ 2M, one network call a step.
-
-    Args:
-      predict: ``(latents [B, h, w, c], timestep scalar) -> model output [B, h, w, c]``.
-      schedule: from ``make_dpm_schedule``.
-      initial: x_T.
-    """
+    """Final latents of DPM-Solver++ 2M, one network call a step; as ``ddim.sample``, of ``make_dpm_schedule``."""
 
     def step(carry, inputs):
         latents, previous_x0 = carry

@@ -48,26 +48,18 @@ _OF_OTHER_SOLVERS = (
 
 @flax.struct.dataclass
 class Schedule:
-    """Timesteps of N sampling steps and the noise level of every training timestep.
+    """Timesteps of N sampling steps and the noise level of every training timestep."""
 
-    Attributes:
-      alphas_cumprod: float32 [T]; 0 at the last one of a schedule with zero terminal SNR.
-      timesteps: int32 [N], descending.
-      previous_timesteps: int32 [N], where each step goes; clamped to [0, T - 1], so that the last step keeps a positive
-        sigma and a finite log-probability.
-      prediction_type: what the network predicts: "epsilon", "v_prediction" or "sample".
-      ends_clean: the config has ``set_alpha_to_one``: see ``to_the_end``.
-      clip_sample_range: predictions of x0 are clipped to +- this; None leaves them as they are.
-      file: that messages name.
-    """
-
-    alphas_cumprod: jax.Array
-    timesteps: jax.Array
+    alphas_cumprod: jax.Array  # float32 [T]; 0 at the last one of a schedule with zero terminal SNR
+    timesteps: jax.Array  # int32 [N], descending
+    # int32 [N], where each step goes; clamped to [0, T - 1], so that the last step keeps a positive sigma and a finite
+    # log-probability.
     previous_timesteps: jax.Array
-    prediction_type: str = flax.struct.field(pytree_node=False)
-    ends_clean: bool = flax.struct.field(pytree_node=False, default=False)
+    prediction_type: str = flax.struct.field(pytree_node=False)  # "epsilon", "v_prediction" or "sample"
+    ends_clean: bool = flax.struct.field(pytree_node=False, default=False)  # set_alpha_to_one: see to_the_end
+    # Predictions of x0 are clipped to +- this; None leaves them as they are.
     clip_sample_range: float | None = flax.struct.field(pytree_node=False, default=None)
-    file: str = flax.struct.field(pytree_node=False, default="Scheduler config")
+    file: str = flax.struct.field(pytree_node=False, default="Scheduler config")  # that messages name
 
     @property
     def num_steps(self) -> int:
@@ -144,26 +136,30 @@ def scheduler_file(config: Mapping[str, Any]) -> str:
 
 
 def _make_schedule(config: Mapping[str, Any], num_steps: int, file: str) -> Schedule:
-    check_class(config)
+    name = str(config.get("_class_name", "DDIMScheduler"))
+    described = config.get("beta_schedule") is not None or config.get("trained_betas") is not None
+    if name.startswith(_OTHER_NOISE) or not (described or name.removesuffix("Scheduler") in _SOLVERS):
+        raise UserError(
+            f"_class_name = {name!r} is not supported: its noise schedule is not made from betas, as that of DDIM and "
+            "DPM-Solver++ is; use a model that was trained with one (not EDM, not flow matching)."
+        )
     off = {name for name, value in config.items() if value is None or value is False}
     fields = {k: v for k, v in config.items() if k not in off and k not in _OF_OTHER_SOLVERS and not k.startswith("_")}
     num_train = fields.pop("num_train_timesteps", 1000)
     if not isinstance(num_train, int) or num_train < 1:
         raise UserError(f"num_train_timesteps = {num_train!r} must be a whole number from 1.")
-    prediction_type = one_of("prediction_type", fields.pop("prediction_type", "epsilon"), PREDICTION_TYPES)
+    prediction_type = _one_of("prediction_type", fields.pop("prediction_type", "epsilon"), PREDICTION_TYPES)
     alphas_cumprod = _alphas_cumprod(fields, num_train)
     if prediction_type == "epsilon" and alphas_cumprod[-1] == 0:
         raise UserError(
             "rescale_betas_zero_snr = True (or a last beta of 1) leaves no signal at the last timestep, where "
             "prediction_type = 'epsilon' divides by it; such a model predicts v: set prediction_type to 'v_prediction'."
         )
-    timesteps = _timesteps(
-        fields.pop("timestep_spacing", "leading"), fields.pop("steps_offset", 0), num_train, num_steps
-    )
-    clip_sample_range = fields.pop("clip_sample_range", 1.0)
-    clips = fields.pop("clip_sample", False)
+    spacing, offset = fields.pop("timestep_spacing", "leading"), fields.pop("steps_offset", 0)
+    timesteps = _timesteps(spacing, offset, num_train, num_steps)
+    clip_sample_range, clips = fields.pop("clip_sample_range", 1.0), fields.pop("clip_sample", False)
     fields.pop("set_alpha_to_one", None)
-    one_of("thresholding", fields.pop("thresholding", False), (False,))
+    _one_of("thresholding", fields.pop("thresholding", False), (False,))
     if fields:
         name = min(fields)
         raise UserError(
@@ -209,22 +205,10 @@ def check_trainable(schedule: Schedule) -> None:
         )
 
 
-def check_class(config: Mapping[str, Any]) -> None:
-    """Refuses a scheduler whose noise is not made from betas, such as those of EDM and of flow matching."""
-    name = str(config.get("_class_name", "DDIMScheduler"))
-    described = config.get("beta_schedule") is not None or config.get("trained_betas") is not None
-    if name.startswith(_OTHER_NOISE) or not (described or name.removesuffix("Scheduler") in _SOLVERS):
-        raise UserError(
-            f"_class_name = {name!r} is not supported: its noise schedule is not made from betas, as that of DDIM and "
-            "DPM-Solver++ is; use a model that was trained with one (not EDM, not flow matching)."
-        )
-
-
-def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     """The value of a field, if it is one of those that are supported."""
     if value not in allowed:
-        options = " or ".join(repr(a) for a in allowed)
-        raise UserError(f"{name} = {value!r} is not supported (only {options}).")
+        raise UserError(f"{name} = {value!r} is not supported (only {' or '.join(map(repr, allowed))}).")
     return value
 
 
@@ -232,8 +216,7 @@ def _alphas_cumprod(fields: dict[str, Any], count: int) -> np.ndarray:
     """float64 [count]; takes what it reads out of ``fields``."""
     kind = fields.pop("beta_schedule", "linear")
     start, end = fields.pop("beta_start", 1e-4), fields.pop("beta_end", 0.02)
-    trained = fields.pop("trained_betas", None)
-    if trained is not None:
+    if (trained := fields.pop("trained_betas", None)) is not None:
         betas = np.asarray(trained, np.float64)
         if betas.shape != (count,):
             raise UserError(f"trained_betas has the shape {betas.shape}, but num_train_timesteps is {count}.")
@@ -251,7 +234,7 @@ def _alphas_cumprod(fields: dict[str, Any], count: int) -> np.ndarray:
 
 
 def _betas(kind: str, start: float, end: float, count: int) -> np.ndarray:
-    one_of("beta_schedule", kind, _BETA_SCHEDULES)
+    _one_of("beta_schedule", kind, _BETA_SCHEDULES)
     if kind == "linear":
         return np.linspace(start, end, count)
     if kind == "scaled_linear":
@@ -261,7 +244,7 @@ def _betas(kind: str, start: float, end: float, count: int) -> np.ndarray:
 
 
 def _timesteps(spacing: str, offset: int, num_train: int, num_steps: int) -> np.ndarray:
-    one_of("timestep_spacing", spacing, _SPACINGS)
+    _one_of("timestep_spacing", spacing, _SPACINGS)
     if not 1 <= num_steps <= num_train:
         raise UserError(f"the number of sampling steps must be between 1 and {num_train}, not {num_steps}.")
     steps: np.ndarray

@@ -23,13 +23,8 @@ def piece_size(num_rows: int, num_devices: int, limit: int) -> int:
 def map_in_pieces(function: Callable[[PyTree], PyTree], rows: PyTree, size: int) -> PyTree:
     """``function(rows)`` for a function that treats each row by itself, computed for ``size`` rows at a time.
 
-    Args:
-      function: from a tree of arrays [size, ...] to a tree of arrays [size, ...].
-      rows: a tree of arrays [n, ...], n a multiple of ``size``.
-      size: a multiple of the number of devices that the rows are split over, if they are.
-
-    Returns:
-      A tree of arrays [n, ...].
+    Rows and results are trees of arrays [n, ...], those of ``function`` [size, ...]. ``size`` divides n, and is a
+    multiple of the number of devices that the rows are split over, if they are.
     """
     count = len(jax.tree.leaves(rows)[0])
     if size == count:

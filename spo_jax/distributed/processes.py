@@ -31,19 +31,14 @@ class ProcessFlags:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessLayout:
-    """The place of this process in a run of several.
+    """The place of this process in a run of several."""
 
-    ``coordinator_address`` is host:port of process 0; ``local_device_ids`` are the GPUs of this process among those it
-    can see, None for all; ``source`` says for messages where this is from; ``hosts`` names the host of every process
-    where that is known, and is empty otherwise.
-    """
-
-    coordinator_address: str
+    coordinator_address: str  # host:port of process 0
     num_processes: int
     process_id: int
-    local_device_ids: tuple[int, ...] | None
-    source: str
-    hosts: tuple[str, ...] = ()
+    source: str  # where this is from, for messages
+    hosts: tuple[str, ...] = ()  # of every process where that is known, else empty
+    local_device_ids: tuple[int, ...] | None = None  # GPUs of this process among those it can see, None for all
 
 
 def is_main_process() -> bool:
@@ -81,7 +76,7 @@ def process_layout(flags: ProcessFlags, environ: Mapping[str, str]) -> ProcessLa
                 f"example --num_processes=2 --process_id=0 --coordinator_address=host0:{PORT}."
             )
     assert address is not None and count is not None and index is not None
-    return _checked(ProcessLayout(address, count, index, None, "the command line"), "--process_id")
+    return _checked(ProcessLayout(address, count, index, "the command line"), "--process_id")
 
 
 def tpu_vm_layout(environ: Mapping[str, str], timeout: float) -> ProcessLayout | None:
@@ -107,7 +102,7 @@ def tpu_vm_layout(environ: Mapping[str, str], timeout: float) -> ProcessLayout |
             f"The metadata server of this TPU VM does not say which hosts belong to the slice ({error}); give "
             "--num_processes, --process_id and --coordinator_address."
         ) from error
-    return _checked(ProcessLayout(address, count, index, None, "the TPU VM's metadata"), "agent-worker-number")
+    return _checked(ProcessLayout(address, count, index, "the TPU VM's metadata"), "agent-worker-number")
 
 
 def initialize(layout: ProcessLayout, timeout: float) -> None:
@@ -158,9 +153,9 @@ def _slurm(environ: Mapping[str, str]) -> ProcessLayout | None:
     if "SLURM_JOB_ID" not in environ:
         return None
     job = _number(environ, "SLURM_JOB_ID", "SLURM_JOB_ID")
-    in_step = "SLURM_STEP_NODELIST" in environ
     wanted = _number(environ, "SLURM_NTASKS", "SLURM_JOB_ID") if "SLURM_NTASKS" in environ else 1
     # The shell of salloc or of a batch script has the job's variables, but is one process.
+    in_step = "SLURM_STEP_NODELIST" in environ
     count = _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST") if in_step else 1
     if count == 1 and wanted > 1:
         raise UserError(
@@ -172,14 +167,11 @@ def _slurm(environ: Mapping[str, str]) -> ProcessLayout | None:
     nodes = environ["SLURM_STEP_NODELIST"]
     index = _number(environ, "SLURM_PROCID", "SLURM_STEP_NODELIST")
     port = job % 2**12 + 2**16 - 2**12  # of its own for each job, as JAX has it
-    address, source = f"{_first_node(nodes)}:{port}", f"SLURM job {job} on {nodes}"
-    return _checked(ProcessLayout(address, count, index, _slurm_gpus(environ), source), "SLURM_PROCID")
-
-
-def _first_node(nodes: str) -> str:
-    """Where task 0 runs: ``rack1n007`` of ``rack[1-2]n[007,009-011],other``."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0] if first else nodes)
+    # Task 0 runs on rack1n007 of rack[1-2]n[007,009-011],other.
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match[0] if match else nodes)
+    source, gpus = f"SLURM job {job} on {nodes}", _slurm_gpus(environ)
+    return _checked(ProcessLayout(f"{first}:{port}", count, index, source, local_device_ids=gpus), "SLURM_PROCID")
 
 
 def _slurm_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
@@ -188,13 +180,11 @@ def _slurm_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
     for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):  # such as 8(x3),4
         number, _, times = part.partition("(x")
         tasks += [int(number)] * int(times.rstrip(")") or 1)
-    node = int(environ.get("SLURM_NODEID", 0))
-    here = tasks[min(node, len(tasks) - 1)]
+    here = tasks[min(int(environ.get("SLURM_NODEID", 0)), len(tasks) - 1)]
     if here == 1:
         return None
     task = _number(environ, "SLURM_LOCALID", "SLURM_STEP_NODELIST")
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    on_node = int(environ.get("SLURM_GPUS_ON_NODE", 0))
+    visible, on_node = environ.get("CUDA_VISIBLE_DEVICES"), int(environ.get("SLURM_GPUS_ON_NODE", 0))
     seen = on_node if visible is None else len([gpu for gpu in visible.split(",") if gpu])
     if visible is not None and (seen < on_node or "SLURM_GPUS_PER_TASK" in environ):
         return None  # --gpus-per-task and --gpu-bind show each task its own
@@ -214,14 +204,13 @@ def _tpu_slice(environ: Mapping[str, str]) -> ProcessLayout | None:
     hosts = tuple(host.split(":")[0] for host in environ.get(name, "").split(",") if host)
     if not hosts:
         return None
-    slices, this_slice = 1, 0
+    slices, this_slice, first = 1, 0, hosts[0]
     if environ.get("MEGASCALE_NUM_SLICES"):
         slices = _number(environ, "MEGASCALE_NUM_SLICES", "MEGASCALE_NUM_SLICES")
         this_slice = _number(environ, "MEGASCALE_SLICE_ID", "MEGASCALE_NUM_SLICES")
     if len(hosts) * slices == 1:
         return None
     worker = _number(environ, "TPU_WORKER_ID", name)
-    first = hosts[0]
     if slices > 1:
         first = environ.get("MEGASCALE_COORDINATOR_ADDRESS", "").split(":")[0]
         if not first:
@@ -232,14 +221,8 @@ def _tpu_slice(environ: Mapping[str, str]) -> ProcessLayout | None:
         raise UserError(
             f"TPU_WORKER_ID={worker} and slice {this_slice} do not fit {slices} slices of {len(hosts)} hosts ({name})."
         )
-    return ProcessLayout(
-        coordinator_address=f"{first}:{PORT}",
-        num_processes=len(hosts) * slices,
-        process_id=this_slice * len(hosts) + worker,
-        local_device_ids=None,
-        source=name,
-        hosts=hosts if slices == 1 else (),
-    )
+    index, known = this_slice * len(hosts) + worker, hosts if slices == 1 else ()
+    return ProcessLayout(f"{first}:{PORT}", len(hosts) * slices, index, name, known)
 
 
 def _jobset(environ: Mapping[str, str]) -> ProcessLayout | None:
@@ -257,5 +240,5 @@ def _jobset(environ: Mapping[str, str]) -> ProcessLayout | None:
         return None
     index = _number(environ, "JOB_COMPLETION_INDEX", "JOBSET_NAME")
     hosts = tuple(f"{name}-{job}-0-{i}.{name}" for i in range(count))
-    layout = ProcessLayout(f"{hosts[0]}:{PORT}", count, index, None, f"JobSet {name}", hosts)
+    layout = ProcessLayout(f"{hosts[0]}:{PORT}", count, index, f"JobSet {name}", hosts)
     return _checked(layout, "JOB_COMPLETION_INDEX")

@@ -13,7 +13,6 @@ import json
 import socket
 import time
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from spo_jax.errors import UserError
 
@@ -24,21 +23,13 @@ RETRY_SECONDS = 0.2
 LONGEST_HELLO = 4096  # bytes
 
 
-class _Present(NamedTuple):
-    host: str
-    connection: socket.socket
-
-
 def roll_call(
     address: str, num_processes: int, process_id: int, timeout: float, source: str, hosts: Sequence[str] = ()
 ) -> None:
     """Returns in all processes as soon as all ``num_processes`` of them are there.
 
-    Args:
-      address: host:port of process 0.
-      timeout: seconds that process 0 waits for the others, and each of them for process 0.
-      source: where the settings are from, for the message.
-      hosts: the host of every process if they are known, for the message.
+    Process 0, at ``address`` (host:port), waits ``timeout`` seconds for the others, and each of them for it. ``source``
+    of the settings and ``hosts`` of the processes, if they are known, are for the message.
 
     Raises:
       UserError: a process did not come, two came as the same one, they disagree, or the port cannot be used.
@@ -61,28 +52,30 @@ def split_address(address: str, name: str) -> tuple[str, int]:
 def _gather(address: str, num_processes: int, timeout: float, source: str, hosts: Sequence[str]) -> None:
     """Process 0: hears all others, and tells them the same answer."""
     here = socket.gethostname()
-    present: dict[int, _Present] = {}
+    present: dict[int, socket.socket] = {}
     last_host = dict(enumerate(hosts))
     gone: set[int] = set()
-    problem = ""
-    deadline = time.monotonic() + timeout
+    problem, deadline = "", time.monotonic() + timeout
     with _listen(split_address(address, source)[1], num_processes) as listener, contextlib.ExitStack() as connections:
         while not problem:
-            for process in [process for process, other in present.items() if _hung_up(other.connection)]:
+            left = {process for process, connection in present.items() if _hung_up(connection)}
+            gone |= left
+            for process in left:
                 del present[process]
-                gone.add(process)
             missing = [process for process in range(1, num_processes) if process not in present]
             remaining = deadline - time.monotonic()
             if not missing:
                 break
             if remaining <= 0:
-                there = {0: here} | {process: other.host for process, other in present.items()}
-                left = " (it came and ended again)"
-                names = {i: last_host[i] + left * (i in gone) for i in missing if i in last_host}
+                there = {0: here} | {process: last_host[process] for process in present}
+                ended = " (it came and ended again)"
+                names = {i: last_host[i] + ended * (i in gone) for i in missing if i in last_host}
+                who, verb = ("Process", "is") if len(missing) == 1 else ("Processes", "are")
+                known = f" ({_listed(names)})" if names else ""
                 problem = (
-                    f"{_missing(missing, num_processes, names)}: process 0 has waited for {timeout:g} s at {address}; "
-                    "check that every process was started and still runs, and that a firewall lets it reach this host "
-                    f"and port; there are {_listed(there)} ({source})."
+                    f"{who} {ranges(missing)} of {num_processes} {verb} missing{known}: process 0 has waited for "
+                    f"{timeout:g} s at {address}; check that every process was started and still runs, and that a "
+                    f"firewall lets it reach this host and port; there are {_listed(there)} ({source})."
                 )
                 break
             listener.settimeout(min(remaining, 1.0))
@@ -90,8 +83,7 @@ def _gather(address: str, num_processes: int, timeout: float, source: str, hosts
                 connection = connections.enter_context(listener.accept()[0])
             except TimeoutError:
                 continue
-            hello = _read_hello(connection)
-            if hello is None:
+            if (hello := _read_hello(connection)) is None:
                 connection.close()
                 continue
             process, count, host = hello
@@ -100,19 +92,18 @@ def _gather(address: str, num_processes: int, timeout: float, source: str, hosts
                     f"The processes disagree: process {process} on {host} says that there are {count}, process 0 on "
                     f"{here} that there are {num_processes}; start all with the same number ({source})."
                 )
-            elif process in present and not _hung_up(present[process].connection):
+            elif process in present and not _hung_up(present[process]):
                 problem = (
-                    f"Two processes say that they are process {process} of {num_processes}, on {present[process].host} "
+                    f"Two processes say that they are process {process} of {num_processes}, on {last_host[process]} "
                     f"and on {host}; give each a number of its own ({source})."
                 )
             else:
-                present[process] = _Present(host, connection)
-                last_host[process] = host
+                present[process], last_host[process] = connection, host
                 gone.discard(process)
                 continue
             _tell(connection, problem)
-        for other in present.values():
-            _tell(other.connection, problem)
+        for connection in present.values():
+            _tell(connection, problem)
     if problem:
         raise UserError(problem)
 
@@ -153,26 +144,26 @@ def _report(address: str, num_processes: int, process_id: int, timeout: float, s
 
 
 def _listen(port: int, num_processes: int) -> socket.socket:
+    here, backlog = ("", port), num_processes + 16
     try:
         if socket.has_dualstack_ipv6():
             try:
-                return socket.create_server(
-                    ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=num_processes + 16
-                )
+                return socket.create_server(here, family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
             except OSError as error:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
-        return socket.create_server(("", port), backlog=num_processes + 16)
+        return socket.create_server(here, backlog=backlog)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(
-                f"Port {port} of {socket.gethostname()}, on which process 0 meets the others, is in use; end the "
-                "program that listens there (an earlier run?), or choose another port with --coordinator_address."
-            ) from error
-        raise UserError(
+        problem = (
             f"Process 0 cannot listen on port {port} of {socket.gethostname()} ({error.strerror}); choose another "
             "port with --coordinator_address."
-        ) from error
+        )
+        if error.errno == errno.EADDRINUSE:
+            problem = (
+                f"Port {port} of {socket.gethostname()}, on which process 0 meets the others, is in use; end the "
+                "program that listens there (an earlier run?), or choose another port with --coordinator_address."
+            )
+        raise UserError(problem) from error
 
 
 def _read_hello(connection: socket.socket) -> tuple[int, int, str] | None:
@@ -199,12 +190,6 @@ def _tell(connection: socket.socket, problem: str) -> None:
     """Sends the answer; empty if all are there. JAX will notice a process that has just ended."""
     with contextlib.suppress(OSError):
         connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
-
-
-def _missing(missing: list[int], num_processes: int, names: dict[int, str]) -> str:
-    process, verb = ("Process", "is") if len(missing) == 1 else ("Processes", "are")
-    known = f" ({_listed(names)})" if names else ""
-    return f"{process} {ranges(missing)} of {num_processes} {verb} missing{known}"
 
 
 def _listed(hosts: dict[int, str], most: int = 8) -> str:

@@ -58,13 +58,6 @@ def splits(seed: int) -> dict[str, Split]:
     }
 
 
-def pair_indices(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """First and second picture of each pair of a caption."""
-    if split.all_pairs:
-        return np.triu_indices(split.pictures, 1)
-    return np.arange(0, split.pictures, 2), np.arange(1, split.pictures, 2)
-
-
 def main() -> None:
     """Samples the pictures, draws the labels and writes both."""
     if not OUT.value:
@@ -86,7 +79,8 @@ def main() -> None:
     with tqdm(total=total, desc="pictures", dynamic_ncols=True) as progress:
         for name, split in every.items():
             generator = np.random.default_rng([SEED.value, *name.encode()])
-            first, second = pair_indices(split)
+            apart = np.arange(split.pictures).reshape(-1, 2).T
+            first, second = np.triu_indices(split.pictures, 1) if split.all_pairs else apart
             lines, agreements = [], []
             for start in range(0, len(split.captions), CAPTIONS_PER_BATCH):
                 captions = split.captions[start : start + CAPTIONS_PER_BATCH]

@@ -82,12 +82,7 @@ COLOR_NAMES: tuple[str, ...] = tuple(COLORS)
 
 
 def caption(concept: int, color: int) -> str:
-    """The caption of one prompt, such as ``an owl on a teal background``.
-
-    Args:
-        concept: index into `CONCEPTS`.
-        color: index into `COLOR_NAMES`.
-    """
+    """The caption of one prompt, such as ``an owl on a teal background``; see ``Prompt``."""
     return f"{_with_article(CONCEPTS[concept].name)} on {_with_article(COLOR_NAMES[color])} background"
 
 
@@ -106,16 +101,13 @@ def _with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' and not noun.startswith('uni') else 'a'} {noun}"
 
 
-def _split() -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """The prompts with the smallest SHA-256 of their caption are held out: fixed, and blind to the table's order."""
-    order = sorted(ALL_PROMPTS, key=lambda prompt: hashlib.sha256(caption(*prompt).encode()).digest())
-    return tuple(sorted(order[NUM_HELD_OUT:])), tuple(sorted(order[:NUM_HELD_OUT]))
-
-
 ALL_PROMPTS: tuple[Prompt, ...] = tuple(
     Prompt(concept, color) for concept in range(len(CONCEPTS)) for color in range(len(COLOR_NAMES))
 )
-TRAIN_PROMPTS, HELD_OUT_PROMPTS = _split()
+# The prompts with the smallest SHA-256 of their caption are held out: fixed, and blind to the table's order.
+_BY_HASH = sorted(ALL_PROMPTS, key=lambda prompt: hashlib.sha256(caption(*prompt).encode()).digest())
+HELD_OUT_PROMPTS: tuple[Prompt, ...] = tuple(sorted(_BY_HASH[:NUM_HELD_OUT]))
+TRAIN_PROMPTS: tuple[Prompt, ...] = tuple(sorted(_BY_HASH[NUM_HELD_OUT:]))
 # Preference optimization samples for the captions the base model knows, and is judged on both sets.
 SPO_PROMPTS = TRAIN_PROMPTS
 

@@ -223,5 +223,7 @@ def _text_encoder(sizes: _Sizes, whose: str, prefix: str) -> Json:
         return config
     if prefix == LAYOUTS["SD2"]["text_encoder"][1]:
         # SD2.x takes what the last but one layer of OpenCLIP ViT-H gives, so that 23 of its 24 layers are used.
-        return config | {"num_hidden_layers": min(sizes.count(layers), published.TEXT_SD21["num_hidden_layers"])}
+        return config | {
+            "num_hidden_layers": min(sizes.count(layers), published.CONFIGS["TEXT_SD21"]["num_hidden_layers"])
+        }
     return config | {"projection_dim": sizes.of(f"{prefix}text_projection", 1)}

@@ -6,7 +6,9 @@ Module and parameter names are those of transformers. The step-aware preference 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Self
 
 import flax.linen as nn
 import flax.struct
@@ -19,7 +21,7 @@ from jaxtyping import Array, Float, Int, Num, PyTree
 from spo_jax.distributed.sharding import gathered
 from spo_jax.models.attention import multi_head_attention
 from spo_jax.models.compiler import call
-from spo_jax.models.config import Json, check_fields, fields_of
+from spo_jax.models.config import Json, check_fields
 from spo_jax.models.layers import Conv, Dense, LayerNorm, activation, timestep_embedding
 
 # Fields of transformers' configs that do not change what the towers compute (training, text generation, bookkeeping).
@@ -54,35 +56,40 @@ class CLIPTextOutput:
     pooled: jax.Array
 
 
-class CLIPTextTransformer(nn.Module):
-    """Causal text tower. Shapes: tokens int [B, L], L <= max_position_embeddings."""
+class _Tower(nn.Module):
+    """What both towers have; defaults are transformers', which leaves fields that have them out of a CLIP's config."""
 
-    # Defaults are transformers': it leaves fields that have them out of the config of a tower inside a CLIP.
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
     num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
     projection_dim: int = 512
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
 
     @classmethod
-    def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32, **kwargs) -> CLIPTextTransformer:
-        """Builds the tower from a parsed transformers text config; an unsupported field raises UserError."""
-        fields = check_fields("CLIP text", config, used=fields_of(cls), fixed=_FIXED, inert=_INERT)
-        return cls(dtype=dtype, **fields, **kwargs)
+    def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32, **kwargs) -> Self:
+        """Builds the tower from a parsed transformers config; an unsupported field raises UserError."""
+        name, fixed, inert = "CLIP text", _FIXED, _INERT
+        if cls is CLIPVisionTransformer:
+            name, fixed, inert = "CLIP vision", _FIXED | {"num_channels": (3,)}, _INERT | {"eos_token_id"}
+        return cls(dtype=dtype, **check_fields(name, cls, config, fixed=fixed, inert=inert), **kwargs)
+
+
+class CLIPTextTransformer(_Tower):
+    """Causal text tower. Shapes: tokens int [B, L], L <= max_position_embeddings."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    eos_token_id: int = 49407
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b l"]) -> CLIPTextOutput:
         length = tokens.shape[1]
-        x = _TextEmbeddings(
-            self.vocab_size, self.max_position_embeddings, self.hidden_size, self.dtype, name="embeddings"
-        )(tokens)
+        sizes = self.vocab_size, self.max_position_embeddings, self.hidden_size
+        x = _TextEmbeddings(*sizes, self.dtype, name="embeddings")(tokens)
         causal = jnp.tril(jnp.ones((length, length), dtype=bool))[None, None]
         x, penultimate = _encoder(self)(x, mask=causal)
         x = _layer_norm(self, "final_layer_norm")(x)
@@ -92,27 +99,14 @@ class CLIPTextTransformer(nn.Module):
         return CLIPTextOutput(x, penultimate, pooled)
 
 
-class CLIPVisionTransformer(nn.Module):
+class CLIPVisionTransformer(_Tower):
     """Vision tower. Pixels [B, H, W, 3] already normalised; returns the pooled, layer-normed class token [B, D]."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
-    num_hidden_layers: int = 12
     num_attention_heads: int = 12
     image_size: int = 224
     patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    projection_dim: int = 512
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
-
-    @classmethod
-    def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32, **kwargs) -> CLIPVisionTransformer:
-        """Builds the tower from a parsed transformers vision config; an unsupported field raises UserError."""
-        fixed, inert = _FIXED | {"num_channels": (3,)}, _INERT | {"eos_token_id"}
-        fields = check_fields("CLIP vision", config, used=fields_of(cls), fixed=fixed, inert=inert)
-        return cls(dtype=dtype, **fields, **kwargs)
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "b H W 3"], time: Float[Array, "b d"] | None = None) -> Float[Array, "b d"]:
@@ -189,7 +183,7 @@ class CLIPModel(nn.Module):
     def from_config(cls, config: Json, *, step_aware: bool, dtype: jnp.dtype = jnp.float32) -> CLIPModel:
         """Builds the model from a parsed transformers ``CLIPConfig``; an unsupported field raises UserError."""
         inert = _INERT | {"text_config_dict", "vision_config_dict", "eos_token_id"}
-        fields = check_fields("CLIP", config, used=fields_of(cls), fixed={}, inert=inert)
+        fields = check_fields("CLIP", cls, config, fixed={}, inert=inert)
         CLIPTextTransformer.from_config(fields["text_config"])
         CLIPVisionTransformer.from_config(fields["vision_config"])
         for tower in ("text_config", "vision_config"):
@@ -253,11 +247,9 @@ def with_identity_time_layers(
 ) -> PyTree:
     """Parameters of a step-aware CLIP that scores as the plain one does, at every timestep.
 
-    Args:
-      clip: the step-aware model; the new parameters have its dtype.
-      plain: parameters of the plain model of the same config; they become part of the result.
-      key: of the time embedding's random weights, which count only once the modulation has learned something.
-      sharding: of the new parameters: one for all, or a function from a parameter's path and shape to its own.
+    ``plain`` are those of the plain model of the same config, and become part of the result; the new ones have the
+    dtype of ``clip``. ``key`` is that of the time embedding's random weights, which count only once the modulation has
+    learned something; ``sharding`` is one for all new parameters, or a function from a path and a shape to its own.
     """
 
     def fresh(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
@@ -266,11 +258,9 @@ def with_identity_time_layers(
         flat = flax.traverse_util.flatten_dict(params)
         return {path: value.astype(clip.dtype) for path, value in flat.items() if is_time_layer(path)}
 
-    if callable(sharding):
-        places = {path: sharding(path, leaf.shape) for path, leaf in jax.eval_shape(fresh, key).items()}
-    layers = jax.jit(fresh, out_shardings=places if callable(sharding) else sharding)(
-        key
-    )  # computes only what it returns
+    shapes = jax.eval_shape(fresh, key)
+    places = {path: sharding(path, x.shape) for path, x in shapes.items()} if callable(sharding) else sharding
+    layers = jax.jit(fresh, out_shardings=places)(key)  # computes only what it returns
     return flax.traverse_util.unflatten_dict({**flax.traverse_util.flatten_dict(plain), **layers})
 
 
@@ -295,15 +285,8 @@ class _VisionEmbeddings(nn.Module):
     @nn.compact
     def __call__(self, pixels):
         size = (self.patch_size, self.patch_size)
-        patches = Conv(
-            self.hidden_size,
-            size,
-            strides=self.patch_size,
-            use_bias=False,
-            dtype=self.dtype,
-            name="patch_embedding",
-        )(pixels)
-        patches = patches.reshape(pixels.shape[0], -1, self.hidden_size)
+        patch = Conv(self.hidden_size, size, size[0], use_bias=False, dtype=self.dtype, name="patch_embedding")
+        patches = patch(pixels).reshape(pixels.shape[0], -1, self.hidden_size)
         class_token = self.param("class_embedding", nn.initializers.normal(0.02), (self.hidden_size,), jnp.float32)
         class_token = jnp.broadcast_to(class_token.astype(self.dtype), (pixels.shape[0], 1, self.hidden_size))
         x = jnp.concatenate([class_token, patches], axis=1)
@@ -314,19 +297,13 @@ class _VisionEmbeddings(nn.Module):
 class _Encoder(nn.Module):
     """The stack of layers; returns the last hidden state and the one before the last layer."""
 
+    make_layer: Callable[..., _EncoderLayer]
     num_layers: int
-    num_heads: int
-    intermediate_size: int
-    hidden_act: str
-    layer_norm_eps: float
-    dtype: jnp.dtype
     remat: bool
 
     @nn.compact
     def __call__(self, x, mask=None, time=None):
-        layer = _EncoderLayer(
-            self.num_heads, self.intermediate_size, self.hidden_act, self.layer_norm_eps, self.dtype, parent=None
-        )
+        layer = self.make_layer(parent=None)
         previous = x
         for i in range(self.num_layers):
             previous = x
@@ -419,13 +396,6 @@ def _layer_norm(module, name: str) -> LayerNorm:
 
 
 def _encoder(tower: CLIPTextTransformer | CLIPVisionTransformer) -> _Encoder:
-    return _Encoder(
-        tower.num_hidden_layers,
-        tower.num_attention_heads,
-        tower.intermediate_size,
-        tower.hidden_act,
-        tower.layer_norm_eps,
-        tower.dtype,
-        tower.remat,
-        name="encoder",
-    )
+    sizes = tower.num_attention_heads, tower.intermediate_size, tower.hidden_act, tower.layer_norm_eps, tower.dtype
+    make_layer = functools.partial(_EncoderLayer, *sizes)
+    return _Encoder(make_layer, tower.num_hidden_layers, tower.remat, name="encoder")

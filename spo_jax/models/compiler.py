@@ -49,13 +49,9 @@ def call(parent: nn.Module, layer: nn.Module, name: str, *args: jax.Array | None
     Networks repeat few layers often (a ViT-H one of them 32 times, SDXL's UNet one 60 times), and tracing them takes
     most of the time before a program is compiled. The compiler inlines the calls.
 
-    Args:
-      parent: the module that runs.
-      layer: a module without parent or name; layers of equal fields, shapes and dtypes are alike. It must not draw
-        random numbers or change variables. Where intermediates are captured, each layer is traced.
-      name: of the layer's weights.
-      *args: arrays, or None.
-      remat: recompute what is inside the layer in the backward pass instead of keeping it.
+    ``layer`` has no parent or name, and must not draw random numbers or change variables; layers of equal fields,
+    shapes and dtypes are alike. Where intermediates are captured, each layer is traced. ``remat`` recomputes what is
+    inside the layer in the backward pass instead of keeping it.
     """
     if parent.is_mutable_collection("intermediates") and not parent.is_initializing():
         return layer.clone(parent=parent, name=name)(*args)

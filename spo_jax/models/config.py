@@ -14,32 +14,31 @@ from spo_jax.errors import UserError
 Json = Mapping[str, Any]  # a parsed config.json
 
 
-def fields_of(module: type[nn.Module]) -> set[str]:
-    """The attributes of a network that are fields of its config: all but flax's own and those that we add."""
-    return {field.name for field in dataclasses.fields(module)} - {"parent", "name", "dtype", "remat", "step_aware"}
-
-
 def check_fields(
     component: str,
+    module: type[nn.Module],
     config: Json,
     *,
-    used: Collection[str],
     fixed: Mapping[str, tuple[object, ...]],
     inert: Collection[str] = (),
+    more: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Returns the ``used`` fields that ``config`` has, after refusing whatever the model would have to ignore.
+    """The fields of ``config`` that the model reads, after refusing whatever it would have to ignore.
 
     Args:
       component: name of the model for messages, for example ``"UNet2DConditionModel"``.
+      module: the network, whose attributes are fields of the config, but for flax's own and those that we add.
       config: the parsed ``config.json``.
-      used: fields that the model reads.
       fixed: fields of which only the listed values are implemented, whether the model reads them or not.
       inert: fields that do not change what the model computes. Names that start with ``_`` are inert too, and so are
         unknown switches that are off (False, None), which newer versions write.
+      more: fields that are read beside the attributes of ``module``.
 
     Raises:
       UserError: a field is unknown, or has a value that is not implemented.
     """
+    used = {field.name for field in dataclasses.fields(module)} | {*more}
+    used -= {"parent", "name", "dtype", "remat", "step_aware"}
     taken = {}
     for name, value in config.items():
         allowed = fixed.get(name, (value,))

@@ -24,13 +24,8 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out_0")
 def init_lora(key: jax.Array, params: PyTree, rank: int) -> PyTree:
     """Fresh adapters for every attention projection of ``params``: A ~ N(0, 1/rank^2), B = 0, float32.
 
-    Args:
-      key: PRNG key. Each layer draws from a stream of its own name, so the order of layers does not matter.
-      params: UNet parameters (only names and shapes are read).
-      rank: inner dimension r >= 1.
-
-    Returns:
-      A nested dict ``{..., "to_q": {"A": [in, rank], "B": [rank, out]}, ...}``.
+    Of ``params`` only names and shapes are read. Each layer draws from a stream of its own name, so the order of layers
+    does not matter. The result is ``{..., "to_q": {"A": [in, rank], "B": [rank, out]}, ...}``.
     """
     lora = {}
     for path, value in flax.traverse_util.flatten_dict(params).items():
@@ -45,12 +40,8 @@ def init_lora(key: jax.Array, params: PyTree, rank: int) -> PyTree:
 def merge_lora(params: PyTree, lora: PyTree) -> PyTree:
     """Parameters of the network that needs no adapters any more: ``W + A B``, summed in float32.
 
-    Args:
-      params: of a UNet or a text encoder; float32 ones, because another dtype would round small updates away.
-      lora: adapters of some of its layers.
-
-    Returns:
-      A tree like ``params``, whose adapted kernels are float32 NumPy arrays; everything else is the same object.
+    ``params`` should be float32, because another dtype would round small updates away. The adapted kernels of the
+    result are float32 NumPy arrays; everything else is the same object.
     """
     merged, adapters = flax.traverse_util.flatten_dict(params), flax.traverse_util.flatten_dict(lora)
     for path, a in adapters.items():

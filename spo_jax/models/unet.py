@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
@@ -9,7 +11,7 @@ from jaxtyping import Array, Float, Num
 from spo_jax.errors import UserError
 from spo_jax.models.attention import Transformer2DModel
 from spo_jax.models.compiler import call
-from spo_jax.models.config import Json, check_fields, check_positive, fields_of, per_block
+from spo_jax.models.config import Json, check_fields, check_positive, per_block
 from spo_jax.models.layers import (
     Downsample2D,
     GroupNorm,
@@ -24,31 +26,19 @@ from spo_jax.types import AddedConditions
 _FIXED: dict[str, tuple[object, ...]] = {
     "act_fn": ("silu", "swish"),
     "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "class_embeddings_concat": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "downsample_padding": (1,),
-    "dropout": (0.0,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None, False),
-    "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
+    **dict.fromkeys(("downsample_padding", "mid_block_scale_factor"), (1,)),
     "resnet_out_scale_factor": (1.0,),
-    "resnet_skip_time_act": (False,),
+    "dropout": (0.0,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
+    **dict.fromkeys(("center_input_sample", "class_embeddings_concat", "dual_cross_attention"), (False,)),
+    **dict.fromkeys(("only_cross_attention", "resnet_skip_time_act"), (False,)),
+    **dict.fromkeys(("class_embed_type", "cross_attention_norm", "encoder_hid_dim", "encoder_hid_dim_type"), (None,)),
+    **dict.fromkeys(("num_class_embeds", "reverse_transformer_layers_per_block", "time_cond_proj_dim"), (None,)),
+    **dict.fromkeys(("time_embedding_act_fn", "time_embedding_dim", "timestep_post_act"), (None,)),
 }
 # upcast_attention asks for a float32 softmax, which we always use; addition_embed_type_num_heads is read only
 # together with an addition_embed_type that from_config refuses. The others are those of the average (EMA) that
@@ -99,7 +89,7 @@ class UNet2DConditionModel(nn.Module):
           UserError: a field or block type that is not implemented, or lists of unequal length.
         """
         name = "UNet2DConditionModel"
-        fields = check_fields(name, config, used=fields_of(cls) | {"attention_head_dim"}, fixed=_FIXED, inert=_INERT)
+        fields = check_fields(name, cls, config, fixed=_FIXED, inert=_INERT, more=("attention_head_dim",))
         if fields.get("sample_size") is None:
             fields.pop("sample_size", None)
         num_blocks = len(fields.get("block_out_channels", cls.block_out_channels))
@@ -117,7 +107,20 @@ class UNet2DConditionModel(nn.Module):
                     f"{name} config: {field} = {list(types)} is not supported; expected {num_blocks} entries out of "
                     f"{', '.join(allowed)}."
                 )
-        fields |= _addition_sizes(name, fields)
+        # SDXL's additional conditions; the sizes are 0 where there are none.
+        kind = fields.get("addition_embed_type")
+        if kind not in (None, "text_time"):
+            raise UserError(
+                f"{name} config: addition_embed_type = {kind!r} is not supported (only None or 'text_time'); "
+                "use a checkpoint without this feature."
+            )
+        for field in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            size = fields[field] = fields.get(field) or 0
+            if (size > 0) != (kind is not None):
+                raise UserError(
+                    f"{name} config: {field} = {size} does not go with addition_embed_type = {kind!r}; "
+                    "copy the config of the checkpoint again."
+                )
         check_positive(name, "norm_eps", fields.get("norm_eps", cls.norm_eps))
         size = fields.get("sample_size", cls.sample_size)
         sides = size if isinstance(size, tuple) else (size, size)
@@ -140,7 +143,7 @@ class UNet2DConditionModel(nn.Module):
         encoder_hidden_states: Float[Array, "b l d"],
         added: AddedConditions | None = None,
     ) -> Float[Array, "b h w o"]:
-        """Applies the network.
+        """The prediction, [B, h, w, out_channels], in the module's dtype.
 
         Args:
           latents: [B, h, w, in_channels], of any size; a level whose side is odd meets the next at half of it, rounded
@@ -148,9 +151,6 @@ class UNet2DConditionModel(nn.Module):
           timesteps: [B], any real dtype.
           encoder_hidden_states: [B, L, cross_attention_dim] text embeddings.
           added: pooled text and time ids of B images, where ``addition_embed_type`` is "text_time" (SDXL).
-
-        Returns:
-          The prediction, [B, h, w, out_channels], in the module's dtype.
 
         Raises:
           ValueError: ``added`` is missing, or given to a network that does not take it.
@@ -160,84 +160,53 @@ class UNet2DConditionModel(nn.Module):
         widths, dtype = self.block_out_channels, self.dtype
         num_blocks = len(widths)
         latents, context = latents.astype(dtype), encoder_hidden_states.astype(dtype)
-
-        time = timestep_embedding(
-            timesteps, widths[0], flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
+        sinusoids = functools.partial(
+            timestep_embedding, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift
         )
-        time = TimestepEmbedding(4 * widths[0], dtype, name="time_embedding")(time.astype(dtype))
+        time = sinusoids(timesteps, widths[0]).astype(dtype)
+        time = TimestepEmbedding(4 * widths[0], dtype, name="time_embedding")(time)
         if added is not None:
-            time = time + TimestepEmbedding(4 * widths[0], dtype, name="add_embedding")(self._added_features(added))
+            # Pooled text, then the sinusoids of the six time ids, side by side.
+            ids = sinusoids(added.time_ids.reshape(-1), self.addition_time_embed_dim).reshape(len(added.time_ids), -1)
+            features = jnp.concatenate([added.pooled.astype(dtype), ids.astype(dtype)], axis=-1)
+            time = time + TimestepEmbedding(4 * widths[0], dtype, name="add_embedding")(features)
 
         x = conv3x3(widths[0], dtype, "conv_in")(latents)
         skips = [x]
         for i, block_type in enumerate(self.down_block_types):
             resample = "down" if i < num_blocks - 1 else None
-            attends = block_type == "CrossAttnDownBlock2D"
-            block = self._block(i, self.layers_per_block[i], attends, resample, f"down_blocks_{i}")
+            block = self._block(i, self.layers_per_block[i], block_type, resample, f"down_blocks_{i}")
             x, outputs = block(x, time, context)
             skips += outputs
-
-        middle = self._block(num_blocks - 1, 1, True, None, "mid_block", extra_resnet=True)
-        x, _ = middle(x, time, context)
-
+        x, _ = self._block(num_blocks - 1, 1, "CrossAttn", None, "mid_block", extra_resnet=True)(x, time, context)
         for i, block_type in enumerate(self.up_block_types):
             mirrored = num_blocks - 1 - i
             num_layers = self.layers_per_block[mirrored] + 1
             resample = "up" if mirrored > 0 else None
-            attends = block_type == "CrossAttnUpBlock2D"
             skips, used = skips[:-num_layers], skips[-num_layers:]
-            block = self._block(mirrored, num_layers, attends, resample, f"up_blocks_{i}")
+            block = self._block(mirrored, num_layers, block_type, resample, f"up_blocks_{i}")
             x, _ = block(x, time, context, skips=used[::-1], size=skips[-1].shape[1:3] if skips else None)
 
         x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, dtype, name="conv_norm_out")(x))
         return conv3x3(self.out_channels, dtype, "conv_out")(x)
 
-    def _added_features(self, added: AddedConditions) -> Float[Array, "b p"]:
-        """Pooled text, then the sinusoids of the six time ids, side by side."""
-        ids = timestep_embedding(
-            added.time_ids.reshape(-1),
-            self.addition_time_embed_dim,
-            flip_sin_to_cos=self.flip_sin_to_cos,
-            freq_shift=self.freq_shift,
-        ).reshape(added.time_ids.shape[0], -1)
-        return jnp.concatenate([added.pooled.astype(self.dtype), ids.astype(self.dtype)], axis=-1)
-
     def _block(
-        self, level: int, num_layers: int, attends: bool, resample: str | None, name: str, extra_resnet: bool = False
+        self, level: int, num_layers: int, kind: str, resample: str | None, name: str, extra_resnet: bool = False
     ) -> _Block:
         return _Block(
-            channels=self.block_out_channels[level],
-            num_layers=num_layers,
-            num_heads=self.num_attention_heads[level] if attends else 0,
-            transformer_layers=self.transformer_layers_per_block[level],
-            num_groups=self.norm_num_groups,
-            epsilon=self.norm_eps,
-            use_linear_projection=self.use_linear_projection,
-            resample=resample,
-            extra_resnet=extra_resnet,
-            remat=self.remat,
-            dtype=self.dtype,
+            self.block_out_channels[level],
+            num_layers,
+            self.num_attention_heads[level] if kind.startswith("CrossAttn") else 0,
+            self.transformer_layers_per_block[level],
+            self.norm_num_groups,
+            self.norm_eps,
+            self.use_linear_projection,
+            resample,
+            extra_resnet,
+            self.remat,
+            self.dtype,
             name=name,
         )
-
-
-def _addition_sizes(name: str, fields: Json) -> dict[str, int]:
-    """Sizes of SDXL's additional conditions, 0 where there are none; refuses other kinds and missing sizes."""
-    kind = fields.get("addition_embed_type")
-    if kind not in (None, "text_time"):
-        raise UserError(
-            f"{name} config: addition_embed_type = {kind!r} is not supported (only None or 'text_time'); "
-            "use a checkpoint without this feature."
-        )
-    names = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-    sizes = {field: fields.get(field) or 0 for field in names}
-    for field, size in sizes.items():
-        if (size > 0) != (kind is not None):
-            raise UserError(
-                f"{name} config: {field} = {size} does not go with addition_embed_type = {kind!r}; "
-                "copy the config of the checkpoint again."
-            )
-    return sizes
 
 
 class _Block(nn.Module):
@@ -265,15 +234,8 @@ class _Block(nn.Module):
         # Ten transformer blocks at once (SDXL) would keep more inside them than the rest of the network does.
         remat_blocks = self.remat and self.transformer_layers > 1
         resnet = ResnetBlock2D(self.channels, self.num_groups, self.epsilon, self.dtype, parent=None)
-        transformer = Transformer2DModel(
-            self.num_heads,
-            self.transformer_layers,
-            self.num_groups,
-            self.use_linear_projection,
-            remat_blocks,
-            self.dtype,
-            parent=None,
-        )
+        sizes = self.num_heads, self.transformer_layers, self.num_groups, self.use_linear_projection
+        transformer = Transformer2DModel(*sizes, remat_blocks, self.dtype, parent=None)
         outputs = []
         for i in range(self.num_layers):
             if skips is not None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from spo_jax.models.attention import multi_head_attention
-from spo_jax.models.config import Json, check_fields, check_positive, fields_of
+from spo_jax.models.config import Json, check_fields, check_positive
 from spo_jax.models.layers import Conv, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv3x3
 
 _FIXED: dict[str, tuple[object, ...]] = {
@@ -45,7 +45,7 @@ class AutoencoderKL(nn.Module):
             "down_block_types": (["DownEncoderBlock2D"] * blocks,),
             "up_block_types": (["UpDecoderBlock2D"] * blocks,),
         }
-        fields = check_fields("AutoencoderKL", config, used=fields_of(cls), fixed=fixed, inert=("force_upcast",))
+        fields = check_fields("AutoencoderKL", cls, config, fixed=fixed, inert=("force_upcast",))
         check_positive("AutoencoderKL", "scaling_factor", fields.get("scaling_factor", cls.scaling_factor))
         return cls(dtype=dtype, **fields)
 
@@ -55,12 +55,9 @@ class AutoencoderKL(nn.Module):
         return 2 ** (len(self.block_out_channels) - 1)
 
     def setup(self) -> None:
-        self.encoder = Encoder(
-            2 * self.latent_channels, self.block_out_channels, self.layers_per_block, self.norm_num_groups, self.dtype
-        )
-        self.decoder = Decoder(
-            self.out_channels, self.block_out_channels, self.layers_per_block, self.norm_num_groups, self.dtype
-        )
+        sizes = self.block_out_channels, self.layers_per_block, self.norm_num_groups, self.dtype
+        self.encoder = _Half("down", 2 * self.latent_channels, *sizes)
+        self.decoder = _Half("up", self.out_channels, *sizes)
         if self.use_quant_conv:
             self.quant_conv = Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
         if self.use_post_quant_conv:
@@ -86,9 +83,10 @@ class AutoencoderKL(nn.Module):
         return self.decode(self.encode(images)[0])
 
 
-class Encoder(nn.Module):
-    """Images to moments."""
+class _Half(nn.Module):
+    """Images to moments ("down"), or latents to images ("up")."""
 
+    way: str
     out_channels: int
     widths: tuple[int, ...]
     num_layers: int
@@ -96,33 +94,17 @@ class Encoder(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w d"]:
-        x = conv3x3(self.widths[0], self.dtype, "conv_in")(x)
-        for i, width in enumerate(self.widths):
-            resample = "down" if i < len(self.widths) - 1 else None
-            x = _Level(width, self.num_layers, self.num_groups, resample, self.dtype, name=f"down_blocks_{i}")(x)
-        x = _MidBlock(self.num_groups, self.dtype, name="mid_block")(x)
-        x = nn.silu(GroupNorm(self.num_groups, 1e-6, self.dtype, name="conv_norm_out")(x))
-        return conv3x3(self.out_channels, self.dtype, "conv_out")(x)
-
-
-class Decoder(nn.Module):
-    """Latents to images."""
-
-    out_channels: int
-    widths: tuple[int, ...]
-    num_layers: int
-    num_groups: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W d"]:
-        widths = self.widths[::-1]
+    def __call__(self, x: Float[Array, "b y x c"]) -> Float[Array, "b y2 x2 d"]:
+        up = self.way == "up"
+        widths = self.widths[::-1] if up else self.widths
         x = conv3x3(widths[0], self.dtype, "conv_in")(x)
-        x = _MidBlock(self.num_groups, self.dtype, name="mid_block")(x)
+        middle = _MidBlock(self.num_groups, self.dtype, name="mid_block")
+        x = middle(x) if up else x
         for i, width in enumerate(widths):
-            resample = "up" if i < len(widths) - 1 else None
-            x = _Level(width, self.num_layers + 1, self.num_groups, resample, self.dtype, name=f"up_blocks_{i}")(x)
+            resample = self.way if i < len(widths) - 1 else None
+            name = f"{self.way}_blocks_{i}"
+            x = _Level(width, self.num_layers + up, self.num_groups, resample, self.dtype, name=name)(x)
+        x = x if up else middle(x)
         x = nn.silu(GroupNorm(self.num_groups, 1e-6, self.dtype, name="conv_norm_out")(x))
         return conv3x3(self.out_channels, self.dtype, "conv_out")(x)
 

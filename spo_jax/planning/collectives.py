@@ -24,19 +24,14 @@ _BRANCHES = re.compile(r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_com
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """The collectives that one execution of a program performs on each device.
+    """The collectives that one execution of a program performs on each device."""
 
-    Attributes:
-      counts: how often, by kind (one of ``KINDS``; kinds that do not occur are left out).
-      bytes: by kind, the larger of what a device gives and what it gets: the whole array that an all-gather makes or a
-        reduce-scatter takes, otherwise the device's own. What a link carries depends on the algorithm: a ring moves up
-        to once that, and for an all-reduce up to twice.
-      unknown_loops: loops with collectives whose number of rounds is not in the text; they count as one round.
-    """
-
-    counts: dict[str, int]
+    counts: dict[str, int]  # by kind (one of KINDS; kinds that do not occur are left out)
+    # By kind, the larger of what a device gives and what it gets: the whole array that an all-gather makes or a
+    # reduce-scatter takes, otherwise the device's own. What a link carries depends on the algorithm: a ring moves up to
+    # once that, and for an all-reduce up to twice.
     bytes: dict[str, int]
-    unknown_loops: int = 0
+    unknown_loops: int = 0  # with collectives; the number of their rounds is not in the text, and counts as one
 
     @property
     def total_bytes(self) -> int:
@@ -95,8 +90,7 @@ def collectives(hlo: str) -> Traffic:
         for name in _CALLED.findall(text):
             total.update(cost(name))
         if opcode == "while" and total:
-            rounds = _rounds(text, computations)
-            if rounds is None:
+            if (rounds := _rounds(text, computations)) is None:
                 total["loop", "unknown"] += 1
             else:
                 total = Counter({key: n if key[0] == "loop" else n * rounds for key, n in total.items()})

@@ -30,7 +30,7 @@ from spo_jax.distributed.mesh import make_mesh
 from spo_jax.files import cache_folder, write_text
 from spo_jax.planning import collectives as counting
 from spo_jax.planning.collectives import Traffic, collectives
-from spo_jax.planning.programs import extra_bytes, make_run
+from spo_jax.planning.shapes import extra_bytes, make_run
 from spo_jax.planning.targets import ENVIRONMENT, Target, devices_of, parse_target
 
 # How much memory a compiler says that a program needs that is too large.
@@ -43,34 +43,22 @@ _OPTIONS: dict[str, dict[str, bool | str]] = {"cuda": {"xla_gpu_enable_triton_ge
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one program on one device.
+    """What the compiler says of one program on one device."""
 
-    Attributes:
-      status: "compiled", "too large" (for the device: the compiler gave up), or "failed".
-      own: bytes beside what is resident: arguments, temporary arrays, code, and results that do not take the place of
-        an argument; if it is too large, all that the compiler says it needs, or 0.
-      traffic: its collectives; None where it was not compiled, or JAX cannot read the text of the program.
-      seconds: that compiling took.
-      message: of the compiler, where it did not succeed.
-    """
-
-    status: str
+    status: str  # "compiled", "too large" (for the device: the compiler gave up), or "failed"
+    # Bytes beside what is resident: arguments, temporary arrays, code, and results that do not take the place of an
+    # argument; if it is too large, all that the compiler says it needs, or 0.
     own: int = 0
-    traffic: Traffic | None = None
-    seconds: float = 0.0
-    message: str = ""
+    traffic: Traffic | None = None  # None where it was not compiled, or JAX cannot read the text of the program
+    seconds: float = 0.0  # that compiling took
+    message: str = ""  # of the compiler, where it did not succeed
 
 
 def compile_program(config: ConfigDict, target: str, program: str) -> Compiled:
     """Compiles the program of that name (see ``make_run``) in a subprocess; a crash there is an answer here."""
+    command, environ = [sys.executable, "-m", "spo_jax.planning.compile"], os.environ | ENVIRONMENT
     request = json.dumps({"config": config.to_json(), "target": target, "program": program})
-    process = subprocess.run(
-        [sys.executable, "-m", "spo_jax.planning.compile"],
-        input=request,
-        capture_output=True,
-        text=True,
-        env=os.environ | ENVIRONMENT,
-    )
+    process = subprocess.run(command, input=request, capture_output=True, text=True, env=environ)
     lines = process.stdout.strip().splitlines()
     if process.returncode == 0 and lines:
         answer = json.loads(lines[-1])
@@ -140,15 +128,14 @@ def key_of(target: Target, program: str) -> str:
 
 def _kept(key: str, make: Callable[[], Compiled]) -> dict[str, Any]:
     """The answer that was made before under the key, or is made now and kept, where there is a place to keep it."""
-    folder = cache_folder()
-    path = folder and folder / "plan" / f"{key}.json"
+    if (folder := cache_folder()) is None:
+        return dataclasses.asdict(make())
+    path = folder / "plan" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError):
-        if path:
-            return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     answer = dataclasses.asdict(make())
     with contextlib.suppress(OSError):
-        if path:
-            write_text(path, json.dumps(answer))
+        write_text(path, json.dumps(answer))
     return answer
 
 

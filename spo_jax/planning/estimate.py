@@ -6,6 +6,7 @@ The estimate is within 20 % of what the compiler needs.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -18,8 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from spo_jax.distributed.mesh import AXES, make_mesh, mesh_sizes, round_up
-from spo_jax.planning.programs import extra_bytes, make_run
-from spo_jax.planning.shapes import device_bytes
+from spo_jax.planning.shapes import device_bytes, extra_bytes, item_bytes, make_run
 from spo_jax.planning.targets import Target
 from spo_jax.planning.walk import Aval, SizeOf, walk
 from spo_jax.runs.assembly import Assembly
@@ -32,41 +32,32 @@ MOST_CODE = 2**30  # of a TPU's program (seen: 0.15 to 1.1 GiB)
 
 
 class _Habit(NamedTuple):
-    """What an estimate must know of a program beside its jaxpr.
+    """What an estimate must know of a program beside its jaxpr."""
 
-    Attributes:
-      whole: its batch is not split over the devices; each device does all of it.
-      all_rows: each device goes through the rows of all devices.
-      gathered: with ``mesh.fsdp``, the part of the split weights that a TPU has whole at a time (fitted, see above).
-      unread: keys of the config that change nothing in it, so that a search need not trace it again.
-    """
-
-    whole: bool = False
-    all_rows: bool = False
-    gathered: float = 0.7
-    unread: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()  # keys of the config that change nothing in it: a search need not trace it again
+    whole: bool = False  # its batch is not split over the devices; each device does all of it
+    all_rows: bool = False  # each device goes through the rows of all devices
+    gathered: float = 0.7  # with mesh.fsdp, the part of the split weights that a TPU has whole at a time (fitted)
 
 
 _HABITS = {
-    "encode": _Habit(whole=True, unread=("train", "remat", "evaluation", "scorer.chunk")),
-    "metric texts": _Habit(whole=True, unread=("train", "remat", "scorer.chunk")),
-    "pool": _Habit(gathered=0.6, unread=("train", "remat", "evaluation")),
-    "arrange": _Habit(whole=True, unread=("remat", "scorer.chunk", "evaluation")),
-    "exchange": _Habit(all_rows=True, unread=("remat", "scorer.chunk", "evaluation")),
-    "update": _Habit(
-        gathered=0.2, unread=("prompts_per_batch", "scorer.chunk", "evaluation", "train.accumulation_steps")
-    ),
-    "evaluation": _Habit(unread=("prompts_per_batch", "train", "remat")),
+    "encode": _Habit(("train", "remat", "evaluation", "scorer.chunk"), whole=True),
+    "metric texts": _Habit(("train", "remat", "scorer.chunk"), whole=True),
+    "pool": _Habit(("train", "remat", "evaluation"), gathered=0.6),
+    "arrange": _Habit(("remat", "scorer.chunk", "evaluation"), whole=True),
+    "exchange": _Habit(("remat", "scorer.chunk", "evaluation"), all_rows=True),
+    "update": _Habit(("prompts_per_batch", "scorer.chunk", "evaluation", "train.accumulation_steps"), gathered=0.2),
+    "evaluation": _Habit(("prompts_per_batch", "train", "remat")),
 }
 
 
 class _Traced(NamedTuple):
-    """What one trace of a program tells: FLOPs, bytes of arguments and arrays, and of split weights by network."""
+    """What one trace of a program tells."""
 
     flops: float
-    extra: int
-    own: int
-    split: list[int]
+    extra: int  # bytes of arguments that are not resident
+    own: int  # bytes of its own arrays at their peak
+    split: list[int]  # bytes of split weights by network
 
 
 _known: dict[str, _Traced] = {}
@@ -83,20 +74,23 @@ def resident_bytes(run: Assembly) -> dict[str, int]:
     return {name: device_bytes(tree) for name, tree in run.resident.items()}
 
 
+def batches(config: ConfigDict) -> dict[str, int]:
+    """The sizes that all devices share, by their keys; 0 is no limit."""
+    if config.method == "spo":
+        return {"prompts_per_batch": config.prompts_per_batch, "train.minibatch_size": config.train.minibatch_size}
+    return {f"{part}.batch_size": config[part].batch_size for part in ("train", "validation")} | {"chunk": config.chunk}
+
+
 def share_of(config: ConfigDict, num_devices: int) -> ConfigDict:
     """The config of one device's share of the batches, on one device."""
     share = config.copy_and_resolve_references()
     with share.unlocked():
         share.mesh.data = share.mesh.fsdp = 1
+        for key, size in batches(config).items():
+            share.update_from_flattened_dict({key: max(1, size // num_devices) if size else 0})
         if config.method == "spo":
-            share.prompts_per_batch = max(1, config.prompts_per_batch // num_devices)
-            share.train.minibatch_size = max(1, config.train.minibatch_size // num_devices)
             images = min(config.evaluation.batch_size, config.evaluation.num_prompts)
             share.evaluation.batch_size = round_up(images, num_devices) // num_devices
-        else:
-            share.train.batch_size = max(1, config.train.batch_size // num_devices)
-            share.validation.batch_size = max(1, config.validation.batch_size // num_devices)
-            share.chunk = config.chunk // num_devices
     return share
 
 
@@ -135,9 +129,7 @@ def _trace(share: ConfigDict, name: str, platform: str, fsdp: int) -> _Traced:
     if num_donated:
         size_of = _with_split_gradients(size_of, run, fsdp)
     cost = walk(jaxpr, size_of, fuses_operands=platform == "tpu", num_donated=num_donated)
-    own = round(KEPT * cost.peak)
-    if platform == "tpu":
-        own += min(CODE_BYTES * cost.products, MOST_CODE)
+    own = round(KEPT * cost.peak) + (min(CODE_BYTES * cost.products, MOST_CODE) if platform == "tpu" else 0)
     leaves = [leaf for leaf, one in zip(jax.tree.leaves(program.arguments), used, strict=True) if one]
     split = _split_bytes(run, leaves, jnp.dtype(share.dtype).itemsize)
     return _Traced(cost.flops, extra_bytes(program, run), own, split)
@@ -170,9 +162,7 @@ def _split_bytes(run: Assembly, leaves: Sequence[jax.ShapeDtypeStruct], itemsize
 
 
 def _bytes(aval: Aval) -> int:
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
-        return 16 * aval.size  # a random key
-    return aval.size * aval.dtype.itemsize
+    return aval.size * item_bytes(aval.dtype)
 
 
 def _tiled_bytes(aval: Aval) -> int:
@@ -190,10 +180,6 @@ def _tiled_bytes(aval: Aval) -> int:
         return size
     if len(shape) == 4 and shape[0] > 1 and shape[3] >= 64:
         return padded(shape[0], shape[3]) * shape[1] * shape[2] * aval.dtype.itemsize
-    least = min(
-        math.prod(shape) // max(1, rows * columns) * padded(rows, columns)
-        for i, rows in enumerate(shape)
-        for j, columns in enumerate(shape)
-        if i != j
-    )
+    pairs = itertools.permutations(shape, 2)
+    least = min(math.prod(shape) // max(1, rows * columns) * padded(rows, columns) for rows, columns in pairs)
     return least * aval.dtype.itemsize

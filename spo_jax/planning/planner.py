@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -15,7 +14,7 @@ from spo_jax.distributed.pieces import piece_size
 from spo_jax.errors import UserError
 from spo_jax.planning.collectives import Traffic
 from spo_jax.planning.compile import compile_program, versions
-from spo_jax.planning.estimate import abstract_run, estimate_program, resident_bytes
+from spo_jax.planning.estimate import abstract_run, batches, estimate_program, resident_bytes
 from spo_jax.planning.shapes import num_parameters
 from spo_jax.planning.targets import GIB, Target, check_installed
 from spo_jax.runs.assembly import Assembly
@@ -27,27 +26,16 @@ Turn = dict[str, object]  # keys of the config and their values
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What one program needs on each device.
-
-    Attributes:
-      program: its name.
-      flops: of matrix products and convolutions, all rounds of its loops.
-      own: bytes beside what is resident: arguments, temporary arrays, results, code.
-      peak: bytes in all; of a program that the compiler gave up, at least that.
-      fits: whether that is within the limit.
-      traffic: its collectives; None if it was not compiled, or its text cannot be read.
-      seconds: that compiling took; None if it was not compiled.
-      problem: what the compiler said, if it gave no numbers.
-    """
+    """What one program needs on each device."""
 
     program: str
-    flops: float
-    own: int
-    peak: int
+    flops: float  # of matrix products and convolutions, all rounds of its loops
+    own: int  # bytes beside what is resident: arguments, temporary arrays, results, code
+    peak: int  # bytes in all; of a program that the compiler gave up, at least that
     fits: bool
-    traffic: Traffic | None = None
-    seconds: float | None = None
-    problem: str = ""
+    traffic: Traffic | None = None  # None if it was not compiled, or its text cannot be read
+    seconds: float | None = None  # that compiling took; None if it was not compiled
+    problem: str = ""  # what the compiler said, if it gave no numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +54,10 @@ class Plan:
 
 def check(config: ConfigDict, target: Target) -> None:
     """Raises UserError for a config that no run can use, or not on so many devices."""
-    methods.module_of(config.method, "config").check(config, target.num_devices)
+    methods.module_of(config.method, "config").check(config)  # what it says of devices, this says better below
     count = target.num_devices
     mesh_sizes(config.mesh.data, config.mesh.fsdp, count)
-    keys = ["prompts_per_batch", "train.minibatch_size"]
-    if config.method == "spm":
-        keys = ["train.batch_size", "validation.batch_size", "chunk"]
-    for key in keys:
-        size = functools.reduce(getattr, key.split("."), config)
+    for key, size in batches(config).items():
         if size % count:
             raise UserError(
                 f"config.{key} = {size} cannot be split over the {count} devices of {target.name}; it counts for all "
@@ -89,16 +73,15 @@ def make_plan(config: ConfigDict, target: Target, *, exact: bool) -> Plan:
     """
     if exact:
         check_installed(target)
-    run = abstract_run(config, target)
+    run, need = abstract_run(config, target), _compiled if exact else _estimated
     resident = resident_bytes(run)
-    need = _compiled if exact else _estimated
     return Plan(run, resident, [need(config, target, name, sum(resident.values())) for name in run.programs])
 
 
 def _estimated(config: ConfigDict, target: Target, name: str, stays: int) -> Need:
-    flops, extra, own = estimate_program(config, target, name)
-    peak = stays + extra + own
-    return Need(name, flops, extra + own, peak, target.limit is None or peak <= target.limit)
+    flops, *own = estimate_program(config, target, name)
+    peak = stays + sum(own)
+    return Need(name, flops, sum(own), peak, target.limit is None or peak <= target.limit)
 
 
 def _compiled(config: ConfigDict, target: Target, name: str, stays: int) -> Need:
@@ -140,8 +123,8 @@ def table(plan: Plan, target: Target) -> str:
         share = f" ({100 * need.peak / target.limit:.0f} %)" if target.limit else ""
         peak = need.problem or f"{_gib(need.peak)}{share}{'' if need.fits else ', does not fit'}"
         seconds = "-" if need.seconds is None else f"{need.seconds:.0f} s"
-        flops = f"{need.flops / 1e12:,.2f}"
-        programs.append([need.program, _gib(need.own), peak, flops, _words(need.traffic), seconds])
+        flops, traffic = f"{need.flops / 1e12:,.2f}", _words(need.traffic)
+        programs.append([need.program, _gib(need.own), peak, flops, traffic, seconds])
     return f"{_aligned(rows)}\n\n{_aligned(programs)}"
 
 
@@ -170,10 +153,8 @@ def _words(traffic: Traffic | None) -> str:
 
 
 def _size(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
+    units = (f"{count / size:.1f} {unit}" for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= size)
+    return next(units, f"{count} B")
 
 
 def _gib(size: int) -> str:
@@ -201,28 +182,21 @@ def smaller(config: ConfigDict, target: Target, *, exact: bool) -> tuple[Plan, T
             limit = target.limit or need.peak + 1
             return need.program, need.peak <= part * limit, 100 * sum(plan.resident.values()) // limit
 
-        found = search(config, target.num_devices, worst)
-        if found is None:
+        if (found := search(config, target.num_devices, worst)) is None:
             return None
-        setting, changed = found
-        plan = make_plan(setting, target, exact=exact)
+        plan = make_plan(found[0], target, exact=exact)
         if plan.fits:
-            return plan, changed
+            return plan, found[1]
     return None
 
 
 def search(
     config: ConfigDict, num_devices: int, worst: Callable[[ConfigDict], tuple[str, bool, int]]
 ) -> tuple[ConfigDict, Turn] | None:
-    """Turns knobs until everything fits.
+    """Turns knobs until everything fits: a config that does and the keys that differ; None if no knob is left.
 
-    Args:
-      config: the setting that does not fit; it is not changed.
-      num_devices: of the target.
-      worst: ``(config) -> (program, fits, percent of the limit that is resident)``, of the program that needs most.
-
-    Returns:
-      The config that fits and the keys that differ; None if no knob is left.
+    ``worst(config)`` tells of the program that needs most: its name, whether it fits, percent of the limit that is
+    resident.
     """
     setting = config.copy_and_resolve_references()
     changed: Turn = {}
@@ -230,8 +204,7 @@ def search(
         program, fits, resident_share = worst(setting)
         if fits:
             return setting, changed
-        turn = next(_turns(setting, program, num_devices, resident_share), None)
-        if turn is None:
+        if (turn := next(_turns(setting, program, num_devices, resident_share), None)) is None:
             return None
         with setting.unlocked():
             setting.update_from_flattened_dict(turn)

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import re
+from pathlib import Path
 
 import jax
 
@@ -17,32 +18,8 @@ GIB = 2**30
 _TPU_GIB = {"v5e": 15.75, "v6e": 31.24, "v5p": 95.73}
 # JAX takes this part of a GPU's memory for itself when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION says another.
 _GPU_FRACTION = 0.75
-_H100_BYTES = 85_045_870_592
-_H100 = f"""
-gpu_device_info {{
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: {_H100_BYTES}
-  cuda_compute_capability {{ major: 9 }}
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 }}
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+_H100_BYTES = 85_045_870_592  # device_memory_size in h100.txtpb
+_H100 = Path(__file__).with_name("h100.txtpb")  # as XLA describes one
 # Set before the compiler is loaded: no search for a TPU's metadata server, several compilations side by side, and CUDA
 # libraries without a driver.
 ENVIRONMENT = {
@@ -55,29 +32,17 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """So many devices of one kind.
+    """So many devices of one kind."""
 
-    Attributes:
-      name: as the user writes it, such as "v5e:2x4", "h100:8" or "cpu".
-      platform: "tpu", "cuda" or "cpu".
-      num_devices: how many.
-      limit: bytes that programs can have on one; None if there is no fixed number (cpu).
-      topology: as the compiler names it.
-    """
-
-    name: str
-    platform: str
+    name: str  # as the user writes it, such as "v5e:2x4", "h100:8" or "cpu"
+    platform: str  # "tpu", "cuda" or "cpu"
     num_devices: int
-    limit: int | None
-    topology: str = ""
+    limit: int | None  # bytes that programs can have on one; None if there is no fixed number (cpu)
+    topology: str = ""  # as the compiler names it
 
 
 def parse_target(text: str, memory: float | None = None) -> Target:
-    """The target that ``--target`` names.
-
-    Args:
-      text: as the user writes it.
-      memory: GiB of a GPU that is not an h100, for an estimate.
+    """The target that ``--target`` names; ``memory`` are GiB of a GPU that is not an h100, for an estimate.
 
     Raises:
       UserError: it names none, or a topology that its devices are not built in; or ``memory`` is not of a GPU.
@@ -124,12 +89,14 @@ def devices_of(target: Target) -> list[jax.Device]:
         return jax.devices("cpu")[: target.num_devices]
     from jax.experimental import topologies
 
-    gpu = {"topology": target.topology, "target_config": _H100}
-    options = gpu | {"topology_name": "h100"} if target.platform == "cuda" else {"topology_name": target.topology}
+    options = {"topology_name": target.topology}
+    if target.platform == "cuda":
+        config = _H100.read_text(encoding="utf-8")
+        options = {"topology_name": "h100", "topology": target.topology, "target_config": config}
     try:
         return list(topologies.get_topology_desc(platform=target.platform, **options).devices)
     except Exception as error:  # of the plugin, which has no class of its own for it
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--target={target.name} is refused by its compiler ({reason}); use another topology."
-        ) from error
+        said = (
+            f"--target={target.name} is refused by its compiler ({str(error).splitlines()[0]}); use another topology."
+        )
+        raise UserError(said) from error

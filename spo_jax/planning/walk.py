@@ -29,32 +29,22 @@ Buffers = frozenset[int]  # the arrays that a value is computed from
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a program costs.
+    """What a program costs."""
 
-    Attributes:
-      flops: of matrix products and convolutions, with all rounds of scans.
-      peak: the most bytes of its own arrays at one time.
-      products: matrix products and convolutions in its text; those in loops count once.
-    """
-
-    flops: float
-    peak: int
-    products: int = 0
+    flops: float  # of matrix products and convolutions, with all rounds of scans
+    peak: int  # the most bytes of its own arrays at one time
+    products: int = 0  # matrix products and convolutions in its text; those in loops count once
 
 
 def walk(jaxpr: core.Jaxpr, size_of: SizeOf, *, fuses_operands: bool = True, num_donated: int = 0) -> Cost:
-    """Adds up FLOPs and follows which arrays are live.
+    """Adds up FLOPs and follows which arrays are live, in the jaxpr of one device's share of the work.
 
     Products, convolutions, reductions and loops make their results. Elementwise work and changes of shape make no array
     of their own, except where they join two large arrays (a residual connection): then the sum takes the place of one
-    of them. An array lives from where it is made to its last use, in the order of the jaxpr.
-
-    Args:
-      jaxpr: of one device's share of the work.
-      size_of: bytes of an array, from its ``aval``.
-      fuses_operands: whether elementwise work is fused into the operands of products and convolutions (TPU), or must be
-        written out for them (GPU, CPU).
-      num_donated: so many results, the first ones, take the place of arguments.
+    of them. An array lives from where it is made to its last use, in the order of the jaxpr. ``size_of`` gives the
+    bytes of an array from its ``aval``. ``fuses_operands``: elementwise work is fused into the operands of products and
+    convolutions (TPU), else written out for them (GPU, CPU). The first ``num_donated`` results take the place of
+    arguments.
     """
     program = _Program(size_of, fuses_operands)
     results = program.visit(jaxpr, [frozenset()] * len(jaxpr.invars))
@@ -184,12 +174,9 @@ def _fuses(name: str) -> bool:
 
 def _inlined(eqn: core.JaxprEqn) -> core.Jaxpr | None:
     """The jaxpr that an equation stands for, if it is a call."""
-    if eqn.primitive.name in _CALLS:
-        for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-            if key in eqn.params:
-                inner = eqn.params[key]
-                return inner.jaxpr if hasattr(inner, "jaxpr") else inner
-    return None
+    keys = ("jaxpr", "call_jaxpr", "fun_jaxpr") if eqn.primitive.name in _CALLS else ()
+    inner = next((eqn.params[key] for key in keys if key in eqn.params), None)
+    return getattr(inner, "jaxpr", inner)
 
 
 def _flops(eqn: core.JaxprEqn) -> float:

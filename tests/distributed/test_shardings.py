@@ -15,7 +15,7 @@ from spo_jax.errors import UserError
 from spo_jax.models import attention
 from spo_jax.models.unet import UNet2DConditionModel
 from spo_jax.planning.collectives import collectives
-from spo_jax.planning.programs import make_run
+from spo_jax.planning.shapes import make_run
 from spo_jax.runs.optimizer import make_optimizer
 
 CONFIGS = {"sd15": sd15, "sdxl": sdxl, "spm": spm_sd15}

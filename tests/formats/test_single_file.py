@@ -27,7 +27,7 @@ from spo_jax.formats.single_file import config_folder, open_single_file
 from spo_jax.formats.write_checkpoint import write_checkpoint
 from spo_jax.formats.write_pipeline import write_pipeline
 from spo_jax.models import published
-from spo_jax.planning.shapes import pipeline_shapes
+from spo_jax.planning.shapes import Shapes
 from spo_jax.runs.artifacts import artifacts_of, take_stock
 from spo_jax.spo.evaluation import write_result
 from tests.small_pipeline import small_pipeline
@@ -268,7 +268,7 @@ def test_a_config_folder_comes_first(tmp_path, capsys):
     path = write(tmp_path / "file.safetensors", zeros("SD2"))
     folder = config_folder(path)
     (folder / "scheduler").mkdir(parents=True)
-    fields = published.SCHEDULER_SD21 | {"prediction_type": "epsilon", "steps_offset": 0}
+    fields = published.CONFIGS["SCHEDULER_SD21"] | {"prediction_type": "epsilon", "steps_offset": 0}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(fields))
     files = open_single_file(path)
     assert files.scheduler == fields and files.configs["unet"]["sample_size"] == 64
@@ -400,6 +400,6 @@ def test_training_the_whole_unet_of_a_file_leaves_a_folder(tmp_path, small_file)
 def test_a_plan_takes_a_file(small_file):
     path, pipeline = small_file
     place = lambda names, shape: None  # noqa: E731
-    planned = pipeline_shapes(Base(str(path)), jnp.float32, place)
+    planned = Shapes().pipeline(Base(str(path)), jnp.float32, place)
     assert planned.unet == pipeline.unet
     chex.assert_trees_all_equal_shapes(planned.params, pipeline.params)

@@ -47,14 +47,14 @@ def count(shapes):
 @pytest.mark.parametrize(
     "model, config, parameters",
     [
-        pytest.param(UNET, published.UNET_SD15, 859_520_964, id="UNet SD1.5"),
-        pytest.param(UNET, published.UNET_SD21, 865_910_724, id="UNet SD2.1"),
-        pytest.param(UNET, published.UNET_SDXL, 2_567_463_684, id="UNet SDXL"),
-        pytest.param(VAE, published.VAE_SD, 83_653_863, id="VAE SD"),
-        pytest.param(VAE, published.VAE_SDXL_FP16_FIX, 83_653_863, id="sdxl-vae-fp16-fix"),
-        pytest.param(TEXT, published.TEXT_VIT_L, 123_060_480, id="CLIP ViT-L text"),
-        pytest.param(TEXT, published.TEXT_SD21, 340_387_840, id="OpenCLIP ViT-H text"),
-        pytest.param(TEXT_WITH_PROJECTION, published.TEXT_BIG_G, 694_659_840, id="OpenCLIP bigG text"),
+        pytest.param(UNET, published.CONFIGS["UNET_SD15"], 859_520_964, id="UNet SD1.5"),
+        pytest.param(UNET, published.CONFIGS["UNET_SD21"], 865_910_724, id="UNet SD2.1"),
+        pytest.param(UNET, published.CONFIGS["UNET_SDXL"], 2_567_463_684, id="UNet SDXL"),
+        pytest.param(VAE, published.CONFIGS["VAE_SD"], 83_653_863, id="VAE SD"),
+        pytest.param(VAE, published.CONFIGS["VAE_SDXL_FP16_FIX"], 83_653_863, id="sdxl-vae-fp16-fix"),
+        pytest.param(TEXT, published.CONFIGS["TEXT_VIT_L"], 123_060_480, id="CLIP ViT-L text"),
+        pytest.param(TEXT, published.CONFIGS["TEXT_SD21"], 340_387_840, id="OpenCLIP ViT-H text"),
+        pytest.param(TEXT_WITH_PROJECTION, published.CONFIGS["TEXT_BIG_G"], 694_659_840, id="OpenCLIP bigG text"),
         pytest.param(CLIP, published.CLIP_VIT_H, 986_109_441, id="CLIP ViT-H"),
     ],
 )
@@ -86,9 +86,9 @@ def test_step_aware_clip_has_its_time_layers_and_nothing_else_beside():
 @pytest.mark.parametrize(
     "config, prediction_type",
     [
-        (published.SCHEDULER_SD15, "epsilon"),
-        (published.SCHEDULER_SD21, "v_prediction"),
-        (published.SCHEDULER_SDXL, "epsilon"),
+        (published.CONFIGS["SCHEDULER_SD15"], "epsilon"),
+        (published.CONFIGS["SCHEDULER_SD21"], "v_prediction"),
+        (published.CONFIGS["SCHEDULER_SDXL"], "epsilon"),
     ],
 )
 def test_published_schedules_are_understood(config, prediction_type):

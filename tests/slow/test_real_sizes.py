@@ -52,16 +52,18 @@ def write_model(folder, weights, config, shapes, prefix=""):
 def write_sd15(folder):
     """A pipeline folder in the published layout; its tokenizer is the emoji one, at CLIP's length."""
     parts = {
-        "unet": (DIFFUSERS, published.UNET_SD15, UNet2DConditionModel),
-        "vae": (DIFFUSERS, published.VAE_SD, AutoencoderKL),
-        "text_encoder": (TRANSFORMERS, published.TEXT_VIT_L, CLIPTextModel),
+        "unet": (DIFFUSERS, published.CONFIGS["UNET_SD15"], UNet2DConditionModel),
+        "vae": (DIFFUSERS, published.CONFIGS["VAE_SD"], AutoencoderKL),
+        "text_encoder": (TRANSFORMERS, published.CONFIGS["TEXT_VIT_L"], CLIPTextModel),
     }
     for name, (weights, config, model) in parts.items():
         write_model(folder / name, weights, config, network_shapes(model.from_config(config)))
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(local("emoji:model") / name, folder / name)
     shutil.copy(local("emoji:model") / "model_index.json", folder)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(published.SCHEDULER_SD15), encoding="utf-8")
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(published.CONFIGS["SCHEDULER_SD15"]), encoding="utf-8"
+    )
     tokenizer = folder / "tokenizer" / "tokenizer_config.json"
     settings = json.loads(tokenizer.read_text(encoding="utf-8")) | {"model_max_length": 77}
     tokenizer.write_text(json.dumps(settings), encoding="utf-8")
@@ -141,7 +143,7 @@ np.save(folder / "ours.npy", y)
 
 def test_forward_pass_of_the_sdxl_unet_is_that_of_pytorch(tmp_path):
     """float32 computation with float16 weights, 256 pixels; tolerance 1e-4 of the output's spread."""
-    config = published.UNET_SDXL
+    config = published.CONFIGS["UNET_SDXL"]
     shapes = network_shapes(UNet2DConditionModel.from_config(config))
     write_model(tmp_path / "unet", DIFFUSERS, config, shapes)
     generator = np.random.default_rng(0)
