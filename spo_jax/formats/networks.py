@@ -48,10 +48,8 @@ def build(
 ) -> tuple[nn.Module, PyTree]:
     """The network of class ``model`` that a ``config.json`` describes, and the shapes of its parameters.
 
-    It computes in ``dtype``, and so are its parameters, or of ``params_dtype``. ``where`` names the config in messages.
-
-    Raises:
-      UserError: a field is not supported, or its values make no model.
+    It computes in ``dtype``, and so are its parameters, or of ``params_dtype``. ``where`` names the config in messages,
+    such as the UserError if a field is not supported, or its values make no model.
     """
     options = {} if step_aware is None else {"step_aware": step_aware}
     dtypes = jnp.dtype(dtype), jnp.dtype(dtype if params_dtype is None else params_dtype)

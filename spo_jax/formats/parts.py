@@ -86,11 +86,8 @@ def scheduler_of(config: Json, file: str | Path, *, sdxl: bool) -> Json:
             # Latents exceed diffusers' default of [-1, 1]; the published model says False.
             notice(f"File {file} has no clip_sample, which is then off here; diffusers' DDIM would clip latents.")
         return config
-    mends: Json = {}
-    if config.get("steps_offset", 0) != 1:
-        mends["steps_offset"] = 1
-    if config.get("clip_sample") is True:
-        mends["clip_sample"] = False
+    wrong = {"steps_offset": config.get("steps_offset", 0) != 1, "clip_sample": config.get("clip_sample") is True}
+    mends = {name: value for name, value in (("steps_offset", 1), ("clip_sample", False)) if wrong[name]}
     for name, value in mends.items():
         notice(f"File {file}: {name} = {config.get(name)!r} is taken as {value}, as diffusers does.")
     return config | mends

@@ -74,8 +74,7 @@ class Pipeline:
 def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -> Pipeline:
     """The pipeline for images of ``height`` x ``width`` pixels; None keeps what it has.
 
-    Raises:
-      UserError: a side is no multiple of what the autoencoder makes one latent of.
+    UserError if a side is no multiple of what the autoencoder makes one latent of.
     """
     height = pipeline.image_size[0] if height is None else height
     width = pipeline.image_size[1] if width is None else width
@@ -139,8 +138,7 @@ def _part_folder(part: str, path: Path) -> Path:
 def described(files: PipelineFiles, dtype: DTypeLike) -> Pipeline:
     """The pipeline that its configs describe, with shapes for ``params`` and tokenizers that give blank ids.
 
-    Raises:
-      UserError: a config is not supported, or the parts do not fit each other.
+    UserError if a config is not supported, or the parts do not fit each other.
     """
     built = {part: files.network(part, dtype) for part in files.configs}
     networks = {part: network for part, (network, _) in built.items()}
@@ -151,6 +149,8 @@ def described(files: PipelineFiles, dtype: DTypeLike) -> Pipeline:
     check_parts(files.path, networks, places)
     if not files.is_xl:
         networks["unet"] = mended_unet(networks["unet"], files.configs["unet"], files.source("unet"))
+    encoders = {part: network for part, network in networks.items() if tokenizer_of(part)}
+    blank = {part: BlankTokenizer(one.config.get("max_position_embeddings", 77)) for part, one in encoders.items()}
     return Pipeline(
         folder=files.path,
         scheduler_config=scheduler_of(files.scheduler, files.source("scheduler"), sdxl=files.is_xl),
@@ -158,14 +158,10 @@ def described(files: PipelineFiles, dtype: DTypeLike) -> Pipeline:
         force_zeros_for_empty_prompt=files.is_xl and bool(files.index.get("force_zeros_for_empty_prompt", True)),
         replaced=files.replaced,
         variant=files.variant,
-        tokenizer=_blank(networks["text_encoder"]),
-        tokenizer_2=_blank(networks["text_encoder_2"]) if files.is_xl else None,
+        tokenizer=blank["text_encoder"],
+        tokenizer_2=blank.get("text_encoder_2"),
         **networks,
     )
-
-
-def _blank(text_encoder: CLIPTextModel) -> BlankTokenizer:
-    return BlankTokenizer(text_encoder.config.get("max_position_embeddings", 77))
 
 
 def read_pipeline(
@@ -200,23 +196,13 @@ def read_pipeline(
     weights = {part: files.weights(part, shapes) for part, shapes in pipeline.params.items()}
     params = {}
     for part, shapes in pipeline.params.items():
-        below = functools.partial(_below, sharding, part) if callable(sharding) else sharding
+        below = (lambda path, shape, part=part: sharding((part, *path), shape)) if callable(sharding) else sharding
         params[part] = read_params(weights[part], shapes, sharding=below)
     return dataclasses.replace(pipeline, params=params, **tokenizers)
 
 
-def _below(sharding: Placement, part: str, path: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    assert callable(sharding)
-    return sharding((part, *path), shape)
-
-
 def read_part(
-    part: str,
-    folder: Path,
-    dtype: DTypeLike = jnp.float32,
-    *,
-    variant: str | None = None,
-    sharding: Placement = None,
+    part: str, folder: Path, dtype: DTypeLike = jnp.float32, *, variant: str | None = None, sharding: Placement = None
 ) -> tuple[nn.Module, PyTree]:
     """The network of one part, "unet", "vae", "text_encoder" or "text_encoder_2", and its parameters, from its folder;
     arguments as of ``read_pipeline``."""

@@ -33,31 +33,20 @@ def read_config(folder: Path, file: str) -> Json:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineFiles:
-    """What a pipeline is read from. Its parts are "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2".
+    """What a pipeline is read from. Its parts are "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2"."""
 
-    Attributes:
-      path: the folder or the single file.
-      index: the content of ``model_index.json``.
-      configs: the ``config.json`` of each part.
-      scheduler: the content of ``scheduler_config.json``.
-      tokenizers: a folder or a name of the hub for each text encoder, by "tokenizer" and "tokenizer_2".
-      folders: where each part lies that is not in a single file.
-      variant: of the weight files in ``folders``.
-      in_file: gives the weights of a part in the single file, for its name and the shapes of its parameters.
-      replaced: those of ``folders`` that take the place of the pipeline's own parts.
-      own_vae: the config of the autoencoder that is replaced, if it is there.
-    """
-
-    path: Path
-    index: Json
-    configs: dict[str, Json]
-    scheduler: Json
-    tokenizers: dict[str, str | Path]
-    folders: dict[str, Path] = dataclasses.field(default_factory=dict)
-    variant: str | None = None
-    in_file: Callable[[str, PyTree], Weights] | None = None
-    replaced: dict[str, Path] = dataclasses.field(default_factory=dict)
-    own_vae: Json | None = None
+    path: Path  # the folder or the single file
+    index: Json  # the content of model_index.json
+    configs: dict[str, Json]  # the config.json of each part
+    scheduler: Json  # the content of scheduler_config.json
+    tokenizers: dict[str, str | Path]  # folders, or names of the hub, by "tokenizer" and "tokenizer_2"
+    folders: dict[str, Path] = dataclasses.field(default_factory=dict)  # of the parts that are not in a single file
+    variant: str | None = None  # of the weight files in ``folders``
+    in_file: Callable[[str, PyTree], Weights] | None = (
+        None  # of a part with parameters of such shapes, in a single file
+    )
+    replaced: dict[str, Path] = dataclasses.field(default_factory=dict)  # ``folders`` instead of the pipeline's own
+    own_vae: Json | None = None  # the config of the autoencoder that is replaced, if it is there
 
     @property
     def is_xl(self) -> bool:
@@ -94,11 +83,10 @@ class PipelineFiles:
             assert self.in_file is not None
             return self.in_file(part, shapes)
         folder, stem, variant = self.folders[part], PARTS[part].stem, self.variant
-        if variant and find_weights(folder, stem, None) and not find_weights(folder, stem, variant):
-            others = (find_weights(other, PARTS[name].stem, variant) for name, other in self.folders.items())
-            if any(others):
-                notice(f"{folder}: there are no {variant} weights, so those without a variant are read.")
-                variant = None
+        there = {name for name, other in self.folders.items() if find_weights(other, PARTS[name].stem, variant)}
+        if variant and there and part not in there and find_weights(folder, stem, None):
+            notice(f"{folder}: there are no {variant} weights, so those without a variant are read.")
+            variant = None
         return open_weights(folder, stem, variant)
 
     def read(self, part: str, dtype: DTypeLike, *, sharding: Placement = None) -> PyTree:
@@ -124,11 +112,7 @@ def open_folder(
     replaced: Mapping[str, Path] | None = None,
     read: ReadConfig = read_config,
 ) -> PipelineFiles:
-    """The files of a diffusers pipeline folder; parts that are ``replaced`` by other folders need not be in it.
-
-    Raises:
-      UserError: a config is missing or malformed, or the pipeline is of another kind.
-    """
+    """The files of a diffusers pipeline folder; parts that are ``replaced`` by other folders need not be in it."""
     index, replaced = read(folder, INDEX), replaced or {}
     kind = index.get("_class_name")
     if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
@@ -164,15 +148,14 @@ def tokenizer_of(part: str) -> str | None:
 
 def write_configs(files: PipelineFiles, folder: Path) -> None:
     """Writes a diffusers folder of the pipeline that lacks nothing but weights."""
-    classes = {part: [PARTS[part].library, PARTS[part].model.__name__] for part in files.configs}
-    classes |= {name: ["transformers", "CLIPTokenizer"] for name in files.tokenizers}
-    classes["scheduler"] = ["diffusers", files.scheduler["_class_name"]]
-    settings = {name: value for name, value in files.index.items() if not isinstance(value, list)}
-    index = {**settings, **classes, **_NO_PARTS}
+    index = {name: value for name, value in files.index.items() if not isinstance(value, list)}
+    index |= {part: [PARTS[part].library, PARTS[part].model.__name__] for part in files.configs}
+    index |= {name: ["transformers", "CLIPTokenizer"] for name in files.tokenizers}
+    index |= {"scheduler": ["diffusers", files.scheduler["_class_name"]], **_NO_PARTS}
     if not files.is_xl:
         index["requires_safety_checker"] = False
-    written = {INDEX: index, SCHEDULER: files.scheduler}
-    for name, value in {**written, **{f"{part}/config.json": config for part, config in files.configs.items()}}.items():
+    configs = {f"{part}/config.json": config for part, config in files.configs.items()}
+    for name, value in {INDEX: index, SCHEDULER: files.scheduler, **configs}.items():
         write_text(folder / name, json.dumps(value, indent=2) + "\n")
     for name, source in files.tokenizers.items():
         shutil.copytree(resolve_model(source, weights=False), folder / name, copy_function=shutil.copyfile)

@@ -50,12 +50,7 @@ def function_scorer(
 ) -> ImageScorer:
     """The scorer of a user's function, which is traced on the shapes of a run, without computing anything.
 
-    Args:
-      name: ``"my_module:score"``, which the option ``key`` gave.
-      num_images: n, images at a time.
-      image_size: H and W.
-      tokenizer: of the prompts; its ``model_max_length`` is L.
-      key: for messages.
+    It takes images float32 [n, H, W, 3], tokens int32 [n, ``tokenizer.model_max_length``] and timesteps int32 [n].
 
     Raises:
       UserError: as ``load_function``; or JAX cannot trace the function, or its result is not float32 [n].

@@ -43,8 +43,7 @@ class BlankTokenizer:
 def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None) -> ClipTokenizer:
     """The CLIP tokenizer in ``folder``, local or on the hub (see ``resolve_model``), fitted to a tower if one is given.
 
-    Raises:
-      UserError: a file is missing or damaged, or see ``fitted``.
+    UserError if a file is missing or damaged, or see ``fitted``.
     """
     from transformers import CLIPTokenizer  # takes seconds to import; nothing else here needs it
 
@@ -68,8 +67,7 @@ def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None)
 def fitted(tokenizer: ClipTokenizer, tower: CLIPTextTransformer) -> ClipTokenizer:
     """The tokenizer with texts no longer than the table of positions of the tower that reads its ids.
 
-    Raises:
-      UserError: an id is beyond the tower's vocabulary, it has no token for padding or for an end, or no length.
+    UserError if an id is beyond the tower's vocabulary, or it has no token for padding or for an end, or no length.
     """
     name = tokenizer.name_or_path
     for kind in ("eos", "pad"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from spo_jax.errors import UserError, notice
+from spo_jax.files import saying_where
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.networks import PARTS
 from spo_jax.formats.pipeline_files import INDEX, write_configs
@@ -59,11 +61,9 @@ def write_pipeline(
     Args:
       out: the new folder; it may exist if it is empty.
       source: a diffusers pipeline folder, or a single file, whose other parts are written in the dtype that they have.
-      unet_params: for the UNet's ``config.json``.
-      text_encoders: parameters of those that are replaced as well, by name.
+      unet_params: for the UNet's ``config.json``; ``text_encoders`` are those that are replaced as well, by name.
       replaced: folders of parts that are not those of ``source`` (see ``Pipeline``).
-      variant: of the weights that are copied.
-      dtype: of the written models.
+      variant: of the weights that are copied; ``dtype`` is that of the written models.
 
     Raises:
       UserError: ``out`` is not empty or cannot be written, or ``source`` is not complete.
@@ -72,12 +72,11 @@ def write_pipeline(
     check_output_folder(out)
     models = {"unet": unet_params, **(text_encoders or {})}
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
+    with contextlib.ExitStack() as stack, saying_where(out):
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        if source.is_file():
-            index = _unpack(source, temporary, replaced, variant, without=models)
-        else:
-            index = _copy_parts(source, temporary, replaced, variant, without=models)
+        unpack = _unpack if source.is_file() else _copy_parts
+        index = unpack(source, temporary, replaced, variant, without=models)
         libraries = {name: part[0] for name, part in index.items() if isinstance(part, list) and part and part[0]}
         for name, library in libraries.items():
             if library != "diffusers":
@@ -85,12 +84,7 @@ def write_pipeline(
         for name, params in models.items():
             write_params(temporary / name / f"{_stem(libraries[name])}.safetensors", params, dtype=dtype)
         os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written ({error.strerror or error}); choose another place.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for unknown in _unknown_classes(index):
-        notice(f"warning: {out / INDEX} names {unknown}, which cannot load it.")
+    _warn_of_unknown_classes(out / INDEX, index)
 
 
 def _unpack(
@@ -176,16 +170,13 @@ def _holds_weights(path: Path) -> bool:
     return path.suffix in _WEIGHT_SUFFIXES or ".index" in path.name
 
 
-def _unknown_classes(index: Json) -> list[str]:
-    """Classes of the pipeline and its parts that the installed libraries do not have, each with the library."""
+def _warn_of_unknown_classes(file: Path, index: Json) -> None:
     import diffusers  # these take seconds to import, and only what is written needs them
     import transformers
 
     libraries = {"diffusers": diffusers, "transformers": transformers}
     parts = [part for part in index.values() if isinstance(part, list) and len(part) == 2]
-    named = [("diffusers", index.get("_class_name")), *parts]
-    return [
-        f"{name}.{kind}, unknown to {name} {libraries[name].__version__}"
-        for name, kind in named
-        if name in libraries and kind not in dir(libraries[name])
-    ]
+    for name, kind in (("diffusers", index.get("_class_name")), *parts):
+        if name in libraries and kind not in dir(libraries[name]):
+            unknown = f"{name}.{kind}, unknown to {name} {libraries[name].__version__}"
+            notice(f"warning: {file} names {unknown}, which cannot load it.")

@@ -27,10 +27,7 @@ def write_scorer(folder: str | Path, clip: CLIPModel, params: PyTree, *, dtype: 
     neither, and transformers' ``CLIPModel.from_pretrained`` loads the folder.
 
     The folder is made if it does not exist, and files of an earlier call are replaced. Parameters may be split over
-    devices.
-
-    Raises:
-      UserError: the folder cannot be written.
+    devices. UserError if the folder cannot be written.
     """
     folder = Path(folder)
     config = {
