@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spo_jax.data.prompt_files import json_lines
+from spo_jax.data.prompts import json_lines
 from spo_jax.data.records import MAX_PICTURE_BYTES, Record
 from spo_jax.errors import UserError
 from spo_jax.formats.json_files import Json

@@ -100,6 +100,7 @@ def index_training_checkpoint(path: Path, *, nested: bool = True) -> tuple[dict[
                 content = content["state_dict"]
             arrays = {}
             for key, tensor in content.items():
+                _expect(str, key)
                 if type(tensor) is not _Tensor:
                     raise _NotTensorsError(
                         f"holds a {type(tensor).__name__} under {key!r} where a tensor should be; only plain state "
@@ -110,7 +111,7 @@ def index_training_checkpoint(path: Path, *, nested: bool = True) -> tuple[dict[
                 if member is None or member.file_size < size * dtype.itemsize:
                     raise _NotTensorsError(f"lacks the values of {key!r}; download or copy it again")
                 offset = _start(path, file, member) + start * dtype.itemsize
-                arrays[_expect(str, key)] = StoredArray(path, offset, dtype, shape, strides)
+                arrays[key] = StoredArray(path, offset, dtype, shape, strides)
             return arrays, beside
     except _NotTensorsError as error:
         raise UserError(f"Weight file {path} {error}.") from error

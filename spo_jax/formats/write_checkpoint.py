@@ -67,10 +67,9 @@ def write_checkpoint(
     entries: dict[str, _Entry] = {}
     for part in LAYOUTS[kind]:
         flat, places = flax.traverse_util.flatten_dict(shapes[part]), originals(kind, part, shapes[part])
-        for path in sorted(flat, key=lambda p, places=places: (places[p].key, places[p].third or 0)):
-            entry = entries.setdefault(places[path].key, _Entry(part, places[path], []))
-            entry.paths.append(path)
-            sizes[entry.original.key] = entry.original.shape(names.torch_shape(path, flat[path].shape))
+        for path, original in sorted(places.items(), key=lambda item: (item[1].key, item[1].third or 0)):
+            entries.setdefault(original.key, _Entry(part, original, [])).paths.append(path)
+            sizes[original.key] = original.shape(names.torch_shape(path, flat[path].shape))
     configs = config_folder(out) if _needs_configs(files, kind, sizes, out) else None
     if configs is not None and configs.exists():
         raise UserError(
