@@ -109,15 +109,20 @@ def _from_file(path: Path) -> list[str]:
     if suffix in _OTHERS:
         raise UserError(f"Prompt file {path} is a {suffix} file, which is not read; write its prompts as {_WHAT}.")
     text = _text(path)
+    # A prompt may begin with a brace, but is no object, or with a bracket, but is no list of prompts.
+    first = next((line for line in _lines(text) if line.strip()), "")
+    has_objects = isinstance(_parsed(first), dict) and (suffix != ".json" or _parsed(text) is None)
+    whole = _parsed(text) if text.lstrip().startswith("[") else None
+    is_list = isinstance(whole, list) and all(isinstance(entry, str | dict) for entry in whole)
     if suffix in (".csv", ".tsv"):
         prompts = _from_table(path, text, "\t" if suffix == ".tsv" else ",")
-    elif suffix in (".jsonl", ".ndjson") or _is_json_lines(text, suffix):
+    elif suffix in (".jsonl", ".ndjson") or has_objects:
         entries = json_lines(_lines(text), f"Prompt file {path}")
         prompts = [_caption(path, f"line {number}", entry) for number, entry in entries]
-    elif suffix == ".json" or _is_json_list(text) or _JSON.match(text):
+    elif suffix == ".json" or is_list or _JSON.match(text):
         prompts = _from_json(path, text)
     else:
-        _refuse_table(path, text)
+        _refuse_table(path, [line for line in _lines(text) if line.strip()])
         prompts = [line.strip() for line in _lines(text)]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
@@ -160,17 +165,6 @@ def _parsed(text: str) -> object:
         return None
 
 
-def _is_json_lines(text: str, suffix: str) -> bool:
-    """Whether a file with another suffix has an object a line; a prompt may begin with a brace, but is no object."""
-    first = next((line for line in _lines(text) if line.strip()), "")
-    return isinstance(_parsed(first), dict) and (suffix != ".json" or _parsed(text) is None)
-
-
-def _is_json_list(text: str) -> bool:
-    entries = _parsed(text) if text.lstrip().startswith("[") else None
-    return isinstance(entries, list) and all(isinstance(entry, str | dict) for entry in entries)
-
-
 def _from_json(path: Path, text: str) -> list[str]:
     if not text.strip():
         return []
@@ -198,9 +192,8 @@ def _caption(path: Path, where: str, entry: object) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
-def _refuse_table(path: Path, text: str) -> None:
+def _refuse_table(path: Path, lines: list[str]) -> None:
     """Refuses lines of text that are those of a table: the first one names a caption, and all have a delimiter."""
-    lines = [line for line in _lines(text) if line.strip()]
     for sign, suffix in {"\t": ".tsv", ",": ".csv", ";": ".csv"}.items():
         if len(lines) > 1 and all(sign in line for line in lines) and _feature(lines[0].split(sign)) is not None:
             raise UserError(

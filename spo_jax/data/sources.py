@@ -7,14 +7,15 @@ is useless as a whole is refused.
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
-import dataclasses
 import glob
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,8 +33,7 @@ _TEXT, _BYTES = (pa.string(), pa.large_string()), (pa.binary(), pa.large_binary(
 _ROWS = 32  # of a parquet file that are in memory at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """``read`` streams ``num_records`` records, each time from the start."""
 
     num_records: int
@@ -43,8 +43,7 @@ class Source:
 def open_source(source: str) -> Source:
     """The records of parquet files (a glob pattern), or of a CSV or JSONL file or the folder that has one.
 
-    Raises:
-      UserError: there is nothing, or a file cannot be read, lacks a column, or names images outside of its folder.
+    UserError if there is nothing, or a file cannot be read, lacks a column, or names images outside of its folder.
     """
     source = os.path.expanduser(source)
     if Path(source).is_dir():
@@ -105,12 +104,12 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         with _parquet_file(path) as file:
             for batch in file.iter_batches(_ROWS, columns=list(COLUMNS), use_threads=False):
                 columns = [_values(batch.column(name)) for name in COLUMNS]
-                for row in zip(*columns, strict=True):
-                    caption, image_0, image_1, label_0, label_1, has_label, count = row
+                for caption, image_0, image_1, label_0, label_1, has_label, count in zip(*columns, strict=True):
                     yield {
                         "caption": caption or b"",
-                        "image_0": _cut(image_0),
-                        "image_1": _cut(image_1),
+                        # One byte more than is allowed, so that it still counts as too large.
+                        "image_0": (image_0 or b"")[: MAX_PICTURE_BYTES + 1],
+                        "image_1": (image_1 or b"")[: MAX_PICTURE_BYTES + 1],
                         "label_0": math.nan if label_0 is None else label_0,
                         "label_1": math.nan if label_1 is None else label_1,
                         "has_label": has_label == 1,
@@ -128,11 +127,6 @@ def _values(column: pa.Array) -> list:
     # Text as bytes: pyarrow does not check it, and one caption that is not UTF-8 must not end everything.
     column = column.cast(pa.float64(), safe=False) if _is_number(column.type) else column.cast(pa.large_binary())
     return column.to_pylist()
-
-
-def _cut(picture: bytes | None) -> bytes:
-    # One byte more than is allowed, so that it still counts as too large.
-    return (picture or b"")[: MAX_PICTURE_BYTES + 1]
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -161,8 +155,7 @@ def _open_table(path: Path) -> Source:
 
     def read() -> Iterator[Record]:
         for row in _rows(path):
-            label = _number(row.get("label"))
-            caption = _text(row.get("caption"))
+            label, caption = _number(row.get("label")), _text(row.get("caption"))
             yield {
                 "caption": caption.encode("utf-8", "surrogatepass"),
                 "image_0": _picture(path.parent, _text(row.get("image_a"))),
@@ -223,18 +216,14 @@ def _number(value: object) -> float:
 
 def _inside(folder: Path, name: str) -> Path | None:
     """The path of an image, or None if it leads out of the folder, also by a link."""
-    if "\0" in name:
-        return None
-    path = Path(os.path.realpath(folder / name))
-    return path if path.is_relative_to(os.path.realpath(folder)) else None
+    path = None if "\0" in name else Path(os.path.realpath(folder / name))
+    return path if path and path.is_relative_to(os.path.realpath(folder)) else None
 
 
 def _picture(folder: Path, name: str) -> bytes:
     path = _inside(folder, name) if name else None
-    if path is None or not path.is_file():  # a pipe would wait for ever
-        return b""
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_PICTURE_BYTES + 1)
-    except OSError:
-        return b""
+    with contextlib.suppress(OSError):
+        if path is not None and path.is_file():  # a pipe would wait for ever
+            with path.open("rb") as file:
+                return file.read(MAX_PICTURE_BYTES + 1)
+    return b""

@@ -31,31 +31,23 @@ from spo_jax.types import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """The parts of a text-to-image pipeline.
+    """The parts of a text-to-image pipeline."""
 
-    Attributes:
-      folder: of the pipeline, or the single file.
-      scheduler_config: the parsed ``scheduler_config.json``, mended as diffusers mends it.
-      params: a tree for each of "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2".
-      force_zeros_for_empty_prompt: an empty negative prompt stands for zeros instead of its embeddings.
-      latent_size: [h, w] for images of another size than the UNet was trained for.
-      replaced: folders of parts that are not those in ``folder``.
-      variant: of the weight files that was asked for.
-    """
-
-    folder: Path
+    folder: Path  # or the single file
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: Tokenizer
-    scheduler_config: Json
-    params: dict[str, PyTree]
+    scheduler_config: Json  # the parsed scheduler_config.json, mended as diffusers mends it
+    params: dict[str, PyTree]  # a tree for each of "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2"
     text_encoder_2: CLIPTextModelWithProjection | None = None
     tokenizer_2: Tokenizer | None = None
-    force_zeros_for_empty_prompt: bool = False
-    latent_size: tuple[int, int] | None = None
-    replaced: Mapping[str, Path] = dataclasses.field(default_factory=dict)
-    variant: str | None = None
+    force_zeros_for_empty_prompt: bool = False  # an empty negative prompt stands for zeros, not for its embeddings
+    latent_size: tuple[int, int] | None = None  # [h, w] for images of another size than the UNet was trained for
+    replaced: Mapping[str, Path] = dataclasses.field(
+        default_factory=dict
+    )  # folders of parts that are not in ``folder``
+    variant: str | None = None  # of the weight files that was asked for
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -241,11 +233,11 @@ def read_clip(
     weights = open_file(path) if is_file else open_weights(path, TRANSFORMERS_STEM, variant)
     # The preference models were saved inside a module that holds the CLIP as "model".
     prefix = "model." if any(key.startswith("model.") for key in weights.arrays) else ""
-    if not clip.step_aware or any("t_embedder." in key for key in weights.arrays):
-        return clip, read_params(weights, shapes, prefix=prefix, sharding=sharding)
-    flat = flax.traverse_util.flatten_dict(shapes)
-    shapes = flax.traverse_util.unflatten_dict({k: v for k, v in flat.items() if not is_time_layer(k)})
-    plain = read_params(weights, shapes, prefix=prefix, sharding=sharding)
-    if step_aware is None:
-        return clip.clone(step_aware=False), plain
-    return clip, with_identity_time_layers(clip, plain, jax.random.key(0), sharding=sharding)
+    is_plain = clip.step_aware and not any("t_embedder." in key for key in weights.arrays)
+    if is_plain:
+        flat = flax.traverse_util.flatten_dict(shapes)
+        shapes = flax.traverse_util.unflatten_dict({k: v for k, v in flat.items() if not is_time_layer(k)})
+    params = read_params(weights, shapes, prefix=prefix, sharding=sharding)
+    if is_plain and step_aware is None:
+        return clip.clone(step_aware=False), params
+    return clip, with_identity_time_layers(clip, params, jax.random.key(0), sharding=sharding) if is_plain else params
