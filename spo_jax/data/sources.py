@@ -68,17 +68,20 @@ def open_source(source: str) -> Source:
 
 
 # ----------------------------------------------------------------------------------------------------------- parquet
-def _parquet_file(path: Path) -> pq.ParquetFile:
-    # A buffer: without it, a row group's whole column is read at once.
-    return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+@contextlib.contextmanager
+def _parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        # A buffer: without it, a row group's whole column is read at once.
+        with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"File {path} cannot be read as parquet ({reason}); download it again.") from error
 
 
 def _check_parquet(path: Path) -> int:
-    try:
-        with _parquet_file(path) as file:
-            schema, count = file.schema_arrow, file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
+    with _parquet_file(path) as file:
+        schema, count = file.schema_arrow, file.metadata.num_rows
     for name in COLUMNS:
         if name not in schema.names:
             raise UserError(f"File {path} has no column {name!r}; Pick-a-Pic's are {', '.join(COLUMNS)}.")
@@ -100,23 +103,20 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    try:
-        with _parquet_file(path) as file:
-            for batch in file.iter_batches(_ROWS, columns=list(COLUMNS), use_threads=False):
-                columns = [_values(batch.column(name)) for name in COLUMNS]
-                for caption, image_0, image_1, label_0, label_1, has_label, count in zip(*columns, strict=True):
-                    yield {
-                        "caption": caption or b"",
-                        # One byte more than is allowed, so that it still counts as too large.
-                        "image_0": (image_0 or b"")[: MAX_PICTURE_BYTES + 1],
-                        "image_1": (image_1 or b"")[: MAX_PICTURE_BYTES + 1],
-                        "label_0": math.nan if label_0 is None else label_0,
-                        "label_1": math.nan if label_1 is None else label_1,
-                        "has_label": has_label == 1,
-                        "num_example_per_prompt": int(count) if count is not None and 0 <= count < 2**31 else 0,
-                    }
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
+    with _parquet_file(path) as file:
+        for batch in file.iter_batches(_ROWS, columns=list(COLUMNS), use_threads=False):
+            columns = [_values(batch.column(name)) for name in COLUMNS]
+            for caption, image_0, image_1, label_0, label_1, has_label, count in zip(*columns, strict=True):
+                yield {
+                    "caption": caption or b"",
+                    # One byte more than is allowed, so that it still counts as too large.
+                    "image_0": (image_0 or b"")[: MAX_PICTURE_BYTES + 1],
+                    "image_1": (image_1 or b"")[: MAX_PICTURE_BYTES + 1],
+                    "label_0": math.nan if label_0 is None else label_0,
+                    "label_1": math.nan if label_1 is None else label_1,
+                    "has_label": has_label == 1,
+                    "num_example_per_prompt": int(count) if count is not None and 0 <= count < 2**31 else 0,
+                }
 
 
 def _values(column: pa.Array) -> list:
@@ -127,11 +127,6 @@ def _values(column: pa.Array) -> list:
     # Text as bytes: pyarrow does not check it, and one caption that is not UTF-8 must not end everything.
     column = column.cast(pa.float64(), safe=False) if _is_number(column.type) else column.cast(pa.large_binary())
     return column.to_pylist()
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(f"File {path} cannot be read as parquet ({reason}); download it again.")
 
 
 # --------------------------------------------------------------------------------------------------- CSV and JSONL

@@ -20,7 +20,6 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from jaxtyping import PyTree
 
 from spo_jax.distributed.processes import is_main_process
@@ -162,10 +161,17 @@ def _open(path: str | Path) -> _File:
         arrays = {f"{part}.{key}": array for part, file in files.items() for key, array in file.arrays.items()}
         configs = {part: file.configs[part] for part, file in files.items() if part in file.configs}
         return _File(path, arrays, configs)
-    path = _file_in(path) if path.is_dir() else path
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", *TORCH_SUFFIXES) and p.is_file())
+        usual = [path / name for name in _FILE_NAMES if path / name in found]
+        if not usual and len(found) != 1:
+            listed = f"it has {', '.join(p.name for p in found[:3])}: name one of them" if found else None
+            raise UserError(f"Folder {path} has no {' or '.join(_FILE_NAMES)}; {listed or 'is it the right folder?'}")
+        path = (usual or found)[0]
     if not path.is_file():
         raise UserError(f"LoRA file {path} does not exist; give a LoRA file, or the --workdir of a training run.")
-    arrays = open_file(path).arrays
+    weights = open_file(path)
+    arrays = weights.arrays
     if not arrays:
         raise UserError(f"LoRA file {path} is empty; it was not saved properly.")
     if other := lora_keys.other_kind(arrays):
@@ -173,20 +179,10 @@ def _open(path: str | Path) -> _File:
             f"LoRA file {path} holds {other[1]} ({other[0]!r}), which is not supported; only plain LoRA of linear and "
             "convolution layers is: train or convert it to that."
         )
-    return _File(path, arrays, _read_configs(path))
+    return _File(path, arrays, _read_configs(path, weights.metadata))
 
 
-def _file_in(folder: Path) -> Path:
-    """The LoRA file of a folder: of the usual name, or the only weight file there is."""
-    found = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", *TORCH_SUFFIXES) and p.is_file())
-    usual = [folder / name for name in _FILE_NAMES if folder / name in found]
-    if usual or len(found) == 1:
-        return (usual or found)[0]
-    listed = f"; it has {', '.join(p.name for p in found[:3])}: name one of them" if found else ""
-    raise UserError(f"Folder {folder} has no {' or '.join(_FILE_NAMES)}{listed or '; is it the right folder?'}")
-
-
-def _read_configs(file: Path) -> dict[str, _PeftConfig]:
+def _read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, _PeftConfig]:
     """The config of each part that has one; of others alpha is the rank."""
     source = file.with_name(_CONFIG_FILE) if file.name.startswith(_PEFT_STEM) else file
     if source != file and not source.is_file():
@@ -194,7 +190,7 @@ def _read_configs(file: Path) -> dict[str, _PeftConfig]:
             f"LoRA file {file} is one of peft's, but {source} is not beside it; its alpha is needed: copy it as well."
         )
     try:
-        fields = read_json(source) if source != file else json.loads(_in_header(file) or "{}")
+        fields = read_json(source) if source != file else json.loads(metadata.get("lora_adapter_metadata") or "{}")
         starts = tuple(f"{part}." for part in PARTS)
         common = {key: value for key, value in fields.items() if not key.startswith(starts)}
         by_part = {
@@ -204,14 +200,6 @@ def _read_configs(file: Path) -> dict[str, _PeftConfig]:
         return {part: _config(source, one) for part, one in by_part.items() if one}
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"LoRA file {source} has damaged metadata ({error}); download or copy it again.") from error
-
-
-def _in_header(file: Path) -> str | None:
-    try:
-        with safetensors.safe_open(str(file), "numpy") as opened:
-            return (opened.metadata() or {}).get("lora_adapter_metadata")
-    except safetensors.SafetensorError:
-        return None  # a file of PyTorch
 
 
 def _config(source: Path, fields: Json) -> _PeftConfig:
@@ -246,10 +234,18 @@ def _config(source: Path, fields: Json) -> _PeftConfig:
 # ---------------------------------------------------------------------------------------------------------- its layers
 def _parts(file: _File, shapes: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The adapters in a file, each at its layer of a pipeline with such parameters."""
-    _check_family(file, shapes)
-    spellings = lora_keys.spellings(shapes)
+    # SD1.x, SD2.x and SDXL differ in the width of the text embeddings that their UNets take.
+    widths, spellings = lora_keys.text_widths(shapes[lora_keys.UNET]), lora_keys.spellings(shapes)
     found: dict[Layer, dict[str, str]] = {}
     left = []
+    for key, array in file.arrays.items():
+        width = lora_keys.text_width(key, array.shape)
+        if width is not None and widths and width not in widths:
+            theirs, here = (_FAMILIES.get(w, "another kind of model") for w in (width, min(widths)))
+            raise UserError(
+                f"LoRA file {file.path} was made for another model: {key!r} takes text embeddings {width} wide "
+                f"({theirs}), but here they are {min(widths)} wide ({here})."
+            )
     for key in file.arrays:
         module, role = lora_keys.parse_key(key)
         if module not in spellings:
@@ -335,16 +331,3 @@ def _read(file: _File, key: str) -> np.ndarray:
             "failed, or the file is damaged: use another one."
         )
     return values
-
-
-def _check_family(file: _File, shapes: Mapping[str, PyTree]) -> None:
-    """Refuses a file for UNets that take other text embeddings, which tells SD1.x, SD2.x and SDXL apart."""
-    ours = lora_keys.text_widths(shapes[lora_keys.UNET])
-    for key, array in file.arrays.items():
-        width = lora_keys.text_width(key, array.shape)
-        if width is not None and ours and width not in ours:
-            theirs, here = (_FAMILIES.get(w, "another kind of model") for w in (width, min(ours)))
-            raise UserError(
-                f"LoRA file {file.path} was made for another model: {key!r} takes text embeddings {width} wide "
-                f"({theirs}), but here they are {min(ours)} wide ({here})."
-            )

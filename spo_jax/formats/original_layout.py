@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 
 from spo_jax.errors import UserError
 from spo_jax.formats import names
-from spo_jax.formats.parts import OTHER_KINDS
+from spo_jax.formats.pipeline_files import OTHER_KINDS
 from spo_jax.formats.stored import StoredArray
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

@@ -18,8 +18,15 @@ from spo_jax.errors import UserError
 from spo_jax.formats.hub import resolve_model
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.networks import PARTS, build
-from spo_jax.formats.parts import check_parts, check_vae, mended_unet, scheduler_of
-from spo_jax.formats.pipeline_files import PipelineFiles, open_folder, tokenizer_of
+from spo_jax.formats.pipeline_files import (
+    PipelineFiles,
+    check_parts,
+    check_vae,
+    mended_unet,
+    open_folder,
+    scheduler_of,
+    tokenizer_of,
+)
 from spo_jax.formats.single_file import open_single_file
 from spo_jax.formats.tokenizers import BlankTokenizer, check_lengths, read_tokenizer
 from spo_jax.formats.weights import TRANSFORMERS_STEM, Placement, open_file, open_weights, read_params

@@ -71,7 +71,15 @@ def open_single_file(path: Path) -> PipelineFiles:
     index, scheduler = configs.pop("index"), configs.pop("scheduler")
     if is_xl(index) != (kind == "SDXL"):
         raise UserError(f"File {folder / INDEX} is not that of the model in {path}.")
-    _say_what_was_assumed(path, arrays, recorded, "scheduler" in given)
+    if folder.is_dir():
+        notice(f"Configs of {path} are those in {folder}, as far as it has them.")
+    if recorded is None and "scheduler" not in given:
+        notice(
+            f"File {path} does not say what its UNet predicts; taken for v-prediction and 768 pixels, as diffusers "
+            f"does. If it is a base model of 512 pixels, put its scheduler_config.json into {folder / 'scheduler'}."
+        )
+    if any(key.startswith("model_ema.") for key in arrays):
+        notice(f"File {path} has averaged weights as well (model_ema.*); they are not read.")
     return PipelineFiles(
         path=path,
         index=index,
@@ -118,11 +126,7 @@ def _tokenizers(path: Path, kind: str, configs: dict[str, Json]) -> dict[str, st
 
 
 def _find(path: Path, kind: str, part: str, shapes: PyTree, arrays: Arrays) -> Weights:
-    """A part's arrays by their keys in diffusers and transformers.
-
-    Raises:
-      UserError: one is missing or of another shape, or the file has keys that nothing here reads.
-    """
+    """A part's arrays by their keys in diffusers and transformers, if the file has no keys that nothing here reads."""
     found, used = {}, set()
     _, prefix = LAYOUTS[kind][part]
     flat = flax.traverse_util.flatten_dict(shapes)
@@ -146,19 +150,6 @@ def _find(path: Path, kind: str, part: str, shapes: PyTree, arrays: Arrays) -> W
             "out could change the model."
         )
     return Weights(path, found)
-
-
-def _say_what_was_assumed(path: Path, arrays: Arrays, recorded: str | None, given: bool) -> None:
-    folder = config_folder(path)
-    if folder.is_dir():
-        notice(f"Configs of {path} are those in {folder}, as far as it has them.")
-    if recorded is None and not given:
-        notice(
-            f"File {path} does not say what its UNet predicts; taken for v-prediction and 768 pixels, as diffusers "
-            f"does. If it is a base model of 512 pixels, put its scheduler_config.json into {folder / 'scheduler'}."
-        )
-    if any(key.startswith("model_ema.") for key in arrays):
-        notice(f"File {path} has averaged weights as well (model_ema.*); they are not read.")
 
 
 # ----------------------------------------------------------------------------------------------------------- configs

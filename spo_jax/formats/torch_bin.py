@@ -182,8 +182,11 @@ def _interpret(pickle: bytes) -> object:
                 if text not in (_DICT, _TENSOR, _PARAMETER, *_DTYPES):
                     _refuse(text)
                 stack.append(_Name(text))
-            case "BINPERSID":
-                stack.append(_storage(stack.pop()))
+            case "BINPERSID":  # ("storage", type, record, device, number of elements)
+                kind, dtype, record, _, size = _expect(tuple, stack.pop())
+                if kind != "storage" or _expect(_Name, dtype).text not in _DTYPES:
+                    raise ValueError("unknown kind of storage")
+                stack.append(_Storage(_expect(str, record), _DTYPES[dtype.text], _expect(int, size)))
             case "REDUCE":
                 arguments = _expect(tuple, stack.pop())
                 stack.append(_build(_expect(_Name, stack.pop()).text, arguments))
@@ -214,14 +217,6 @@ def _refuse(text: str) -> NoReturn:
         f"asks for {text.replace(' ', '.', 1)!r}, which no dict of tensors needs, and was not read; it may be an "
         f"attack or a whole model: {_SAFER}"
     )
-
-
-def _storage(identity: object) -> _Storage:
-    """What the pickle calls by a persistent id: ``("storage", type, record, device, number of elements)``."""
-    kind, dtype, record, _, size = _expect(tuple, identity)
-    if kind != "storage" or _expect(_Name, dtype).text not in _DTYPES:
-        raise ValueError("unknown kind of storage")
-    return _Storage(_expect(str, record), _DTYPES[dtype.text], _expect(int, size))
 
 
 def _build(name: str, arguments: tuple[Any, ...]) -> object:

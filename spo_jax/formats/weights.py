@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import flax.traverse_util
@@ -17,7 +17,7 @@ from spo_jax.errors import UserError, notice
 from spo_jax.formats import names
 from spo_jax.formats.hub import missing
 from spo_jax.formats.json_files import read_json
-from spo_jax.formats.safetensors_io import index_safetensors
+from spo_jax.formats.safetensors_io import index_safetensors, read_metadata
 from spo_jax.formats.stored import StoredArray, empty
 from spo_jax.formats.torch_bin import index_torch_bin
 
@@ -48,6 +48,7 @@ class Weights:
 
     path: Path
     arrays: dict[str, StoredArray]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of a safetensors file
 
 
 def open_file(path: Path) -> Weights:
@@ -57,8 +58,9 @@ def open_file(path: Path) -> Weights:
     with path.open("rb") as file:
         start = file.read(9)
     # The content decides, and the name where it does not: safetensors begin with the length of a JSON text.
-    is_torch = start.startswith(_ZIP) or (path.suffix in TORCH_SUFFIXES and start[8:] != b"{")
-    return Weights(path, index_torch_bin(path) if is_torch else index_safetensors(path))
+    if start.startswith(_ZIP) or (path.suffix in TORCH_SUFFIXES and start[8:] != b"{"):
+        return Weights(path, index_torch_bin(path))
+    return Weights(path, index_safetensors(path), read_metadata(path))
 
 
 def open_weights(folder: Path, stem: str, variant: str | None = None) -> Weights:

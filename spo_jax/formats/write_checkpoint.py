@@ -19,8 +19,7 @@ from spo_jax.diffusion.schedule import FILE, make_schedule
 from spo_jax.errors import UserError
 from spo_jax.formats import names
 from spo_jax.formats.original_layout import LAYOUTS, V_PREDICTION, ZERO_SNR, Original, originals
-from spo_jax.formats.parts import scheduler_of
-from spo_jax.formats.pipeline_files import PipelineFiles, write_configs
+from spo_jax.formats.pipeline_files import PipelineFiles, scheduler_of, write_configs
 from spo_jax.formats.safetensors_io import fetch_array, write_arrays
 from spo_jax.formats.single_file import CLIP_VOCABULARY, config_folder, model_spec, pipeline_configs
 from spo_jax.formats.stored import StoredArray
