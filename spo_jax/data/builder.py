@@ -96,10 +96,8 @@ def open_builder(folder: Path) -> tfds.core.DatasetBuilder:
 def write_split(out: Path, split: str, records: Iterable[Record]) -> None:
     """Adds a split to the folder ``out``, which may have others.
 
-    The split is there when ``dataset_info.json`` names it; that file is replaced last, and at once.
-
-    Raises:
-      UserError: as ``check_output``; or the folder cannot be written to; or there are no records.
+    It is there when ``dataset_info.json`` names it; that file is replaced last, and at once. UserError as
+    ``check_output``, if the folder cannot be written to, or if there are no records.
     """
     check_output(out, split)
     scratch = out / f".incomplete-{split}"

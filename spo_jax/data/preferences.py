@@ -43,9 +43,7 @@ class PairBatch:
 
 def open_pairs(name: str) -> Records:
     """The records of ``FOLDER@SPLIT``, as ``python -m spo_jax.prepare`` has written them: has a length and an index.
-
-    UserError if there is no such folder, split or file of it, or its preparation has not come to an end.
-    """
+    UserError if there is no such folder, split or file of it, or its preparation has not come to an end."""
     from spo_jax.data.builder import INFO, open_builder  # tfds: the loader does not need it
 
     folder, at, split = os.path.expanduser(name).rpartition("@")

@@ -81,10 +81,8 @@ def fault_of(record: Record) -> str | None:
 
 
 def decode_pair(record: Record, size: tuple[int, int]) -> Json:
-    """What is trained on: ``caption`` str, ``images`` uint8 [2, H, W, 3], ``labels`` float32 [2], ``weight`` float.
-
-    Fault if the record cannot be used.
-    """
+    """What is trained on: ``caption`` str, ``images`` uint8 [2, H, W, 3], ``labels`` float32 [2], ``weight`` float;
+    Fault if the record cannot be used."""
     if fault := fault_of(record):
         raise Fault(fault)
     return {

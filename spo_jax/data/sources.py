@@ -41,10 +41,8 @@ class Source(NamedTuple):
 
 
 def open_source(source: str) -> Source:
-    """The records of parquet files (a glob pattern), or of a CSV or JSONL file or the folder that has one.
-
-    UserError if there is nothing, or a file cannot be read, lacks a column, or names images outside of its folder.
-    """
+    """The records of parquet files (a glob pattern), or of a CSV or JSONL file or the folder that has one. UserError
+    if there is nothing, or a file cannot be read, lacks a column, or names images outside of its folder."""
     source = os.path.expanduser(source)
     if Path(source).is_dir():
         paths = sorted(p for p in Path(source).iterdir() if p.suffix.lower() in (".csv", ".jsonl"))

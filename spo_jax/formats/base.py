@@ -42,10 +42,8 @@ def base_of(
     """What the flags of a command name; without --model, what the workdirs among ``loras``, adapters, have recorded.
 
     A flag that was not given is None; the others count more than what is recorded. ``default`` is the model if there is
-    neither a flag nor a workdir.
-
-    Raises:
-      UserError: two workdirs have different models, or none has one and there is no default.
+    neither a flag nor a workdir. UserError if two workdirs have different models, or none has one and there is no
+    default.
     """
     base = Base(model) if model else _recorded(list(loras), default)
     given = {"variant": variant, "unet": unet, "vae": vae}

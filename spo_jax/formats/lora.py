@@ -80,17 +80,15 @@ def read_lora(path: str | Path, shapes: Mapping[str, PyTree]) -> dict[str, PyTre
       shapes: trees of parameters or their shapes by part, at least ``"unet"``; other entries are not looked at.
 
     Raises:
-      UserError: the file is missing or damaged; a key or shape does not fit the pipeline; it holds another kind of
-        adapters, or numbers that are not finite.
+      UserError: the file is missing or damaged, does not fit the pipeline, or holds another kind of adapters, or
+        numbers that are not finite.
     """
     return _parts(_open(path), shapes)
 
 
 def read_adapters(lora_names: Iterable[str], shapes: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """The sum of several adapters, each by its name and strength (see ``hub.with_strength``), as ``read_lora``.
-
-    The sum of two low-rank matrices is one of both ranks together: ``[A1, A2] [s1 B1; s2 B2]``.
-    """
+    """The sum of several adapters, each by its name and strength (see ``hub.with_strength``), as ``read_lora``. The
+    sum of two low-rank matrices is one of both ranks together: ``[A1, A2] [s1 B1; s2 B2]``."""
     layers: dict[tuple[str, ...], list[jax.Array]] = {}
     for lora_name in lora_names:
         for path, value in flax.traverse_util.flatten_dict(_parts(_named(lora_name), shapes)).items():
@@ -113,9 +111,8 @@ def starting_lora(key: jax.Array, params: PyTree, rank: int, lora_name: str | No
     notice tells what differs from the config.
 
     Args:
-      key: PRNG key of the fresh ones.
+      key: PRNG key of the fresh ones; ``rank`` is theirs.
       params: UNet parameters (only names and shapes are read).
-      rank: of the fresh ones.
       lora_name: of ``read_adapters``; None for fresh adapters everywhere.
 
     Raises:

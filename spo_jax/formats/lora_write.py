@@ -30,10 +30,7 @@ def write_lora(path: str | Path, lora: PyTree, *, dtype: DTypeLike = np.float32)
     """Writes adapters in the layout of diffusers' trainers; returns the file's path. Arguments as of ``write_kohya``.
 
     The layout has one alpha for all layers of a part, and here it is the rank: layers of smaller rank are filled up
-    with zeros.
-
-    Raises:
-      UserError: the adapters are too large for the dtype.
+    with zeros. UserError if the adapters are too large for the dtype.
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE_NAME
@@ -63,13 +60,10 @@ def write_kohya(
 
     Args:
       path: a folder, or a file name that ends in ``.safetensors``.
-      lora: a tree of adapters for each part, see ``read_lora``.
+      lora: a tree of adapters for each part, see ``read_lora``; UserError if they are too large for ``dtype``.
       unet_shapes: UNet parameters or their shapes; they tell SD1.x, SD2.x and SDXL apart.
       dtype: of the written tensors; an alpha that it would round is float32.
       prediction_type: of the scheduler, for the header; so is ``image_size``, height and width, if they are known.
-
-    Raises:
-      UserError: the adapters are too large for the dtype.
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / KOHYA_FILE_NAME

@@ -123,16 +123,12 @@ _OPEN_CLIP_LAYER = {
 
 
 class Original(NamedTuple):
-    """Where a parameter, in PyTorch's layout, lies in a single file.
-
-    ``third`` is 0, 1 or 2 for queries, keys and values, which open_clip keeps in one parameter. ``transposed`` and
-    ``convolution`` (a dense layer that is a 1x1 convolution there) tell how its shape differs.
-    """
+    """Where a parameter, in PyTorch's layout, lies in a single file."""
 
     key: str
-    third: int | None = None
+    third: int | None = None  # 0, 1 or 2 for queries, keys and values, which open_clip keeps in one parameter
     transposed: bool = False
-    convolution: bool = False
+    convolution: bool = False  # a dense layer that is a 1x1 convolution there
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the file of the whole parameter, of which one (a third) has the shape ``ours``."""
@@ -177,13 +173,10 @@ def originals(kind: str, part: str, shapes: PyTree) -> dict[tuple[str, ...], Ori
 
 
 def unet_name(module: str, shapes: PyTree) -> str:
-    """Original name of a layer of the UNet.
+    """Original name of a layer of the UNet, for its name in diffusers; of ``shapes``, its parameters, names are read.
 
     A block has as many numbers as it has resnets on the up path. That is one more than on the down path, where the last
     number is the downsampler's; number 0 of the down path is the first convolution.
-
-    ``module`` is its name in diffusers, such as ``down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q``, and of
-    ``shapes``, UNet parameters or their shapes, names of blocks are read.
     """
     if module in _OUTSIDE_BLOCKS:
         return _OUTSIDE_BLOCKS[module]

@@ -71,10 +71,8 @@ class Pipeline:
 
 
 def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -> Pipeline:
-    """The pipeline for images of ``height`` x ``width`` pixels; None keeps what it has.
-
-    UserError if a side is no multiple of what the autoencoder makes one latent of.
-    """
+    """The pipeline for images of ``height`` x ``width`` pixels; None keeps what it has. UserError if a side is no
+    multiple of what the autoencoder makes one latent of."""
     height = pipeline.image_size[0] if height is None else height
     width = pipeline.image_size[1] if width is None else width
     downscale = pipeline.vae.downscale
@@ -107,8 +105,7 @@ def open_pipeline(
       model: a folder with ``model_index.json`` or a single file, local or on the hub (see ``resolve_model``).
       variant: of the weight files, such as ``"fp16"``.
       unet: a folder, named in the same way, with a UNet instead of the pipeline's own; or a pipeline or what trainers
-        save (``checkpoint-500``), whose folder ``unet`` is taken.
-      vae: a folder with an autoencoder, in the same way.
+        save (``checkpoint-500``), whose folder ``unet`` is taken. So is ``vae``, with an autoencoder.
       weights: False fetches configs and tokenizers only.
 
     Raises:
@@ -135,10 +132,8 @@ def _part_folder(part: str, path: Path) -> Path:
 
 
 def described(files: PipelineFiles, dtype: DTypeLike) -> Pipeline:
-    """The pipeline that its configs describe, with shapes for ``params`` and tokenizers that give blank ids.
-
-    UserError if a config is not supported, or the parts do not fit each other.
-    """
+    """The pipeline that its configs describe, with shapes for ``params`` and tokenizers that give blank ids;
+    UserError if a config is not supported, or the parts do not fit each other."""
     built = {part: files.network(part, dtype) for part in files.configs}
     networks = {part: network for part, (network, _) in built.items()}
     places = {part: files.folders.get(part, files.path) for part in networks}

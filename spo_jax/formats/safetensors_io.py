@@ -28,10 +28,8 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
 def index_safetensors(path: Path) -> dict[str, StoredArray]:
-    """The tensors of a safetensors file by key (bfloat16 included); none of their values is read yet.
-
-    UserError if the file is missing, truncated, not a safetensors file, or has a dtype that NumPy does not know.
-    """
+    """The tensors of a safetensors file by key (bfloat16 included); none of their values is read yet. UserError if
+    the file is missing, truncated, not a safetensors file, or has a dtype that NumPy does not know."""
     length, header = _read_header(path)
     header.pop("__metadata__", None)
     arrays = {}
@@ -67,11 +65,9 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_params(path: Path, params: PyTree, *, dtype: DTypeLike = np.float32, prefix: str = "") -> None:
-    """Writes a parameter tree in PyTorch naming and layout; the file appears complete or not at all.
-
-    Parameters, which may be split over devices, are fetched, converted and written one at a time: the host needs room
-    for two copies of the largest of them.
-    """
+    """Writes a parameter tree in PyTorch naming and layout; the file appears complete or not at all. Parameters,
+    which may be split over devices, are fetched one at a time: the host needs room for two copies of the largest of
+    them."""
     flat = flax.traverse_util.flatten_dict(params)
     keys = dict(sorted((prefix + names.torch_key(tree_path), tree_path) for tree_path in flat))
     shapes = {key: jax.ShapeDtypeStruct(names.torch_shape(p, flat[p].shape), dtype) for key, p in keys.items()}
@@ -94,11 +90,8 @@ def write_arrays(
 ) -> None:
     """Writes arrays one at a time, each dropped before the next is asked for; the file appears complete or not at all.
 
-    Args:
-      path: of the file.
-      shapes: shape and dtype in the file by key, in the order of ``arrays``.
-      arrays: of these shapes; they are converted to the dtypes.
-      metadata: goes into the header, beside the ``format`` that PyTorch's readers look for.
+    ``shapes`` has shape and dtype in the file by key, in the order of ``arrays``, which are converted to the dtypes.
+    ``metadata`` go into the header, beside the ``format`` that PyTorch's readers look for.
     """
     header: Json = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0

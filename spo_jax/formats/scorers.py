@@ -28,11 +28,8 @@ _NOT_THE_USERS = re.compile(r"site-packages|^<frozen|" + re.escape(str(Path(spo_
 
 
 def load_function(name: str, key: str = "config.scorer.fn") -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """The function ``"my_module:score"``, imported from the working directory or from what is installed.
-
-    Raises:
-      UserError: the module or the function is not there, the module does not run, or it is no function.
-    """
+    """The function ``"my_module:score"``, imported from the working directory or from what is installed. UserError
+    if the module or the function is not there, the module does not run, or it is no function."""
     module_name, _, function_name = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
         raise UserError(f'{key}={name} names no function; write it as "my_module:score".')
@@ -59,9 +56,7 @@ def function_scorer(
     """The scorer of a user's function, which is traced on the shapes of a run, without computing anything.
 
     It takes images float32 [n, H, W, 3], tokens int32 [n, ``tokenizer.model_max_length``] and timesteps int32 [n].
-
-    Raises:
-      UserError: as ``load_function``; or JAX cannot trace the function, or its result is not float32 [n].
+    UserError as ``load_function``; or if JAX cannot trace the function, or its result is not float32 [n].
     """
     scorer = make_function_scorer(load_function(name, key))
     images = jax.ShapeDtypeStruct((num_images, *image_size, 3), jnp.float32)

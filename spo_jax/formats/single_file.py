@@ -57,9 +57,8 @@ def config_folder(path: Path) -> Path:
 def open_single_file(path: Path) -> PipelineFiles:
     """The pipeline in a ``.safetensors`` or ``.ckpt`` file, none of whose values is read yet; says what was assumed.
 
-    Raises:
-      UserError: the file is damaged, or no Stable Diffusion 1.x, 2.x or SDXL base checkpoint, or its sizes are not
-        those of a published model and nothing lies beside it.
+    UserError if the file is damaged, or no Stable Diffusion 1.x, 2.x or SDXL base checkpoint, or its sizes are not
+    those of a published model and nothing lies beside it.
     """
     arrays, metadata, beside = _index(path)
     kind = kind_of(path, arrays)
@@ -200,10 +199,8 @@ def _prediction_type(path: Path, kind: str, arrays: Arrays, metadata: dict[str, 
 def model_spec(
     kind: str, title: str, prediction_type: str, image_size: tuple[int, int] | None, *, is_lora: bool = False
 ) -> dict[str, str]:
-    """The header of a file after Stability AI's ModelSpec 1.0, by which programs tell and show what the file is.
-
-    ``kind`` is "SD1", "SD2" or "SDXL", and ``image_size`` [height, width] of what the model was made for, if known.
-    """
+    """The header of a file after Stability AI's ModelSpec 1.0, by which programs tell and show what the file is: its
+    ``kind``, "SD1", "SD2" or "SDXL", and ``image_size`` [height, width] of what the model was made for, if known."""
     v2 = "stable-diffusion-v2-768-v" if prediction_type == "v_prediction" else "stable-diffusion-v2-512"
     architecture = {"SD1": "stable-diffusion-v1", "SD2": v2, "SDXL": "stable-diffusion-xl-v1-base"}[kind]
     header = {

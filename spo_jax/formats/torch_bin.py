@@ -61,11 +61,8 @@ class _NotTensorsError(Exception):
 
 
 def index_torch_bin(path: Path) -> dict[str, StoredArray]:
-    """The tensors of a PyTorch zip file by key; none of their values is read yet.
-
-    UserError if the file is missing, damaged, of a PyTorch before 1.6, compressed, or holds anything but a dict of
-    tensors (a trained optimizer, a whole model, an attack).
-    """
+    """The tensors of a PyTorch zip file by key; none of their values is read yet. UserError if the file is missing,
+    damaged, of a PyTorch before 1.6, compressed, or holds anything but a dict of tensors (an optimizer, an attack)."""
     return index_training_checkpoint(path, nested=False)[0]
 
 

@@ -146,8 +146,7 @@ def read_params(source: Path | Weights, shapes: PyTree, *, prefix: str = "", sha
       sharding: where the parameters go; None is JAX's default device.
 
     Raises:
-      UserError: a missing, left-over or wrongly shaped key, by name (before anything is read); or one with numbers that
-        are not finite.
+      UserError: a missing, left-over or wrongly shaped key (before anything is read), or numbers that are not finite.
     """
     weights = source if isinstance(source, Weights) else open_file(source)
     left = {k: v for k, v in weights.arrays.items() if not k.endswith(_IGNORED_SUFFIXES)}

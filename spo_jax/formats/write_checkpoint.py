@@ -41,14 +41,9 @@ def write_checkpoint(
 ) -> Path | None:
     """Writes a pipeline with other parameters of some parts; the file appears complete or not at all.
 
-    One part of the pipeline is in memory at a time, and a converted copy of one array.
-
-    Args:
-      out: the ``.safetensors`` file.
-      files: of the pipeline.
-      parts: by name, functions that give the parameters of the parts that are not to be as in the pipeline. Each is
-        called after all checks, when its part is written.
-      dtype: of everything in the file.
+    One part of the pipeline is in memory at a time, and a converted copy of one array. ``parts`` has functions, by
+    name, that give the parameters of the parts that are not to be as in the pipeline. Each is called after all checks,
+    when its part is written. ``dtype`` is that of everything in the file.
 
     Returns:
       The folder that got the pipeline's configs, because a reader of the file alone would take others; mostly None.
