@@ -8,6 +8,7 @@ So batches are the same for any number of processes, and a state is little more 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import shutil
@@ -115,7 +116,7 @@ class PairLoader:
             self._restore(state)
         self._end = None if num_epochs is None else num_epochs * len(source)
         self.num_batches = None if self._end is None else -(-self._end // (batch_size * process_count))
-        self._decode = _Decode(source, size, keep_only_with_label)
+        self._decode = functools.partial(_decode, source, size, keep_only_with_label)
         self._some_usable = False  # as far as is known
 
         records = grain.MapDataset.range(len(source)).seed(seed % 2**32)
@@ -206,24 +207,19 @@ class PairLoader:
         raise UserError(f"None of the {reasons.total()} records of the data can be used ({counts}).")
 
 
-class _Decode:
+def _decode(source: Records, size: tuple[int, int], keep_only_with_label: bool, position: int, number: int) -> Json:
     """What a worker does: (position in the stream, record number) to a row, or the reason why there is none."""
-
-    def __init__(self, source: Records, size: tuple[int, int], keep_only_with_label: bool):
-        self._source, self._size, self._keep_only_with_label = source, size, keep_only_with_label
-
-    def __call__(self, position: int, number: int) -> Json:
-        row = {"position": position, "record": number}
-        try:
-            record = self._source[number]
-        except Exception:  # array_record and tfds raise whatever they meet in a damaged file
-            return {**row, "reason": "record_broken"}
-        if self._keep_only_with_label and not record["has_label"]:
-            return {**row, "reason": "unlabelled"}
-        try:
-            return {**row, **decode_pair(record, self._size)}
-        except Fault as fault:
-            return {**row, "reason": str(fault)}
+    row = {"position": position, "record": number}
+    try:
+        record = source[number]
+    except Exception:  # array_record and tfds raise whatever they meet in a damaged file
+        return {**row, "reason": "record_broken"}
+    if keep_only_with_label and not record["has_label"]:
+        return {**row, "reason": "unlabelled"}
+    try:
+        return {**row, **decode_pair(record, size)}
+    except Fault as fault:
+        return {**row, "reason": str(fault)}
 
 
 def _min_shm_size(needed: int) -> int:
@@ -241,15 +237,14 @@ def _start_worker(index: int, count: int) -> None:
     jax.config.update("jax_platforms", "cpu")  # the accelerator belongs to the parent
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets these as well, and ends its workers when it leaves
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
 
+    def die_with_parent() -> None:
+        # A parent that was killed could not tell grain's workers to stop, and they would wait for it for ever.
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
 
-def _die_with_parent() -> None:
-    # A parent that was killed could not tell grain's workers to stop, and they would wait for it for ever.
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    threading.Thread(target=die_with_parent, daemon=True).start()
 
 
 def total_state(state: Json) -> Json:

@@ -110,7 +110,11 @@ def decode_picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
             raise Fault("picture_broken") from error
         width, height = picture.size
-        resized = _covering(height, width, size)
+        # The smallest size of the same aspect that covers the other.
+        if size[0] * width >= size[1] * height:
+            resized = size[0], max(size[1], size[0] * width // height)
+        else:
+            resized = max(size[0], size[1] * height // width), size[1]
         # A line of one pixel is small, but not when it has been made as high as the others.
         if max(width * height, math.prod(resized)) > MAX_PICTURE_PIXELS:
             raise Fault("picture_too_large")
@@ -131,10 +135,3 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
         grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
         picture = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
     return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
-def _covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (height, width) of the same aspect that covers ``size``."""
-    if size[0] * width >= size[1] * height:
-        return size[0], max(size[1], size[0] * width // height)
-    return max(size[0], size[1] * height // width), size[1]

@@ -65,7 +65,7 @@ def kohya_name(layer: Layer, unet_shapes: PyTree) -> str:
     For SD1.x and SD2.x these are diffusers' names, for SDXL those of the original UNet (``input_blocks_4_1_...``): the
     trainer runs another UNet there, and its own tools know no other names.
     """
-    module, sdxl = module_name(layer), is_sdxl(unet_shapes)
+    module, sdxl = module_name(layer), "add_embedding" in unet_shapes
     if layer[0] == UNET and sdxl:
         module = unet_name(module, unet_shapes)
     return _KOHYA[layer[0]][-1 if sdxl else 0] + module.replace(".", "_")
@@ -133,8 +133,3 @@ def text_widths(unet_shapes: PyTree) -> set[int]:
     """Width of the text embeddings that a UNet takes; empty if it takes none."""
     flat = flax.traverse_util.flatten_dict(unet_shapes)
     return {x.shape[0] for path, x in flat.items() if path[-3:-1] in (("attn2", "to_k"), ("attn2", "to_v"))}
-
-
-def is_sdxl(unet_shapes: PyTree) -> bool:
-    """Whether a UNet with these parameters is SDXL's, which alone embeds sizes and pooled text."""
-    return "add_embedding" in unet_shapes

@@ -77,7 +77,7 @@ def write_kohya(
         ranks.add(len(down))
     title = file.stem if path == file else file.absolute().parent.name
     is_sd2 = _SD2_WIDTH in lora_keys.text_widths(unet_shapes)
-    kind = "SDXL" if lora_keys.is_sdxl(unet_shapes) else "SD2" if is_sd2 else "SD1"
+    kind = "SDXL" if "add_embedding" in unet_shapes else "SD2" if is_sd2 else "SD1"
     # The trainer's own tools write "Dynamic" where layers differ.
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
     # What programs sort and label files by.

@@ -19,10 +19,9 @@ from spo_jax.formats import names
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.original_layout import LAYOUTS, LEFT_OUT, UNET, V_PREDICTION, VAE, ZERO_SNR, kind_of, originals
 from spo_jax.formats.pipeline_files import INDEX, SCHEDULER, PipelineFiles, is_xl, tokenizer_of
-from spo_jax.formats.safetensors_io import index_safetensors, read_metadata
 from spo_jax.formats.stored import StoredArray
 from spo_jax.formats.torch_bin import index_training_checkpoint
-from spo_jax.formats.weights import TORCH_SUFFIXES, Weights
+from spo_jax.formats.weights import TORCH_SUFFIXES, Weights, open_file
 from spo_jax.models import published
 
 CLIP_VOCABULARY = 49_408
@@ -107,7 +106,8 @@ def _index(path: Path) -> tuple[Arrays, dict[str, str], Json]:
         return arrays, {}, beside
     if path.suffix != ".safetensors":
         raise UserError(f"File {path} is no model: give a diffusers folder, or a .safetensors or .ckpt file.")
-    return index_safetensors(path), read_metadata(path), {}
+    weights = open_file(path)
+    return weights.arrays, dict(weights.metadata), {}
 
 
 def _tokenizers(path: Path, kind: str, configs: dict[str, Json]) -> dict[str, str | Path]:
@@ -231,6 +231,10 @@ class _Sizes:
             raise UserError(f"File {self._path}: {key!r} has the shape {shape}, which no Stable Diffusion has.")
         return shape[axis]
 
+    def width(self, key: str) -> int:
+        """Channels of a convolution, which normalization divides into groups."""
+        return _GROUPS * self.divided(self.of(key, 0), _GROUPS, "the number of groups of its normalization")
+
     def ndim(self, key: str) -> int:
         self.of(key, 0)
         return len(self._arrays[key].shape)
@@ -262,11 +266,9 @@ def _unet(sizes: _Sizes, kind: str) -> Json:
             levels[-1].append(i)
     # Where levels are not alike, the keys that do not fit are named when the parameters are looked for.
     firsts = [level[0] if level else 1 for level in levels]
-    widths = [sizes.of(f"{UNET}input_blocks.{first}.0.out_layers.3.weight", 0) for first in firsts]
+    widths = [sizes.width(f"{UNET}input_blocks.{first}.0.out_layers.3.weight") for first in firsts]
     depths = [sizes.count(f"{UNET}input_blocks.{first}.1.transformer_blocks.") for first in firsts]
     middle = sizes.count(f"{UNET}middle_block.1.transformer_blocks.")
-    for width in widths:
-        sizes.divided(width, _GROUPS, "the number of groups of its normalization")
     config: Json = {
         "in_channels": sizes.of(f"{UNET}input_blocks.0.0.weight", 1),
         "out_channels": sizes.of(f"{UNET}out.2.weight", 0),
@@ -291,9 +293,7 @@ def _unet(sizes: _Sizes, kind: str) -> Json:
 
 def _vae(sizes: _Sizes) -> Json:
     num_levels = sizes.count(f"{VAE}encoder.down.")
-    widths = [sizes.of(f"{VAE}encoder.down.{i}.block.0.conv2.weight", 0) for i in range(max(1, num_levels))]
-    for width in widths:
-        sizes.divided(width, _GROUPS, "the number of groups of its normalization")
+    widths = [sizes.width(f"{VAE}encoder.down.{i}.block.0.conv2.weight") for i in range(max(1, num_levels))]
     return {
         "in_channels": sizes.of(f"{VAE}encoder.conv_in.weight", 1),
         "out_channels": sizes.of(f"{VAE}decoder.conv_out.weight", 0),

@@ -78,9 +78,14 @@ def write_pipeline(
         unpack = _unpack if source.is_file() else _copy_parts
         index = unpack(source, temporary, replaced, variant, without=models)
         libraries = {name: part[0] for name, part in index.items() if isinstance(part, list) and part and part[0]}
-        for name, library in libraries.items():
-            if library != "diffusers":
-                _compute_in_float32(temporary / name / "config.json")
+        for config in (
+            temporary / name / "config.json" for name, library in libraries.items() if library != "diffusers"
+        ):
+            # Without a word there, or with "float16", transformers loads what diffusers' float32 parts do not go with.
+            fields = read_json(config) if config.is_file() else {}
+            if {"dtype", "torch_dtype", "model_type"} & fields.keys():
+                fields.pop("dtype", None)
+                _write_json(config, fields | {"torch_dtype": "float32"})
         for name, params in models.items():
             write_params(temporary / name / f"{_stem(libraries[name])}.safetensors", params, dtype=dtype)
         os.replace(temporary, out)
@@ -122,7 +127,7 @@ def _copy_parts(
             raise UserError(f"Folder {folder} does not exist, but {source / INDEX} names it.")
     if index.get("safety_checker") == [None, None]:
         index["requires_safety_checker"] = False
-    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _write_json(out / INDEX, index)
     return index
 
 
@@ -151,15 +156,11 @@ def _copy(files: Mapping[Path, str], out: Path) -> None:
         if ".index" in name and path.name != name:  # it names the shards, which have new names too
             index = json.loads(path.read_text(encoding="utf-8"))
             index["weight_map"] = {key: files[path.parent / shard] for key, shard in index["weight_map"].items()}
-            (out / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            _write_json(out / name, index)
 
 
-def _compute_in_float32(config: Path) -> None:
-    # Without a word there, or with "float16", transformers loads what diffusers' float32 parts do not go with.
-    fields = read_json(config) if config.is_file() else {}
-    if {"dtype", "torch_dtype", "model_type"} & fields.keys():
-        fields = {key: value for key, value in fields.items() if key != "dtype"} | {"torch_dtype": "float32"}
-        config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+def _write_json(path: Path, value: Json) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _stem(library: str | None) -> str:
