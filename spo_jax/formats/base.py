@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from spo_jax.errors import UserError
 from spo_jax.formats.hub import local, with_strength
 from spo_jax.formats.json_files import read_json
-from spo_jax.formats.pipeline import Pipeline, for_run, read_pipeline
+from spo_jax.formats.pipeline import Pipeline, read_pipeline, with_image_size
 from spo_jax.formats.weights import Placement
 
 
@@ -79,7 +79,7 @@ def read_base(
     remat: bool = False,
     sharding: Placement = None,
 ) -> Pipeline:
-    """The pipeline of a base model for images of a size, see ``read_pipeline`` and ``for_run``."""
+    """The pipeline of a base model for images of a size, see ``read_pipeline`` and ``with_image_size``."""
     parts = {"variant": base.variant or None, "unet": base.unet or None, "vae": base.vae or None}
     pipeline = read_pipeline(base.model, dtype, sharding=sharding, **parts)
-    return for_run(pipeline, height=height, width=width, remat=remat)
+    return with_image_size(pipeline, height, width, remat=remat)

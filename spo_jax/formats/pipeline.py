@@ -70,9 +70,12 @@ class Pipeline:
         return (height * self.vae.downscale, width * self.vae.downscale)
 
 
-def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -> Pipeline:
-    """The pipeline for images of ``height`` x ``width`` pixels; None keeps what it has. UserError if a side is no
-    multiple of what the autoencoder makes one latent of."""
+def with_image_size(pipeline: Pipeline, height: int | None, width: int | None, *, remat: bool = False) -> Pipeline:
+    """The pipeline for images of ``height`` x ``width`` pixels; None keeps what it has.
+
+    ``remat`` computes the UNet again in the backward pass instead of keeping what is inside its layers. UserError if a
+    side is no multiple of what the autoencoder makes one latent of.
+    """
     height = pipeline.image_size[0] if height is None else height
     width = pipeline.image_size[1] if width is None else width
     downscale = pipeline.vae.downscale
@@ -81,14 +84,8 @@ def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -
             f"Pictures of {height}x{width} pixels do not fit pipeline {pipeline.folder}; "
             f"height and width must be multiples of {downscale}."
         )
-    return dataclasses.replace(pipeline, latent_size=(height // downscale, width // downscale))
-
-
-def for_run(pipeline: Pipeline, *, height: int | None, width: int | None, remat: bool) -> Pipeline:
-    """The pipeline for images of a size (see ``with_image_size``); ``remat`` computes the UNet again in the backward
-    pass instead of keeping what is inside its layers."""
     unet = pipeline.unet.clone(remat=True) if remat else pipeline.unet
-    return with_image_size(dataclasses.replace(pipeline, unet=unet), height, width)
+    return dataclasses.replace(pipeline, unet=unet, latent_size=(height // downscale, width // downscale))
 
 
 def open_pipeline(

@@ -25,7 +25,7 @@ from spo_jax.formats.networks import PARTS, build
 from spo_jax.formats.weights import Placement, Weights, find_weights, open_weights, read_params
 from spo_jax.models import AutoencoderKL, UNet2DConditionModel
 
-INDEX = "model_index.json"
+INDEX, XL = "model_index.json", "StableDiffusionXLPipeline"
 SCHEDULER = "scheduler/scheduler_config.json"
 _NO_PARTS = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
 # Models that take more than latents and a prompt, by the channels of a UNet whose autoencoder has four.
@@ -59,7 +59,7 @@ class PipelineFiles:
     @property
     def is_xl(self) -> bool:
         """Whether the pipeline is SDXL."""
-        return is_xl(self.index)
+        return self.index.get("_class_name") == XL
 
     @property
     def prediction_type(self) -> str:
@@ -123,12 +123,12 @@ def open_folder(
     """The files of a diffusers pipeline folder; parts that are ``replaced`` by other folders need not be in it."""
     index, replaced = read(folder, INDEX), replaced or {}
     kind = index.get("_class_name")
-    if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+    if kind not in ("StableDiffusionPipeline", XL):
         raise UserError(
             f"File {folder / INDEX} describes a {kind!r}; "
             "only StableDiffusionPipeline and StableDiffusionXLPipeline folders are supported."
         )
-    folders = {part: folder / part for part in PARTS if part != "text_encoder_2" or is_xl(index)}
+    folders = {part: folder / part for part in PARTS if part != "text_encoder_2" or kind == XL}
     own = [part for part in folders if part not in replaced]
     if "vae" in replaced and (folders["vae"] / "config.json").is_file():
         own.append("vae")  # what replaces it is compared with it
@@ -142,11 +142,6 @@ def open_folder(
         variant=variant,
     )
     return files.with_parts(replaced, read)
-
-
-def is_xl(index: Json) -> bool:
-    """Whether a ``model_index.json`` is that of SDXL."""
-    return index.get("_class_name") == "StableDiffusionXLPipeline"
 
 
 def tokenizer_of(part: str) -> str | None:

@@ -18,7 +18,7 @@ from spo_jax.errors import UserError, notice
 from spo_jax.formats import names
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.original_layout import LAYOUTS, LEFT_OUT, UNET, V_PREDICTION, VAE, ZERO_SNR, kind_of, originals
-from spo_jax.formats.pipeline_files import INDEX, SCHEDULER, PipelineFiles, is_xl, tokenizer_of
+from spo_jax.formats.pipeline_files import INDEX, SCHEDULER, XL, PipelineFiles, tokenizer_of
 from spo_jax.formats.stored import StoredArray
 from spo_jax.formats.torch_bin import index_training_checkpoint
 from spo_jax.formats.weights import TORCH_SUFFIXES, Weights, open_file
@@ -67,8 +67,18 @@ def open_single_file(path: Path) -> PipelineFiles:
     recorded = _prediction_type(path, kind, arrays, metadata, beside)
     configs = pipeline_configs(path, kind, arrays, recorded or "v_prediction", given)
     index, scheduler = configs.pop("index"), configs.pop("scheduler")
-    if is_xl(index) != (kind == "SDXL"):
+    if (index.get("_class_name") == XL) != (kind == "SDXL"):
         raise UserError(f"File {folder / INDEX} is not that of the model in {path}.")
+    tokenizers: dict[str, str | Path] = {}
+    for part in configs:
+        if name := tokenizer_of(part):
+            own, vocabulary = folder / name, configs[part].get("vocab_size")
+            if not own.is_dir() and vocabulary != CLIP_VOCABULARY:
+                raise UserError(
+                    f"File {path} has a text encoder of {vocabulary} tokens, for which no tokenizer is known; put the "
+                    f"tokenizer's files into {own}."
+                )
+            tokenizers[name] = own if own.is_dir() else TOKENIZERS[kind][name]
     if folder.is_dir():
         notice(f"Configs of {path} are those in {folder}, as far as it has them.")
     if recorded is None and "scheduler" not in given:
@@ -83,7 +93,7 @@ def open_single_file(path: Path) -> PipelineFiles:
         index=index,
         configs=configs,
         scheduler=scheduler,
-        tokenizers=_tokenizers(path, kind, configs),
+        tokenizers=tokenizers,
         in_file=lambda part, shapes: _find(path, kind, part, shapes, arrays),
     )
 
@@ -108,20 +118,6 @@ def _index(path: Path) -> tuple[Arrays, dict[str, str], Json]:
         raise UserError(f"File {path} is no model: give a diffusers folder, or a .safetensors or .ckpt file.")
     weights = open_file(path)
     return weights.arrays, dict(weights.metadata), {}
-
-
-def _tokenizers(path: Path, kind: str, configs: dict[str, Json]) -> dict[str, str | Path]:
-    found: dict[str, str | Path] = {}
-    for part, config in configs.items():
-        if name := tokenizer_of(part):
-            beside, vocabulary = config_folder(path) / name, config.get("vocab_size")
-            if not beside.is_dir() and vocabulary != CLIP_VOCABULARY:
-                raise UserError(
-                    f"File {path} has a text encoder of {vocabulary} tokens, for which no tokenizer is known; put the "
-                    f"tokenizer's files into {beside}."
-                )
-            found[name] = beside if beside.is_dir() else TOKENIZERS[kind][name]
-    return found
 
 
 def _find(path: Path, kind: str, part: str, shapes: PyTree, arrays: Arrays) -> Weights:

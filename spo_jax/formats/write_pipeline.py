@@ -78,11 +78,10 @@ def write_pipeline(
         unpack = _unpack if source.is_file() else _copy_parts
         index = unpack(source, temporary, replaced, variant, without=models)
         libraries = {name: part[0] for name, part in index.items() if isinstance(part, list) and part and part[0]}
-        for config in (
-            temporary / name / "config.json" for name, library in libraries.items() if library != "diffusers"
-        ):
+        for name, library in libraries.items():
+            config = temporary / name / "config.json"
             # Without a word there, or with "float16", transformers loads what diffusers' float32 parts do not go with.
-            fields = read_json(config) if config.is_file() else {}
+            fields = read_json(config) if library != "diffusers" and config.is_file() else {}
             if {"dtype", "torch_dtype", "model_type"} & fields.keys():
                 fields.pop("dtype", None)
                 _write_json(config, fields | {"torch_dtype": "float32"})
@@ -179,5 +178,5 @@ def _warn_of_unknown_classes(file: Path, index: Json) -> None:
     parts = [part for part in index.values() if isinstance(part, list) and len(part) == 2]
     for name, kind in (("diffusers", index.get("_class_name")), *parts):
         if name in libraries and kind not in dir(libraries[name]):
-            unknown = f"{name}.{kind}, unknown to {name} {libraries[name].__version__}"
-            notice(f"warning: {file} names {unknown}, which cannot load it.")
+            version = f"{name} {libraries[name].__version__}"
+            notice(f"warning: {file} names {name}.{kind}, unknown to {version}, which cannot load it.")

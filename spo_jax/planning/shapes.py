@@ -20,7 +20,7 @@ from spo_jax.formats.base import Base
 from spo_jax.formats.hub import exists, find_file, local, repository_of, with_strength
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.networks import build
-from spo_jax.formats.pipeline import Pipeline, described, for_run
+from spo_jax.formats.pipeline import Pipeline, described, with_image_size
 from spo_jax.formats.pipeline_files import open_folder
 from spo_jax.formats.remote import is_weight_file
 from spo_jax.formats.single_file import open_single_file
@@ -64,7 +64,7 @@ def pipeline_shapes(
         files = open_single_file(path).with_parts(replaced, _known_config)
     else:
         files = open_folder(Path(base.model), None, replaced, _known_config)
-    pipeline = for_run(described(files, dtype), height=height, width=width, remat=remat)
+    pipeline = with_image_size(described(files, dtype), height, width, remat=remat)
     return dataclasses.replace(pipeline, params=placed(pipeline.params, place))
 
 
