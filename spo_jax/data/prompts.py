@@ -114,13 +114,14 @@ def _from_file(path: Path) -> list[str]:
     has_objects = isinstance(_parsed(first), dict) and (suffix != ".json" or _parsed(text) is None)
     whole = _parsed(text) if text.lstrip().startswith("[") else None
     is_list = isinstance(whole, list) and all(isinstance(entry, str | dict) for entry in whole)
+    what = f"Prompt file {path}"
     if suffix in (".csv", ".tsv"):
-        prompts = _from_table(path, text, "\t" if suffix == ".tsv" else ",")
+        prompts = _from_table(what, text, "\t" if suffix == ".tsv" else ",")
     elif suffix in (".jsonl", ".ndjson") or has_objects:
-        entries = json_lines(_lines(text), f"Prompt file {path}")
-        prompts = [_caption(path, f"line {number}", entry) for number, entry in entries]
+        entries = json_lines(_lines(text), what)
+        prompts = [_caption(what, f"line {number}", entry) for number, entry in entries]
     elif suffix == ".json" or is_list or _JSON.match(text):
-        prompts = _from_json(path, text)
+        prompts = _from_json(what, text)
     else:
         _refuse_table(path, [line for line in _lines(text) if line.strip()])
         prompts = [line.strip() for line in _lines(text)]
@@ -165,29 +166,27 @@ def _parsed(text: str) -> object:
         return None
 
 
-def _from_json(path: Path, text: str) -> list[str]:
+def _from_json(what: str, text: str) -> list[str]:
     if not text.strip():
         return []
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"Prompt file {path} is not valid JSON ({error}); mend it, or give a text file with one prompt a line."
+            f"{what} is not valid JSON ({error}); mend it, or give a text file with one prompt a line."
         ) from error
     if not isinstance(entries, list):
-        raise UserError(f"Prompt file {path} must hold a JSON list, not a {type(entries).__name__}.")
-    return [_caption(path, f"entry {i}", entry) for i, entry in enumerate(entries)]
+        raise UserError(f"{what} must hold a JSON list, not a {type(entries).__name__}.")
+    return [_caption(what, f"entry {i}", entry) for i, entry in enumerate(entries)]
 
 
-def _caption(path: Path, where: str, entry: object) -> str:
+def _caption(what: str, where: str, entry: object) -> str:
     caption = entry.get(_feature(entry)) if isinstance(entry, dict) else entry
     if not isinstance(caption, str):
         found = f"; it has {_listed(entry)}" if isinstance(entry, dict) else ""
-        raise UserError(
-            f'Prompt file {path}: {where} is neither a string nor an object with a "caption" string{found}.'
-        )
+        raise UserError(f'{what}: {where} is neither a string nor an object with a "caption" string{found}.')
     if any("\ud800" <= character <= "\udfff" for character in caption):
-        raise UserError(f"Prompt file {path}: {where} is not valid Unicode (half a surrogate pair); mend it.")
+        raise UserError(f"{what}: {where} is not valid Unicode (half a surrogate pair); mend it.")
     return caption.strip()
 
 
@@ -202,7 +201,7 @@ def _refuse_table(path: Path, lines: list[str]) -> None:
             )
 
 
-def _from_table(path: Path, text: str, delimiter: str) -> list[str]:
+def _from_table(what: str, text: str, delimiter: str) -> list[str]:
     """The column of a table; one with semicolons, as spreadsheets write it in half of Europe, is told by its header."""
     text = text.lstrip("\r\n")
     try:
@@ -213,29 +212,29 @@ def _from_table(path: Path, text: str, delimiter: str) -> list[str]:
             return []
         if column is None:
             raise UserError(
-                f"Prompt file {path} has no column {', '.join(FEATURES[:-1])} or {FEATURES[-1]}, only "
+                f"{what} has no column {', '.join(FEATURES[:-1])} or {FEATURES[-1]}, only "
                 f"{_listed(headers[sign])}; name the one with the prompts in the first line."
             )
         if sum(_plain(name) == _plain(column) for name in headers[sign]) > 1:
-            raise UserError(f"Prompt file {path} has several columns {column!r}; leave one.")
+            raise UserError(f"{what} has several columns {column!r}; leave one.")
         rows = io.StringIO(text, newline="")
         try:
-            return list(_column(path, csv.DictReader(rows, delimiter=sign, strict=True), column))
+            return list(_column(what, csv.DictReader(rows, delimiter=sign, strict=True), column))
         except csv.Error:
             if sign != "\t":
                 raise
             # Tabs are often written without quoting: a quote is one then.
             rows.seek(0)
-            return list(_column(path, csv.DictReader(rows, delimiter=sign, quoting=csv.QUOTE_NONE), column))
+            return list(_column(what, csv.DictReader(rows, delimiter=sign, quoting=csv.QUOTE_NONE), column))
     except csv.Error as error:
-        raise UserError(f"Prompt file {path} is not a valid table ({error}); mend it.") from error
+        raise UserError(f"{what} is not a valid table ({error}); mend it.") from error
 
 
-def _column(path: Path, reader: csv.DictReader, column: str) -> Iterator[str]:
+def _column(what: str, reader: csv.DictReader, column: str) -> Iterator[str]:
     for row in reader:
         if row[column] is None or None in row:
             raise UserError(
-                f"Prompt file {path}, line {reader.line_num}: there are {'more' if None in row else 'fewer'} cells "
+                f"{what}, line {reader.line_num}: there are {'more' if None in row else 'fewer'} cells "
                 "than columns; mend it, a prompt with the delimiter in it stands in quotes."
             )
         yield row[column].strip()

@@ -208,8 +208,7 @@ def model_spec(
     if prediction_type in ("epsilon", "v_prediction"):  # the specification knows no others
         header["modelspec.prediction_type"] = "v" if prediction_type == "v_prediction" else "epsilon"
     if image_size is not None:
-        height, width = image_size
-        header["modelspec.resolution"] = f"{width}x{height}"
+        header["modelspec.resolution"] = f"{image_size[1]}x{image_size[0]}"
     return header
 
 

@@ -168,10 +168,8 @@ def _interpret(pickle: bytes) -> object:
                 items = pop(marks.pop() if name == "SETITEMS" else -2)
                 for key, value in zip(items[::2], items[1::2], strict=True):
                     _expect(dict, stack[-1])[key if type(key) is int else _expect(str, key)] = value
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE" as name:
+                memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL" | "STACK_GLOBAL" as name:

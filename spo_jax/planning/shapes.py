@@ -123,7 +123,8 @@ def clip_shapes(
     config = _config(folder, "config.json", published.CLIPS.get(repository, published.CLIP_VIT_H))
     step_aware = step_aware and not (known_plain and repository in published.CLIPS)
     where = f"File {folder / 'config.json'}"
-    clip, shapes = build(CLIPModel, config, dtype, params_dtype, where=where, step_aware=step_aware)
+    clip, shapes = build(CLIPModel, config, dtype, where=where, step_aware=step_aware)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(params_dtype or dtype)), shapes)
     return clip, placed(shapes, place, (what,))
 
 
