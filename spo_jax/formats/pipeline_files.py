@@ -22,12 +22,13 @@ from spo_jax.files import write_text
 from spo_jax.formats.hub import resolve_model
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.networks import PARTS, build
-from spo_jax.formats.weights import Placement, Weights, find_weights, open_weights, read_params
+from spo_jax.formats.weights import Weights, find_weights, open_weights, read_params
 from spo_jax.models import AutoencoderKL, UNet2DConditionModel
 
 INDEX, XL = "model_index.json", "StableDiffusionXLPipeline"
 SCHEDULER = "scheduler/scheduler_config.json"
-_NO_PARTS = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+# Parts that a pipeline may do without; diffusers then wants null in their place.
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 # Models that take more than latents and a prompt, by the channels of a UNet whose autoencoder has four.
 OTHER_KINDS = {5: "a depth-to-image model", 7: "an upscaler", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
 
@@ -50,9 +51,7 @@ class PipelineFiles:
     tokenizers: dict[str, str | Path]  # folders, or names of the hub, by "tokenizer" and "tokenizer_2"
     folders: dict[str, Path] = dataclasses.field(default_factory=dict)  # of the parts that are not in a single file
     variant: str | None = None  # of the weight files in ``folders``
-    in_file: Callable[[str, PyTree], Weights] | None = (
-        None  # of a part with parameters of such shapes, in a single file
-    )
+    in_file: Callable[[str, PyTree], Weights] | None = None  # in a single file: the weights of a part of such shapes
     replaced: dict[str, Path] = dataclasses.field(default_factory=dict)  # ``folders`` instead of the pipeline's own
     own_vae: Json | None = None  # the config of the autoencoder that is replaced, if it is there
 
@@ -97,10 +96,10 @@ class PipelineFiles:
             variant = None
         return open_weights(folder, stem, variant)
 
-    def read(self, part: str, dtype: DTypeLike, *, sharding: Placement = None) -> PyTree:
+    def read(self, part: str, dtype: DTypeLike) -> PyTree:
         """The parameters of a part; errors as of ``network``, ``weights`` and ``read_params``."""
         shapes = self.network(part, dtype)[1]
-        return read_params(self.weights(part, shapes), shapes, sharding=sharding)
+        return read_params(self.weights(part, shapes), shapes)
 
     def with_parts(self, replaced: Mapping[str, Path], read: ReadConfig = read_config) -> PipelineFiles:
         """The files with some parts from other folders."""
@@ -154,7 +153,7 @@ def write_configs(files: PipelineFiles, folder: Path) -> None:
     index = {name: value for name, value in files.index.items() if not isinstance(value, list)}
     index |= {part: [PARTS[part].library, PARTS[part].model.__name__] for part in files.configs}
     index |= {name: ["transformers", "CLIPTokenizer"] for name in files.tokenizers}
-    index |= {"scheduler": ["diffusers", files.scheduler["_class_name"]], **_NO_PARTS}
+    index |= {"scheduler": ["diffusers", files.scheduler["_class_name"]], **{part: [None, None] for part in OPTIONAL}}
     if not files.is_xl:
         index["requires_safety_checker"] = False
     configs = {f"{part}/config.json": config for part, config in files.configs.items()}

@@ -18,7 +18,7 @@ from spo_jax.errors import UserError, notice
 from spo_jax.files import saying_where
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.networks import PARTS
-from spo_jax.formats.pipeline_files import INDEX, write_configs
+from spo_jax.formats.pipeline_files import INDEX, OPTIONAL, write_configs
 from spo_jax.formats.safetensors_io import write_params
 from spo_jax.formats.single_file import open_single_file
 from spo_jax.formats.weights import (
@@ -30,8 +30,6 @@ from spo_jax.formats.weights import (
     read_weight_map,
 )
 
-# Parts that a pipeline may do without; diffusers then wants null in their place.
-_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 _WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".gguf")
 
 
@@ -120,7 +118,7 @@ def _copy_parts(
             if name in replaced:  # such a folder may hold other files of the user's
                 files = {path: to for path, to in files.items() if _holds_weights(path) or to == "config.json"}
             _copy(files, out / name)
-        elif name in _OPTIONAL:
+        elif name in OPTIONAL:
             index[name] = [None, None]
         elif part[:1] != [None]:
             raise UserError(f"Folder {folder} does not exist, but {source / INDEX} names it.")
