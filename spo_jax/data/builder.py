@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -28,13 +29,10 @@ def _info(folder: Path) -> tfds.core.DatasetInfo:
     """What tfds keeps of a data set beside its records; images stay encoded as they came."""
     # Plain bytes, not tfds.features.Image, which looks into an image and refuses a broken one.
     encoded = tfds.features.Tensor(shape=(), dtype=np.object_)
-    label = tfds.features.Scalar(np.float32)
     features = {
         "caption": tfds.features.Text(),
-        "image_0": encoded,
-        "image_1": encoded,
-        "label_0": label,
-        "label_1": label,
+        **dict.fromkeys(("image_0", "image_1"), encoded),
+        **dict.fromkeys(("label_0", "label_1"), tfds.features.Scalar(np.float32)),
         "has_label": tfds.features.Scalar(np.bool_),
         "num_example_per_prompt": tfds.features.Scalar(np.int64),
     }
@@ -52,22 +50,19 @@ def _write_shards(
     """The number of records in each shard, and the bytes of all. tfds's own writer needs TensorFlow for large data."""
     serializer = ExampleSerializer(features.get_serialized_info())
     lengths: list[int] = []
-    total, in_shard, writer = 0, 0, None
-    for record in records:
-        if writer is None:
-            path = template.sharded_filepath(shard_index=len(lengths), num_shards=None)
-            # A group of one: records are read one by one. Compression finds nothing in encoded images.
-            writer, in_shard = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed"), 0
-            lengths.append(0)
-        example = serializer.serialize_example(features.encode_example(record))
-        writer.write(example)
-        lengths[-1] += 1
-        in_shard += len(example)
-        total += len(example)
-        if in_shard >= _SHARD_BYTES:
-            writer.close()
-            writer = None
-    if writer is not None:
+    total, records = 0, iter(records)
+    for first in records:
+        path = template.sharded_filepath(shard_index=len(lengths), num_shards=None)
+        # A group of one: records are read one by one. Compression finds nothing in encoded images.
+        writer, before = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed"), total
+        lengths.append(0)
+        for record in itertools.chain([first], records):
+            example = serializer.serialize_example(features.encode_example(record))
+            writer.write(example)
+            lengths[-1] += 1
+            total += len(example)
+            if total - before >= _SHARD_BYTES:
+                break
         writer.close()
     return lengths, total
 
@@ -101,10 +96,8 @@ def open_builder(folder: Path) -> tfds.core.DatasetBuilder:
 def write_split(out: Path, split: str, records: Iterable[Record]) -> None:
     """Adds a split to the folder ``out``, which may have others.
 
-    The split is there when ``dataset_info.json`` names it; that file is replaced last, and at once.
-
-    Raises:
-      UserError: as ``check_output``; or the folder cannot be written to; or there are no records.
+    It is there when ``dataset_info.json`` names it; that file is replaced last, and at once. UserError as
+    ``check_output``, if the folder cannot be written to, or if there are no records.
     """
     check_output(out, split)
     scratch = out / f".incomplete-{split}"

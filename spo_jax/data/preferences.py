@@ -8,6 +8,7 @@ So batches are the same for any number of processes, and a state is little more 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import shutil
@@ -43,10 +44,7 @@ class PairBatch:
 
 def open_pairs(name: str) -> Records:
     """The records of ``FOLDER@SPLIT``, as ``python -m spo_jax.prepare`` has written them: has a length and an index.
-
-    Raises:
-      UserError: there is no such folder, split or file of it, or its preparation has not come to an end.
-    """
+    UserError if there is no such folder, split or file of it, or its preparation has not come to an end."""
     from spo_jax.data.builder import INFO, open_builder  # tfds: the loader does not need it
 
     folder, at, split = os.path.expanduser(name).rpartition("@")
@@ -111,18 +109,14 @@ class PairLoader:
             raise ValueError(f"{batch_size=}, {num_workers=}, {process_index=} of {process_count=} do not make sense.")
         self._batch_size, self._size, self._strict = batch_size, size, strict
         self._process_index, self._process_count = process_index, process_count
-        self._stream = {
-            "num_records": len(source),
-            "seed": seed,
-            "shuffle": shuffle,
-            "keep_only_with_label": keep_only_with_label,
-        }
+        self._stream = {"num_records": len(source), "seed": seed, "shuffle": shuffle}
+        self._stream["keep_only_with_label"] = keep_only_with_label
         self._position, self._counts = 0, dict.fromkeys(("used", "unlabelled", *FAULTS), 0)
         if state is not None:
             self._restore(state)
         self._end = None if num_epochs is None else num_epochs * len(source)
         self.num_batches = None if self._end is None else -(-self._end // (batch_size * process_count))
-        self._decode = _Decode(source, size, keep_only_with_label)
+        self._decode = functools.partial(_decode, source, size, keep_only_with_label)
         self._some_usable = False  # as far as is known
 
         records = grain.MapDataset.range(len(source)).seed(seed % 2**32)
@@ -165,13 +159,8 @@ class PairLoader:
         # Not before: what an interruption finds half collected has not been handed out.
         self._position = behind
         self._counts = {name: count + outcomes.count(name) for name, count in self._counts.items()}
-        filler: Json = {
-            "caption": "",
-            "images": np.zeros((2, *self._size, 3), np.uint8),
-            "labels": np.full(2, 0.5, np.float32),
-            "weight": 0.0,
-            "position": -1,
-        }
+        images, labels = np.zeros((2, *self._size, 3), np.uint8), np.full(2, 0.5, np.float32)
+        filler: Json = {"caption": "", "images": images, "labels": labels, "weight": 0.0, "position": -1}
         full = [filler if "reason" in row else row for row in rows]
         full += [filler] * (self._batch_size - len(full))
         return PairBatch(
@@ -208,34 +197,29 @@ class PairLoader:
 
     def _find_usable(self) -> None:
         # This share may be without a good record for ever, though others have some: only all records tell.
-        reasons = []
+        reasons: Counter[str] = Counter()
         for number in range(self._stream["num_records"]):
             row = self._decode(number, number)
             if "reason" not in row:
                 return
-            reasons.append(row["reason"])
-        counts = ", ".join(f"{count} {name}" for name, count in Counter(reasons).items())
-        raise UserError(f"None of the {len(reasons)} records of the data can be used ({counts}).")
+            reasons[row["reason"]] += 1
+        counts = ", ".join(f"{count} {name}" for name, count in reasons.items())
+        raise UserError(f"None of the {reasons.total()} records of the data can be used ({counts}).")
 
 
-class _Decode:
+def _decode(source: Records, size: tuple[int, int], keep_only_with_label: bool, position: int, number: int) -> Json:
     """What a worker does: (position in the stream, record number) to a row, or the reason why there is none."""
-
-    def __init__(self, source: Records, size: tuple[int, int], keep_only_with_label: bool):
-        self._source, self._size, self._keep_only_with_label = source, size, keep_only_with_label
-
-    def __call__(self, position: int, number: int) -> Json:
-        place = {"position": position, "record": number}
-        try:
-            record = self._source[number]
-        except Exception:  # array_record and tfds raise whatever they meet in a damaged file
-            return {**place, "reason": "record_broken"}
-        if self._keep_only_with_label and not record["has_label"]:
-            return {**place, "reason": "unlabelled"}
-        try:
-            return {**place, **decode_pair(record, self._size)}
-        except Fault as fault:
-            return {**place, "reason": str(fault)}
+    row = {"position": position, "record": number}
+    try:
+        record = source[number]
+    except Exception:  # array_record and tfds raise whatever they meet in a damaged file
+        return {**row, "reason": "record_broken"}
+    if keep_only_with_label and not record["has_label"]:
+        return {**row, "reason": "unlabelled"}
+    try:
+        return {**row, **decode_pair(record, size)}
+    except Fault as fault:
+        return {**row, "reason": str(fault)}
 
 
 def _min_shm_size(needed: int) -> int:
@@ -251,18 +235,16 @@ def _start_worker(index: int, count: int) -> None:
     import jax  # grain has imported it already
 
     jax.config.update("jax_platforms", "cpu")  # the accelerator belongs to the parent
-    # The parent gets these as well, and ends its workers when it leaves.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets these as well, and ends its workers when it leaves
+        signal.signal(number, signal.SIG_IGN)
 
+    def die_with_parent() -> None:
+        # A parent that was killed could not tell grain's workers to stop, and they would wait for it for ever.
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
 
-def _die_with_parent() -> None:
-    # A parent that was killed could not tell grain's workers to stop, and they would wait for it for ever.
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    threading.Thread(target=die_with_parent, daemon=True).start()
 
 
 def total_state(state: Json) -> Json:

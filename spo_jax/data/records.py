@@ -81,19 +81,13 @@ def fault_of(record: Record) -> str | None:
 
 
 def decode_pair(record: Record, size: tuple[int, int]) -> Json:
-    """What is trained on: ``caption`` str, ``images`` uint8 [2, H, W, 3], ``labels`` float32 [2], ``weight`` float.
-
-    Raises:
-      Fault: the record cannot be used.
-    """
+    """What is trained on: ``caption`` str, ``images`` uint8 [2, H, W, 3], ``labels`` float32 [2], ``weight`` float;
+    Fault if the record cannot be used."""
     if fault := fault_of(record):
         raise Fault(fault)
-    images = np.empty((2, *size, 3), np.uint8)
-    for image, encoded in zip(images, (record["image_0"], record["image_1"]), strict=True):
-        image[:] = decode_picture(encoded, size)
     return {
         "caption": record["caption"].decode("utf-8").strip(),
-        "images": images,
+        "images": np.stack([decode_picture(encoded, size) for encoded in (record["image_0"], record["image_1"])]),
         "labels": np.array([record["label_0"], record["label_1"]], np.float32),
         "weight": 1 / record["num_example_per_prompt"],
     }
@@ -103,10 +97,8 @@ def decode_picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
     """An encoded image as uint8 [H, W, 3]: RGB, resized to cover ``size`` = (H, W), cut to it around its centre.
 
     As in the released code (transformers' CLIP processor on PIL): bicubic with antialias, the longer side rounded down,
-    transparency dropped, orientation tags ignored. 16 bits are scaled to 8.
-
-    Raises:
-      Fault: no image of an allowed format, damaged, or too large; the size is read before anything is decoded.
+    transparency dropped, orientation tags ignored. 16 bits are scaled to 8. Fault if it is no image of an allowed
+    format, damaged, or too large; the size is read before anything is decoded.
     """
     with warnings.catch_warnings():
         # Pillow's own limit of pixels, which is higher, and its remarks about metadata.
@@ -118,7 +110,11 @@ def decode_picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
             raise Fault("picture_broken") from error
         width, height = picture.size
-        resized = _covering(height, width, size)
+        # The smallest size of the same aspect that covers the other.
+        if size[0] * width >= size[1] * height:
+            resized = size[0], max(size[1], size[0] * width // height)
+        else:
+            resized = max(size[0], size[1] * height // width), size[1]
         # A line of one pixel is small, but not when it has been made as high as the others.
         if max(width * height, math.prod(resized)) > MAX_PICTURE_PIXELS:
             raise Fault("picture_too_large")
@@ -139,10 +135,3 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
         grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
         picture = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
     return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
-def _covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (height, width) of the same aspect that covers ``size``."""
-    if size[0] * width >= size[1] * height:
-        return size[0], max(size[1], size[0] * width // height)
-    return max(size[0], size[1] * height // width), size[1]

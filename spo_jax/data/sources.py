@@ -7,20 +7,21 @@ is useless as a whole is refused.
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
-import dataclasses
 import glob
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spo_jax.data.prompt_files import json_lines
+from spo_jax.data.prompts import json_lines
 from spo_jax.data.records import MAX_PICTURE_BYTES, Record
 from spo_jax.errors import UserError
 from spo_jax.formats.json_files import Json
@@ -32,8 +33,7 @@ _TEXT, _BYTES = (pa.string(), pa.large_string()), (pa.binary(), pa.large_binary(
 _ROWS = 32  # of a parquet file that are in memory at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """``read`` streams ``num_records`` records, each time from the start."""
 
     num_records: int
@@ -41,11 +41,8 @@ class Source:
 
 
 def open_source(source: str) -> Source:
-    """The records of parquet files (a glob pattern), or of a CSV or JSONL file or the folder that has one.
-
-    Raises:
-      UserError: there is nothing, or a file cannot be read, lacks a column, or names images outside of its folder.
-    """
+    """The records of parquet files (a glob pattern), or of a CSV or JSONL file or the folder that has one. UserError
+    if there is nothing, or a file cannot be read, lacks a column, or names images outside of its folder."""
     source = os.path.expanduser(source)
     if Path(source).is_dir():
         paths = sorted(p for p in Path(source).iterdir() if p.suffix.lower() in (".csv", ".jsonl"))
@@ -69,17 +66,20 @@ def open_source(source: str) -> Source:
 
 
 # ----------------------------------------------------------------------------------------------------------- parquet
-def _parquet_file(path: Path) -> pq.ParquetFile:
-    # A buffer: without it, a row group's whole column is read at once.
-    return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+@contextlib.contextmanager
+def _parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        # A buffer: without it, a row group's whole column is read at once.
+        with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"File {path} cannot be read as parquet ({reason}); download it again.") from error
 
 
 def _check_parquet(path: Path) -> int:
-    try:
-        with _parquet_file(path) as file:
-            schema, count = file.schema_arrow, file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
+    with _parquet_file(path) as file:
+        schema, count = file.schema_arrow, file.metadata.num_rows
     for name in COLUMNS:
         if name not in schema.names:
             raise UserError(f"File {path} has no column {name!r}; Pick-a-Pic's are {', '.join(COLUMNS)}.")
@@ -101,23 +101,20 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    try:
-        with _parquet_file(path) as file:
-            for batch in file.iter_batches(_ROWS, columns=list(COLUMNS), use_threads=False):
-                columns = [_values(batch.column(name)) for name in COLUMNS]
-                for row in zip(*columns, strict=True):
-                    caption, image_0, image_1, label_0, label_1, has_label, count = row
-                    yield {
-                        "caption": caption or b"",
-                        "image_0": _cut(image_0),
-                        "image_1": _cut(image_1),
-                        "label_0": math.nan if label_0 is None else label_0,
-                        "label_1": math.nan if label_1 is None else label_1,
-                        "has_label": has_label == 1,
-                        "num_example_per_prompt": int(count) if count is not None and 0 <= count < 2**31 else 0,
-                    }
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
+    with _parquet_file(path) as file:
+        for batch in file.iter_batches(_ROWS, columns=list(COLUMNS), use_threads=False):
+            columns = [_values(batch.column(name)) for name in COLUMNS]
+            for caption, image_0, image_1, label_0, label_1, has_label, count in zip(*columns, strict=True):
+                yield {
+                    "caption": caption or b"",
+                    # One byte more than is allowed, so that it still counts as too large.
+                    "image_0": (image_0 or b"")[: MAX_PICTURE_BYTES + 1],
+                    "image_1": (image_1 or b"")[: MAX_PICTURE_BYTES + 1],
+                    "label_0": math.nan if label_0 is None else label_0,
+                    "label_1": math.nan if label_1 is None else label_1,
+                    "has_label": has_label == 1,
+                    "num_example_per_prompt": int(count) if count is not None and 0 <= count < 2**31 else 0,
+                }
 
 
 def _values(column: pa.Array) -> list:
@@ -128,16 +125,6 @@ def _values(column: pa.Array) -> list:
     # Text as bytes: pyarrow does not check it, and one caption that is not UTF-8 must not end everything.
     column = column.cast(pa.float64(), safe=False) if _is_number(column.type) else column.cast(pa.large_binary())
     return column.to_pylist()
-
-
-def _cut(picture: bytes | None) -> bytes:
-    # One byte more than is allowed, so that it still counts as too large.
-    return (picture or b"")[: MAX_PICTURE_BYTES + 1]
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(f"File {path} cannot be read as parquet ({reason}); download it again.")
 
 
 # --------------------------------------------------------------------------------------------------- CSV and JSONL
@@ -161,8 +148,7 @@ def _open_table(path: Path) -> Source:
 
     def read() -> Iterator[Record]:
         for row in _rows(path):
-            label = _number(row.get("label"))
-            caption = _text(row.get("caption"))
+            label, caption = _number(row.get("label")), _text(row.get("caption"))
             yield {
                 "caption": caption.encode("utf-8", "surrogatepass"),
                 "image_0": _picture(path.parent, _text(row.get("image_a"))),
@@ -223,18 +209,14 @@ def _number(value: object) -> float:
 
 def _inside(folder: Path, name: str) -> Path | None:
     """The path of an image, or None if it leads out of the folder, also by a link."""
-    if "\0" in name:
-        return None
-    path = Path(os.path.realpath(folder / name))
-    return path if path.is_relative_to(os.path.realpath(folder)) else None
+    path = None if "\0" in name else Path(os.path.realpath(folder / name))
+    return path if path and path.is_relative_to(os.path.realpath(folder)) else None
 
 
 def _picture(folder: Path, name: str) -> bytes:
     path = _inside(folder, name) if name else None
-    if path is None or not path.is_file():  # a pipe would wait for ever
-        return b""
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_PICTURE_BYTES + 1)
-    except OSError:
-        return b""
+    with contextlib.suppress(OSError):
+        if path is not None and path.is_file():  # a pipe would wait for ever
+            with path.open("rb") as file:
+                return file.read(MAX_PICTURE_BYTES + 1)
+    return b""

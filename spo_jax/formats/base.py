@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from spo_jax.errors import UserError
 from spo_jax.formats.hub import local, with_strength
 from spo_jax.formats.json_files import read_json
-from spo_jax.formats.pipeline import Pipeline, for_run, read_pipeline
+from spo_jax.formats.pipeline import Pipeline, read_pipeline, with_image_size
 from spo_jax.formats.weights import Placement
 
 
@@ -39,16 +39,11 @@ def base_of(
     vae: str | None,
     default: str | None = None,
 ) -> Base:
-    """What the flags of a command name; without --model, what the workdirs among ``loras`` have recorded.
+    """What the flags of a command name; without --model, what the workdirs among ``loras``, adapters, have recorded.
 
-    Args:
-      loras: names of adapters.
-      model: of the flag, None if it was not given; so are ``variant``, ``unet`` and ``vae``, which count more than what
-        is recorded.
-      default: the model if there is neither a flag nor a workdir.
-
-    Raises:
-      UserError: two workdirs have different models, or none has one and there is no default.
+    A flag that was not given is None; the others count more than what is recorded. ``default`` is the model if there is
+    neither a flag nor a workdir. UserError if two workdirs have different models, or none has one and there is no
+    default.
     """
     base = Base(model) if model else _recorded(list(loras), default)
     given = {"variant": variant, "unet": unet, "vae": vae}
@@ -84,11 +79,7 @@ def read_base(
     remat: bool = False,
     sharding: Placement = None,
 ) -> Pipeline:
-    """The pipeline that a command needs: of a base model, for images of a size, see ``read_pipeline`` and ``for_run``.
-
-    Raises:
-      UserError: as these two.
-    """
+    """The pipeline of a base model for images of a size, see ``read_pipeline`` and ``with_image_size``."""
     parts = {"variant": base.variant or None, "unet": base.unet or None, "vae": base.vae or None}
     pipeline = read_pipeline(base.model, dtype, sharding=sharding, **parts)
-    return for_run(pipeline, height=height, width=width, remat=remat)
+    return with_image_size(pipeline, height, width, remat=remat)

@@ -1,15 +1,20 @@
 """Reading LoRA files of others: diffusers, peft, the kohya trainer, OneTrainer; in safetensors or PyTorch's files.
 
+peft's ``LoraConfig`` tells how strong adapters are. It lies beside peft's files as ``adapter_config.json``; diffusers
+keeps it as JSON in the header, with the name of the part before each field (``unet.lora_alpha``) where it has several.
+
 Every layout is read as ``{"unet": tree, "text_encoder": tree, "text_encoder_2": tree}``, without the parts that the
 file does not adapt. A tree holds float32 adapters, see ``models/lora.py``.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import flax.traverse_util
 import jax
@@ -21,8 +26,8 @@ from spo_jax.distributed.processes import is_main_process
 from spo_jax.errors import UserError, notice
 from spo_jax.formats import lora_keys
 from spo_jax.formats.hub import fetched, with_strength
-from spo_jax.formats.lora_config import CONFIG_FILE, PeftConfig, read_configs
-from spo_jax.formats.lora_keys import Layer
+from spo_jax.formats.json_files import Json, read_json
+from spo_jax.formats.lora_keys import PARTS, Layer
 from spo_jax.formats.stored import StoredArray
 from spo_jax.formats.weights import TORCH_SUFFIXES, open_file
 from spo_jax.models.lora import TARGETS, init_lora
@@ -31,15 +36,39 @@ FILE_NAME = "pytorch_lora_weights.safetensors"
 # In the order in which a folder is searched.
 _FILE_NAMES = (FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
 _FAMILIES = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}  # by the width of their text embeddings
+_CONFIG_FILE = "adapter_config.json"
+_PEFT_STEM = "adapter_model"
+_DEFAULT_ALPHA = 8.0  # of LoraConfig
+# With these, training starts from other base weights, which are not in the file.
+_CHANGED_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga|orthogonal", re.IGNORECASE)
 
 
-@dataclasses.dataclass(frozen=True)
-class _File:
+class _PeftConfig(NamedTuple):
+    """The fields that say how strong adapters are; ``patterns`` holds alphas of layers that have their own."""
+
+    alpha: float
+    patterns: Mapping[str, float]
+    rank_stabilized: bool
+
+    def scale(self, module: str, rank: int) -> float:
+        """The factor of the product of a layer's matrices; ``module`` is the layer's name in its model."""
+        # As in peft: the layer's whole name, or its last parts unless ``^`` says where it starts. transformers 5 leaves
+        # out the first part of a text encoder's names.
+        modules, alpha = (module, module.removeprefix("text_model.")), self.alpha
+        for pattern, own in self.patterns.items():
+            bare = pattern.removeprefix("^").removesuffix("$")
+            if bare in modules or (not pattern.startswith("^") and module.endswith(f".{bare}")):
+                alpha = own
+                break
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+class _File(NamedTuple):
     """A LoRA file whose values are still in it; ``configs`` are peft's, by part, and ``strength`` is the user's."""
 
     path: Path
     arrays: dict[str, StoredArray]
-    configs: dict[str, PeftConfig]
+    configs: dict[str, _PeftConfig]
     strength: float = 1.0
 
 
@@ -51,17 +80,15 @@ def read_lora(path: str | Path, shapes: Mapping[str, PyTree]) -> dict[str, PyTre
       shapes: trees of parameters or their shapes by part, at least ``"unet"``; other entries are not looked at.
 
     Raises:
-      UserError: the file is missing or damaged; a key or shape does not fit the pipeline; it holds another kind of
-        adapters, or numbers that are not finite.
+      UserError: the file is missing or damaged, does not fit the pipeline, or holds another kind of adapters, or
+        numbers that are not finite.
     """
     return _parts(_open(path), shapes)
 
 
 def read_adapters(lora_names: Iterable[str], shapes: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """The sum of several adapters, each by its name and strength (see ``hub.with_strength``), as ``read_lora``.
-
-    The sum of two low-rank matrices is one of both ranks together: ``[A1, A2] [s1 B1; s2 B2]``.
-    """
+    """The sum of several adapters, each by its name and strength (see ``hub.with_strength``), as ``read_lora``. The
+    sum of two low-rank matrices is one of both ranks together: ``[A1, A2] [s1 B1; s2 B2]``."""
     layers: dict[tuple[str, ...], list[jax.Array]] = {}
     for lora_name in lora_names:
         for path, value in flax.traverse_util.flatten_dict(_parts(_named(lora_name), shapes)).items():
@@ -72,11 +99,7 @@ def read_adapters(lora_names: Iterable[str], shapes: Mapping[str, PyTree]) -> di
 
 
 def check_lora_files(lora_names: Iterable[str]) -> None:
-    """Refuses names, strengths and files that no model can use, before a model is read; of the files headers are read.
-
-    Raises:
-      UserError: as ``read_lora``, of what can be told without a model and without the values.
-    """
+    """Raises UserError as ``read_lora``, of what can be told without a model and without the values in the files."""
     for lora_name in lora_names:
         _named(lora_name)
 
@@ -88,10 +111,9 @@ def starting_lora(key: jax.Array, params: PyTree, rank: int, lora_name: str | No
     notice tells what differs from the config.
 
     Args:
-      key: PRNG key of the fresh ones.
+      key: PRNG key of the fresh ones; ``rank`` is theirs.
       params: UNet parameters (only names and shapes are read).
-      rank: of the fresh ones.
-      lora_name: a file or a folder with one, also with a strength; None for fresh adapters everywhere.
+      lora_name: of ``read_adapters``; None for fresh adapters everywhere.
 
     Raises:
       UserError: as ``read_lora``, or the file adapts a text encoder, which is not trained.
@@ -107,12 +129,6 @@ def starting_lora(key: jax.Array, params: PyTree, rank: int, lora_name: str | No
             "merge the file into the model with spo_jax.export --format=pipeline, and train on that model."
         )
     read = flax.traverse_util.flatten_dict(_parts(file, {lora_keys.UNET: params})[lora_keys.UNET])
-    _say_what_differs(file.path, read, rank)
-    return flax.traverse_util.unflatten_dict(lora | read)
-
-
-def _say_what_differs(path: Path, read: Mapping[tuple[str, ...], jax.Array], rank: int) -> None:
-    """One line about what differs between adapters to start from and those that the config would make."""
     ranks = sorted({x.shape[-1] for p, x in read.items() if p[-1] == "A"})
     more = sum(p[-1] == "A" and p[-2] not in TARGETS for p in read)
     said = []
@@ -121,86 +137,141 @@ def _say_what_differs(path: Path, read: Mapping[tuple[str, ...], jax.Array], ran
     if more:
         said.append(f"{more} layers beyond the attention projections are trained as well")
     if said and is_main_process():
-        notice(f"training starts from LoRA file {path}: {'; '.join(said)}.")
+        notice(f"training starts from LoRA file {file.path}: {'; '.join(said)}.")
+    return flax.traverse_util.unflatten_dict(lora | read)
 
 
 # ----------------------------------------------------------------------------------------------------------- the file
 def _named(lora_name: str) -> _File:
     """The file that a name of adapters with a strength stands for, see ``_open``."""
     name, strength = with_strength(lora_name)
-    return dataclasses.replace(_open(name), strength=strength)
+    return _open(name)._replace(strength=strength)
 
 
 def _open(path: str | Path) -> _File:
     """The file that a name of adapters stands for, without its values; refuses other kinds of adapters."""
     path = fetched(path)
-    folders = {part: path / part for part in lora_keys.PARTS if (path / part / CONFIG_FILE).is_file()}
+    folders = {part: path / part for part in PARTS if (path / part / _CONFIG_FILE).is_file()}
     if folders and not any((path / name).is_file() for name in _FILE_NAMES):
         # As peft's own examples save a UNet and its text encoder: a folder for each, whose keys do not name it.
         files = {part: _open(folder) for part, folder in folders.items()}
         arrays = {f"{part}.{key}": array for part, file in files.items() for key, array in file.arrays.items()}
         configs = {part: file.configs[part] for part, file in files.items() if part in file.configs}
         return _File(path, arrays, configs)
-    path = _file_in(path) if path.is_dir() else path
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", *TORCH_SUFFIXES) and p.is_file())
+        usual = [path / name for name in _FILE_NAMES if path / name in found]
+        if not usual and len(found) != 1:
+            listed = f"it has {', '.join(p.name for p in found[:3])}: name one of them" if found else None
+            raise UserError(f"Folder {path} has no {' or '.join(_FILE_NAMES)}; {listed or 'is it the right folder?'}")
+        path = (usual or found)[0]
     if not path.is_file():
         raise UserError(f"LoRA file {path} does not exist; give a LoRA file, or the --workdir of a training run.")
-    arrays = open_file(path).arrays
+    weights = open_file(path)
+    arrays = weights.arrays
     if not arrays:
         raise UserError(f"LoRA file {path} is empty; it was not saved properly.")
-    if (other := lora_keys.other_kind(arrays)) is not None:
+    if other := lora_keys.other_kind(arrays):
         raise UserError(
             f"LoRA file {path} holds {other[1]} ({other[0]!r}), which is not supported; only plain LoRA of linear and "
             "convolution layers is: train or convert it to that."
         )
-    return _File(path, arrays, read_configs(path))
+    return _File(path, arrays, _read_configs(path, weights.metadata))
 
 
-def _file_in(folder: Path) -> Path:
-    """The LoRA file of a folder: of the usual name, or the only weight file there is."""
-    for name in _FILE_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", *TORCH_SUFFIXES) and p.is_file())
-    if len(found) == 1:
-        return found[0]
-    listed = f"; it has {', '.join(p.name for p in found[:3])}: name one of them" if found else ""
-    raise UserError(f"Folder {folder} has no {' or '.join(_FILE_NAMES)}{listed or '; is it the right folder?'}")
+def _read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, _PeftConfig]:
+    """The config of each part that has one; of others alpha is the rank."""
+    source = file.with_name(_CONFIG_FILE) if file.name.startswith(_PEFT_STEM) else file
+    if source != file and not source.is_file():
+        raise UserError(
+            f"LoRA file {file} is one of peft's, but {source} is not beside it; its alpha is needed: copy it as well."
+        )
+    try:
+        fields = read_json(source) if source != file else json.loads(metadata.get("lora_adapter_metadata") or "{}")
+        starts = tuple(f"{part}." for part in PARTS)
+        common = {key: value for key, value in fields.items() if not key.startswith(starts)}
+        by_part = {
+            part: {key.removeprefix(start): value for key, value in fields.items() if key.startswith(start)} or common
+            for part, start in zip(PARTS, starts, strict=True)
+        }
+        return {part: _config(source, one) for part, one in by_part.items() if one}
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"LoRA file {source} has damaged metadata ({error}); download or copy it again.") from error
+
+
+def _config(source: Path, fields: Json) -> _PeftConfig:
+    kind = fields.get("peft_type") or "LORA"
+    if str(kind).upper() != "LORA" or fields.get("use_dora"):
+        kind = kind if str(kind).upper() != "LORA" else "DoRA"
+        raise UserError(f"LoRA file {source} holds {kind}, which is not supported; only plain LoRA is.")
+    for field in ("lora_bias", "use_qalora"):
+        if fields.get(field):
+            raise UserError(f"LoRA file {source}: {field} = {fields[field]!r} in its metadata is not supported.")
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and _CHANGED_BASE.match(start):
+        raise UserError(
+            f"LoRA file {source}: its metadata has init_lora_weights = {start!r}, which changes the base "
+            "model as well; convert it to plain LoRA with peft (path_initial_model_for_weight_conversion)."
+        )
+    patterns = {pattern: float(alpha) for pattern, alpha in (fields.get("alpha_pattern") or {}).items()}
+    unclear = next((p for p in patterns if re.search(r"[*+?()\[\]{}|\\]", p)), None)
+    if unclear is not None:
+        raise UserError(
+            f"LoRA file {source}: its metadata has {unclear!r} in alpha_pattern, which is not the name of a layer; "
+            "regular expressions are not supported."
+        )
+    alpha = fields.get("lora_alpha")
+    alpha = _DEFAULT_ALPHA if alpha is None else float(alpha)
+    for value in (alpha, *patterns.values()):
+        if not math.isfinite(value):
+            raise UserError(f"LoRA file {source}: its metadata has an alpha that is not finite, {value}.")
+    return _PeftConfig(alpha, patterns, bool(fields.get("use_rslora")))
 
 
 # ---------------------------------------------------------------------------------------------------------- its layers
 def _parts(file: _File, shapes: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The adapters in a file, each at its layer of a pipeline with such parameters."""
-    _check_family(file, shapes)
-    spellings = lora_keys.spellings(shapes)
+    # SD1.x, SD2.x and SDXL differ in the width of the text embeddings that their UNets take.
+    widths, spellings = lora_keys.text_widths(shapes[lora_keys.UNET]), lora_keys.spellings(shapes)
     found: dict[Layer, dict[str, str]] = {}
     left = []
+    for key, array in file.arrays.items():
+        width = lora_keys.text_width(key, array.shape)
+        if width is not None and widths and width not in widths:
+            theirs, here = (_FAMILIES.get(w, "another kind of model") for w in (width, min(widths)))
+            raise UserError(
+                f"LoRA file {file.path} was made for another model: {key!r} takes text embeddings {width} wide "
+                f"({theirs}), but here they are {min(widths)} wide ({here})."
+            )
     for key in file.arrays:
-        parsed = lora_keys.parse_key(key)
-        layer = None if parsed is None else spellings.get(parsed.module)
-        if parsed is None or layer is None:
+        module, role = lora_keys.parse_key(key)
+        if module not in spellings:
             left.append(key)
-            continue
-        other = found.setdefault(layer, {}).setdefault(parsed.role, key)
-        if other != key:
+        elif (other := found.setdefault(spellings[module], {}).setdefault(role, key)) != key:
             raise UserError(
                 f"LoRA file {file.path} has both {other!r} and {key!r} for one layer; save each of its adapters in a "
                 "file of its own."
             )
+    for key in sorted(left):
+        part = lora_keys.text_encoder_of(key)
+        if part is not None and part not in shapes:
+            raise UserError(
+                f"LoRA file {file.path} adapts {part} ({key!r}), which this model does not have; it was made for "
+                "another model."
+            )
     if left:
-        _refuse_left_over(file, left, shapes)
-    kernels = {part: flax.traverse_util.flatten_dict(shapes[part]) for part in lora_keys.PARTS if part in shapes}
+        raise UserError(
+            f"LoRA file {file.path} has keys that fit no layer of this model ({', '.join(sorted(left)[:3])}); it was "
+            "made for another model or holds other kinds of adapters."
+        )
+    kernels = flax.traverse_util.flatten_dict({part: shapes[part] for part in PARTS if part in shapes})
     lora = {}
     for layer, keys in found.items():
-        kernel = tuple(kernels[layer.part][(*layer.path, "kernel")].shape)
-        lora[(layer.part, *layer.path, "A")], lora[(layer.part, *layer.path, "B")] = _matrices(
-            file, layer, keys, kernel
-        )
+        lora[*layer, "A"], lora[*layer, "B"] = _matrices(file, layer, keys, kernels[*layer, "kernel"].shape)
     return flax.traverse_util.unflatten_dict(lora)
 
 
-def _matrices(
-    file: _File, layer: Layer, keys: Mapping[str, str], kernel: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
+def _matrices(file: _File, layer: Layer, keys: Mapping[str, str], kernel: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     """``A`` and ``B`` of a layer whose kernel has the shape ``kernel``, [in, out] or [h, w, in, out]."""
     for role, missing in (("down", "up"), ("up", "down")):
         if missing not in keys:
@@ -234,8 +305,8 @@ def _matrices(
         if math.prod(alpha.shape) != 1:
             raise UserError(f"LoRA file {file.path}: {keys['alpha']!r} has shape {alpha.shape}, not a single number.")
         scale = float(_read(file, keys["alpha"]).reshape(())) / rank
-    elif layer.part in file.configs:
-        scale = file.configs[layer.part].scale(lora_keys.module_name(layer.path), rank)
+    elif layer[0] in file.configs:
+        scale = file.configs[layer[0]].scale(lora_keys.module_name(layer), rank)
     with np.errstate(over="ignore", invalid="ignore"):
         b = b * np.float32(scale)
         largest = np.abs(a).max() * np.abs(b).max() * np.float32(rank)
@@ -257,30 +328,3 @@ def _read(file: _File, key: str) -> np.ndarray:
             "failed, or the file is damaged: use another one."
         )
     return values
-
-
-def _check_family(file: _File, shapes: Mapping[str, PyTree]) -> None:
-    """Refuses a file for UNets that take other text embeddings, which tells SD1.x, SD2.x and SDXL apart."""
-    ours = lora_keys.text_widths(shapes[lora_keys.UNET])
-    for key, array in file.arrays.items():
-        width = lora_keys.text_width(key, array.shape)
-        if width is not None and ours and width not in ours:
-            theirs, here = (_FAMILIES.get(w, "another kind of model") for w in (width, min(ours)))
-            raise UserError(
-                f"LoRA file {file.path} was made for another model: {key!r} takes text embeddings {width} wide "
-                f"({theirs}), but here they are {min(ours)} wide ({here})."
-            )
-
-
-def _refuse_left_over(file: _File, left: list[str], shapes: Mapping[str, PyTree]) -> None:
-    for key in sorted(left):
-        part = lora_keys.text_encoder_of(key)
-        if part is not None and part not in shapes:
-            raise UserError(
-                f"LoRA file {file.path} adapts {part} ({key!r}), which this model does not have; it was made for "
-                "another model."
-            )
-    raise UserError(
-        f"LoRA file {file.path} has keys that fit no layer of this model ({', '.join(sorted(left)[:3])}); it was made "
-        "for another model or holds other kinds of adapters."
-    )

@@ -1,23 +1,23 @@
 """How LoRA files name the layers that they adapt, and what else than plain LoRA their keys tell.
 
-A layer is known by its part, ``"unet"``, ``"text_encoder"`` or ``"text_encoder_2"``, and the path that it has in the
-part's tree, ``("down_blocks_0", "attentions_0", ..., "attn1", "to_out_0")``.
+A layer is known by its part, ``"unet"``, ``"text_encoder"`` or ``"text_encoder_2"``, and behind it the path that it has
+in the part's tree: ``("unet", "down_blocks_0", "attentions_0", ..., "attn1", "to_out_0")``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import flax.traverse_util
 from jaxtyping import PyTree
 
 from spo_jax.formats import names
-from spo_jax.formats.original_names import unet_name
+from spo_jax.formats.original_layout import unet_name
 
 UNET, TEXT_ENCODERS = "unet", ("text_encoder", "text_encoder_2")
 PARTS = (UNET, *TEXT_ENCODERS)
+Layer = tuple[str, ...]
 # What stands before the name of a layer: a name with dots follows ("unet.down_blocks.0..."), or with underscores.
 # OneTrainer's internal names have the kohya trainer's prefixes and dots; ComfyUI's own are the last ones.
 _DOTTED = {
@@ -54,48 +54,21 @@ _OTHER_KINDS = (
 )
 
 
-class Layer(NamedTuple):
-    """A layer of a pipeline: its part, and its path in the tree of the part."""
-
-    part: str
-    path: tuple[str, ...]
+def module_name(layer: Layer) -> str:
+    """The layer's name in its part in diffusers, for example ``down_blocks.0.attentions.0. ... .attn1.to_out.0``."""
+    return names.torch_key((*layer[1:], "kernel")).removesuffix(".weight")
 
 
-class LayerKeys(NamedTuple):
-    """Keys of the down matrix, the up matrix and the scalar alpha of one layer."""
-
-    down: str
-    up: str
-    alpha: str
-
-
-def module_name(path: tuple[str, ...]) -> str:
-    """The layer's name in diffusers, for example ``down_blocks.0.attentions.0. ... .attn1.to_out.0``."""
-    return names.torch_key((*path, "kernel")).removesuffix(".weight")
-
-
-def diffusers_keys(layer: Layer) -> LayerKeys:
-    """The keys that diffusers' own trainers write: peft's names in the UNet, older ones in the text encoders.
-
-    In text encoders diffusers' reader understands peft's names of the attention projections only.
-    """
-    module = f"{layer.part}.{module_name(layer.path)}"
-    down, up = ("lora_A", "lora_B") if layer.part == UNET else ("lora_linear_layer.down", "lora_linear_layer.up")
-    return LayerKeys(f"{module}.{down}.weight", f"{module}.{up}.weight", f"{module}.alpha")
-
-
-def kohya_keys(layer: Layer, unet_shapes: PyTree) -> LayerKeys:
-    """The keys that the kohya trainer writes, and that it, ComfyUI, A1111 and diffusers read.
+def kohya_name(layer: Layer, unet_shapes: PyTree) -> str:
+    """The name by which the kohya trainer, ComfyUI, A1111 and diffusers know a layer.
 
     For SD1.x and SD2.x these are diffusers' names, for SDXL those of the original UNet (``input_blocks_4_1_...``): the
     trainer runs another UNet there, and its own tools know no other names.
     """
-    module, sdxl = module_name(layer.path), is_sdxl(unet_shapes)
-    if layer.part == UNET and sdxl:
+    module, sdxl = module_name(layer), "add_embedding" in unet_shapes
+    if layer[0] == UNET and sdxl:
         module = unet_name(module, unet_shapes)
-    prefix = _KOHYA[layer.part][-1 if sdxl else 0]
-    name = prefix + module.replace(".", "_")
-    return LayerKeys(f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha")
+    return _KOHYA[layer[0]][-1 if sdxl else 0] + module.replace(".", "_")
 
 
 def spellings(shapes: Mapping[str, PyTree]) -> dict[str, Layer]:
@@ -104,41 +77,29 @@ def spellings(shapes: Mapping[str, PyTree]) -> dict[str, Layer]:
     # The first text encoder comes last, because a name without prefix is its own.
     for part in reversed(PARTS):
         for path in flax.traverse_util.flatten_dict(shapes.get(part, {})):
-            if path[-1] != "kernel":
-                continue
-            layer, module = Layer(part, path[:-1]), module_name(path[:-1])
-            # transformers 5 leaves out the first part of the names in text encoders.
-            other = unet_name(module, shapes[UNET]) if part == UNET else module.removeprefix("text_model.")
-            for name in (module, other):
-                dotted = [prefix + name for prefix in ("", *_DOTTED[part])]
-                underscored = [prefix + name.replace(".", "_") for prefix in _KOHYA[part]]
-                layers |= dict.fromkeys((*dotted, *underscored), layer)
+            if path[-1] == "kernel":
+                layer = (part, *path[:-1])
+                module = module_name(layer)
+                # transformers 5 leaves out the first part of the names in text encoders.
+                other = unet_name(module, shapes[UNET]) if part == UNET else module.removeprefix("text_model.")
+                for name in (module, other):
+                    layers |= dict.fromkeys([prefix + name for prefix in ("", *_DOTTED[part])], layer)
+                    layers |= dict.fromkeys([prefix + name.replace(".", "_") for prefix in _KOHYA[part]], layer)
     return layers
 
 
-class Key(NamedTuple):
-    """What a key says: the role, ``"down"``, ``"up"`` or ``"alpha"``, of a tensor of the layer named ``module``."""
-
-    module: str
-    role: str
-
-
-def parse_key(key: str) -> Key | None:
-    """The layer and the role of a key; None if it is none of a LoRA."""
-    match = _MATRIX.fullmatch(key)
-    if match is not None:
-        return Key(_plain(match[1]), _ROLES[match[2]])
-    if key.endswith(".alpha"):
-        module = re.sub(r"(\.lora|\.lora_linear_layer|_lora)$", "", key.removesuffix(".alpha"))
-        return Key(_plain(module), "alpha")
-    return None
-
-
-def _plain(module: str) -> str:
-    """The layer's name without wrappers, and without those that attention layers had as processors, in early 2023."""
+def parse_key(key: str) -> tuple[str, str]:
+    """A layer's name, and what the key has of it: ``"down"``, ``"up"`` or ``"alpha"``; "" and "" for none of LoRA's."""
+    if match := _MATRIX.fullmatch(key):
+        module, role = match[1], _ROLES[match[2]]
+    elif key.endswith(".alpha"):
+        module, role = re.sub(r"(\.lora|\.lora_linear_layer|_lora)$", "", key.removesuffix(".alpha")), "alpha"
+    else:
+        return "", ""
+    # Without wrappers, and without those that attention layers had as processors, in early 2023.
     module = module.replace("base_model.model.", "", 1).replace(".processor.", ".")
     module = re.sub(r"(\.self_attn)\.to_(q|k|v|out)$", r"\1.\2_proj", module)
-    return re.sub(r"\.to_out$", ".to_out.0", module)
+    return re.sub(r"\.to_out$", ".to_out.0", module), role
 
 
 def counterpart(key: str) -> str:
@@ -150,36 +111,25 @@ def counterpart(key: str) -> str:
 
 def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
     """The first key of another kind of adapter than LoRA, and the kind's name; None if there is none."""
-    for key in sorted(keys):
-        for pattern, kind in _OTHER_KINDS:
-            if re.search(pattern, key):
-                return key, kind
-    return None
+    found = ((key, kind) for key in sorted(keys) for pattern, kind in _OTHER_KINDS if re.search(pattern, key))
+    return next(found, None)
 
 
 def text_encoder_of(key: str) -> str | None:
     """The text encoder that a key is about, whatever its layer; None if it is about none."""
     plain = key.replace("base_model.model.", "", 1)
-    for part in reversed(TEXT_ENCODERS):
-        if plain.startswith((*_DOTTED[part], *_KOHYA[part])):
-            return part
-    return TEXT_ENCODERS[0] if plain.startswith(("text_model.", "encoder.layers.")) else None
+    prefixes = {part: (*_DOTTED[part], *_KOHYA[part]) for part in reversed(TEXT_ENCODERS)}
+    prefixes[TEXT_ENCODERS[0]] += ("text_model.", "encoder.layers.")
+    return next((part for part, starts in prefixes.items() if plain.startswith(starts)), None)
 
 
 def text_width(key: str, shape: tuple[int, ...]) -> int | None:
     """Width of the text embeddings that a UNet takes, if the key is a down matrix that they go through."""
-    parsed = parse_key(key)
-    if parsed is None or parsed.role != "down" or len(shape) < 2:
-        return None
-    return shape[1] if re.search(r"attn2[._]to_[kv]$", parsed.module) else None
+    module, role = parse_key(key)
+    return shape[1] if role == "down" and len(shape) >= 2 and re.search(r"attn2[._]to_[kv]$", module) else None
 
 
 def text_widths(unet_shapes: PyTree) -> set[int]:
     """Width of the text embeddings that a UNet takes; empty if it takes none."""
     flat = flax.traverse_util.flatten_dict(unet_shapes)
     return {x.shape[0] for path, x in flat.items() if path[-3:-1] in (("attn2", "to_k"), ("attn2", "to_v"))}
-
-
-def is_sdxl(unet_shapes: PyTree) -> bool:
-    """Whether a UNet with these parameters is SDXL's, which alone embeds sizes and pooled text."""
-    return "add_embedding" in unet_shapes

@@ -26,15 +26,10 @@ def torch_key(path: tuple[str, ...]) -> str:
 
 def other_keys(key: str) -> list[str]:
     """Other names under which checkpoints hold ``key``: old autoencoders, and text encoders of transformers 5."""
-    others = []
-    if ".attentions.0." in key:
-        legacy = key
-        for new, old in _LEGACY_VAE.items():
-            legacy = legacy.replace(new, old)
-        others.append(legacy)
-    if key.startswith("text_model."):
-        others.append(key.removeprefix("text_model."))
-    return others
+    legacy = key
+    for new, old in _LEGACY_VAE.items() if ".attentions.0." in key else ():
+        legacy = legacy.replace(new, old)
+    return [legacy, key.removeprefix("text_model.")]
 
 
 def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -38,25 +38,15 @@ PARTS = {
 
 
 def build(
-    model: type[nn.Module],
-    config: Json,
-    dtype: DTypeLike,
-    params_dtype: DTypeLike | None = None,
-    *,
-    where: str,
-    step_aware: bool | None = None,
+    model: type[nn.Module], config: Json, dtype: DTypeLike, *, where: str, **options: bool
 ) -> tuple[nn.Module, PyTree]:
-    """The network of class ``model`` that a ``config.json`` describes, and the shapes of its parameters.
+    """The network of class ``model`` that a ``config.json`` describes, and the shapes of its parameters, in ``dtype``.
 
-    It computes in ``dtype``, and so are its parameters, or of ``params_dtype``. ``where`` names the config in messages.
-
-    Raises:
-      UserError: a field is not supported, or its values make no model.
+    ``where`` names the config in messages, such as the UserError if a field is not supported, or its values make no
+    model; ``options`` are those of ``model.from_config``.
     """
-    options = {} if step_aware is None else {"step_aware": step_aware}
-    dtypes = jnp.dtype(dtype), jnp.dtype(dtype if params_dtype is None else params_dtype)
     try:
-        return _built(model.from_config, json.dumps(config), *dtypes, **options)
+        return _built(model.from_config, json.dumps(config), jnp.dtype(dtype), **options)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -67,10 +57,10 @@ def build(
 
 @functools.lru_cache(maxsize=16)  # tracing takes seconds, and a plan asks again for each estimate
 def _built(
-    from_config: Callable[..., nn.Module], config: str, dtype: np.dtype, params_dtype: np.dtype, **options: bool
+    from_config: Callable[..., nn.Module], config: str, dtype: np.dtype, **options: bool
 ) -> tuple[nn.Module, PyTree]:
     network = from_config(json.loads(config), dtype=dtype, **options)
-    return network, network_shapes(network, params_dtype)
+    return network, network_shapes(network, dtype)
 
 
 def network_shapes(network: nn.Module, dtype: DTypeLike = jnp.float32) -> PyTree:

@@ -18,8 +18,15 @@ from spo_jax.errors import UserError
 from spo_jax.formats.hub import resolve_model
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.networks import PARTS, build
-from spo_jax.formats.parts import check_parts, check_vae, mended_unet, scheduler_of
-from spo_jax.formats.pipeline_files import PipelineFiles, open_folder, tokenizer_of
+from spo_jax.formats.pipeline_files import (
+    PipelineFiles,
+    check_parts,
+    check_vae,
+    mended_unet,
+    open_folder,
+    scheduler_of,
+    tokenizer_of,
+)
 from spo_jax.formats.single_file import open_single_file
 from spo_jax.formats.tokenizers import BlankTokenizer, check_lengths, read_tokenizer
 from spo_jax.formats.weights import TRANSFORMERS_STEM, Placement, open_file, open_weights, read_params
@@ -31,31 +38,23 @@ from spo_jax.types import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """The parts of a text-to-image pipeline.
+    """The parts of a text-to-image pipeline."""
 
-    Attributes:
-      folder: of the pipeline, or the single file.
-      scheduler_config: the parsed ``scheduler_config.json``, mended as diffusers mends it.
-      params: a tree for each of "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2".
-      force_zeros_for_empty_prompt: an empty negative prompt stands for zeros instead of its embeddings.
-      latent_size: [h, w] for images of another size than the UNet was trained for.
-      replaced: folders of parts that are not those in ``folder``.
-      variant: of the weight files that was asked for.
-    """
-
-    folder: Path
+    folder: Path  # or the single file
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: Tokenizer
-    scheduler_config: Json
-    params: dict[str, PyTree]
+    scheduler_config: Json  # the parsed scheduler_config.json, mended as diffusers mends it
+    params: dict[str, PyTree]  # a tree for each of "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2"
     text_encoder_2: CLIPTextModelWithProjection | None = None
     tokenizer_2: Tokenizer | None = None
-    force_zeros_for_empty_prompt: bool = False
-    latent_size: tuple[int, int] | None = None
-    replaced: Mapping[str, Path] = dataclasses.field(default_factory=dict)
-    variant: str | None = None
+    force_zeros_for_empty_prompt: bool = False  # an empty negative prompt stands for zeros, not for its embeddings
+    latent_size: tuple[int, int] | None = None  # [h, w] for images of another size than the UNet was trained for
+    replaced: Mapping[str, Path] = dataclasses.field(
+        default_factory=dict
+    )  # folders of parts that are not in ``folder``
+    variant: str | None = None  # of the weight files that was asked for
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -71,11 +70,11 @@ class Pipeline:
         return (height * self.vae.downscale, width * self.vae.downscale)
 
 
-def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -> Pipeline:
+def with_image_size(pipeline: Pipeline, height: int | None, width: int | None, *, remat: bool = False) -> Pipeline:
     """The pipeline for images of ``height`` x ``width`` pixels; None keeps what it has.
 
-    Raises:
-      UserError: a side is no multiple of what the autoencoder makes one latent of.
+    ``remat`` computes the UNet again in the backward pass instead of keeping what is inside its layers. UserError if a
+    side is no multiple of what the autoencoder makes one latent of.
     """
     height = pipeline.image_size[0] if height is None else height
     width = pipeline.image_size[1] if width is None else width
@@ -85,14 +84,8 @@ def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -
             f"Pictures of {height}x{width} pixels do not fit pipeline {pipeline.folder}; "
             f"height and width must be multiples of {downscale}."
         )
-    return dataclasses.replace(pipeline, latent_size=(height // downscale, width // downscale))
-
-
-def for_run(pipeline: Pipeline, *, height: int | None, width: int | None, remat: bool) -> Pipeline:
-    """The pipeline for images of a size (see ``with_image_size``); ``remat`` computes the UNet again in the backward
-    pass instead of keeping what is inside its layers."""
     unet = pipeline.unet.clone(remat=True) if remat else pipeline.unet
-    return with_image_size(dataclasses.replace(pipeline, unet=unet), height, width)
+    return dataclasses.replace(pipeline, unet=unet, latent_size=(height // downscale, width // downscale))
 
 
 def open_pipeline(
@@ -109,8 +102,7 @@ def open_pipeline(
       model: a folder with ``model_index.json`` or a single file, local or on the hub (see ``resolve_model``).
       variant: of the weight files, such as ``"fp16"``.
       unet: a folder, named in the same way, with a UNet instead of the pipeline's own; or a pipeline or what trainers
-        save (``checkpoint-500``), whose folder ``unet`` is taken.
-      vae: a folder with an autoencoder, in the same way.
+        save (``checkpoint-500``), whose folder ``unet`` is taken. So is ``vae``, with an autoencoder.
       weights: False fetches configs and tokenizers only.
 
     Raises:
@@ -137,11 +129,8 @@ def _part_folder(part: str, path: Path) -> Path:
 
 
 def described(files: PipelineFiles, dtype: DTypeLike) -> Pipeline:
-    """The pipeline that its configs describe, with shapes for ``params`` and tokenizers that give blank ids.
-
-    Raises:
-      UserError: a config is not supported, or the parts do not fit each other.
-    """
+    """The pipeline that its configs describe, with shapes for ``params`` and tokenizers that give blank ids;
+    UserError if a config is not supported, or the parts do not fit each other."""
     built = {part: files.network(part, dtype) for part in files.configs}
     networks = {part: network for part, (network, _) in built.items()}
     places = {part: files.folders.get(part, files.path) for part in networks}
@@ -151,6 +140,8 @@ def described(files: PipelineFiles, dtype: DTypeLike) -> Pipeline:
     check_parts(files.path, networks, places)
     if not files.is_xl:
         networks["unet"] = mended_unet(networks["unet"], files.configs["unet"], files.source("unet"))
+    encoders = {part: network for part, network in networks.items() if tokenizer_of(part)}
+    blank = {part: BlankTokenizer(one.config.get("max_position_embeddings", 77)) for part, one in encoders.items()}
     return Pipeline(
         folder=files.path,
         scheduler_config=scheduler_of(files.scheduler, files.source("scheduler"), sdxl=files.is_xl),
@@ -158,14 +149,10 @@ def described(files: PipelineFiles, dtype: DTypeLike) -> Pipeline:
         force_zeros_for_empty_prompt=files.is_xl and bool(files.index.get("force_zeros_for_empty_prompt", True)),
         replaced=files.replaced,
         variant=files.variant,
-        tokenizer=_blank(networks["text_encoder"]),
-        tokenizer_2=_blank(networks["text_encoder_2"]) if files.is_xl else None,
+        tokenizer=blank["text_encoder"],
+        tokenizer_2=blank.get("text_encoder_2"),
         **networks,
     )
-
-
-def _blank(text_encoder: CLIPTextModel) -> BlankTokenizer:
-    return BlankTokenizer(text_encoder.config.get("max_position_embeddings", 77))
 
 
 def read_pipeline(
@@ -200,23 +187,13 @@ def read_pipeline(
     weights = {part: files.weights(part, shapes) for part, shapes in pipeline.params.items()}
     params = {}
     for part, shapes in pipeline.params.items():
-        below = functools.partial(_below, sharding, part) if callable(sharding) else sharding
+        below = (lambda path, shape, part=part: sharding((part, *path), shape)) if callable(sharding) else sharding
         params[part] = read_params(weights[part], shapes, sharding=below)
     return dataclasses.replace(pipeline, params=params, **tokenizers)
 
 
-def _below(sharding: Placement, part: str, path: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    assert callable(sharding)
-    return sharding((part, *path), shape)
-
-
 def read_part(
-    part: str,
-    folder: Path,
-    dtype: DTypeLike = jnp.float32,
-    *,
-    variant: str | None = None,
-    sharding: Placement = None,
+    part: str, folder: Path, dtype: DTypeLike = jnp.float32, *, variant: str | None = None, sharding: Placement = None
 ) -> tuple[nn.Module, PyTree]:
     """The network of one part, "unet", "vae", "text_encoder" or "text_encoder_2", and its parameters, from its folder;
     arguments as of ``read_pipeline``."""
@@ -255,11 +232,11 @@ def read_clip(
     weights = open_file(path) if is_file else open_weights(path, TRANSFORMERS_STEM, variant)
     # The preference models were saved inside a module that holds the CLIP as "model".
     prefix = "model." if any(key.startswith("model.") for key in weights.arrays) else ""
-    if not clip.step_aware or any("t_embedder." in key for key in weights.arrays):
-        return clip, read_params(weights, shapes, prefix=prefix, sharding=sharding)
-    flat = flax.traverse_util.flatten_dict(shapes)
-    shapes = flax.traverse_util.unflatten_dict({k: v for k, v in flat.items() if not is_time_layer(k)})
-    plain = read_params(weights, shapes, prefix=prefix, sharding=sharding)
-    if step_aware is None:
-        return clip.clone(step_aware=False), plain
-    return clip, with_identity_time_layers(clip, plain, jax.random.key(0), sharding=sharding)
+    is_plain = clip.step_aware and not any("t_embedder." in key for key in weights.arrays)
+    if is_plain:
+        flat = flax.traverse_util.flatten_dict(shapes)
+        shapes = flax.traverse_util.unflatten_dict({k: v for k, v in flat.items() if not is_time_layer(k)})
+    params = read_params(weights, shapes, prefix=prefix, sharding=sharding)
+    if is_plain and step_aware is None:
+        return clip.clone(step_aware=False), params
+    return clip, with_identity_time_layers(clip, params, jax.random.key(0), sharding=sharding) if is_plain else params

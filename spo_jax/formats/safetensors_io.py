@@ -22,27 +22,14 @@ from spo_jax.formats.hub import missing
 from spo_jax.formats.json_files import Json
 from spo_jax.formats.stored import StoredArray
 
-_DTYPES = {
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "I16": np.int16,
-    "I32": np.int32,
-    "I64": np.int64,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "F32": np.float32,
-    "F64": np.float64,
-}
+_DTYPES = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64, "BOOL": np.bool_}
+_DTYPES |= {"U8": np.uint8, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
 def index_safetensors(path: Path) -> dict[str, StoredArray]:
-    """The tensors of a safetensors file by key (bfloat16 included); none of their values is read yet.
-
-    Raises:
-      UserError: the file is missing, truncated, not a safetensors file, or has a dtype that NumPy does not know.
-    """
+    """The tensors of a safetensors file by key (bfloat16 included); none of their values is read yet. UserError if
+    the file is missing, truncated, not a safetensors file, or has a dtype that NumPy does not know."""
     length, header = _read_header(path)
     header.pop("__metadata__", None)
     arrays = {}
@@ -78,18 +65,13 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_params(path: Path, params: PyTree, *, dtype: DTypeLike = np.float32, prefix: str = "") -> None:
-    """Writes a parameter tree in PyTorch naming and layout; the file appears complete or not at all.
-
-    Parameters, which may be split over devices, are fetched, converted and written one at a time: the host needs room
-    for two copies of the largest of them.
-    """
-    flat = {prefix + names.torch_key(path): (path, x) for path, x in flax.traverse_util.flatten_dict(params).items()}
-    flat = dict(sorted(flat.items()))
-    shapes = {
-        key: jax.ShapeDtypeStruct(names.torch_shape(tree_path, value.shape), dtype)
-        for key, (tree_path, value) in flat.items()
-    }
-    write_arrays(path, shapes, (names.to_torch(tree_path, fetch_array(value)) for tree_path, value in flat.values()))
+    """Writes a parameter tree in PyTorch naming and layout; the file appears complete or not at all. Parameters,
+    which may be split over devices, are fetched one at a time: the host needs room for two copies of the largest of
+    them."""
+    flat = flax.traverse_util.flatten_dict(params)
+    keys = dict(sorted((prefix + names.torch_key(tree_path), tree_path) for tree_path in flat))
+    shapes = {key: jax.ShapeDtypeStruct(names.torch_shape(p, flat[p].shape), dtype) for key, p in keys.items()}
+    write_arrays(path, shapes, (names.to_torch(p, fetch_array(flat[p])) for p in keys.values()))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None) -> None:
@@ -108,11 +90,8 @@ def write_arrays(
 ) -> None:
     """Writes arrays one at a time, each dropped before the next is asked for; the file appears complete or not at all.
 
-    Args:
-      path: of the file.
-      shapes: shape and dtype in the file by key, in the order of ``arrays``.
-      arrays: of these shapes; they are converted to the dtypes.
-      metadata: goes into the header, beside the ``format`` that PyTorch's readers look for.
+    ``shapes`` has shape and dtype in the file by key, in the order of ``arrays``, which are converted to the dtypes.
+    ``metadata`` go into the header, beside the ``format`` that PyTorch's readers look for.
     """
     header: Json = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0

@@ -1,18 +1,26 @@
-"""Scorers by name: a user's own function, and the tokenizer that goes with a scorer."""
+"""Scorers in files: a user's own function, and a preference model as a folder that other programs read too."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import flax.core
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 import spo_jax
 from spo_jax.errors import UserError
+from spo_jax.files import write_text
+from spo_jax.formats.safetensors_io import write_params
+from spo_jax.models import CLIPModel
 from spo_jax.preference.scorers import ImageScorer, make_function_scorer
 from spo_jax.types import Tokenizer
 
@@ -20,11 +28,8 @@ _NOT_THE_USERS = re.compile(r"site-packages|^<frozen|" + re.escape(str(Path(spo_
 
 
 def load_function(name: str, key: str = "config.scorer.fn") -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """The function ``"my_module:score"``, imported from the working directory or from what is installed.
-
-    Raises:
-      UserError: the module or the function is not there, the module does not run, or it is no function.
-    """
+    """The function ``"my_module:score"``, imported from the working directory or from what is installed. UserError
+    if the module or the function is not there, the module does not run, or it is no function."""
     module_name, _, function_name = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
         raise UserError(f'{key}={name} names no function; write it as "my_module:score".')
@@ -50,15 +55,8 @@ def function_scorer(
 ) -> ImageScorer:
     """The scorer of a user's function, which is traced on the shapes of a run, without computing anything.
 
-    Args:
-      name: ``"my_module:score"``, which the option ``key`` gave.
-      num_images: n, images at a time.
-      image_size: H and W.
-      tokenizer: of the prompts; its ``model_max_length`` is L.
-      key: for messages.
-
-    Raises:
-      UserError: as ``load_function``; or JAX cannot trace the function, or its result is not float32 [n].
+    It takes images float32 [n, H, W, 3], tokens int32 [n, ``tokenizer.model_max_length``] and timesteps int32 [n].
+    UserError as ``load_function``; or if JAX cannot trace the function, or its result is not float32 [n].
     """
     scorer = make_function_scorer(load_function(name, key))
     images = jax.ShapeDtypeStruct((num_images, *image_size, 3), jnp.float32)
@@ -83,3 +81,28 @@ def _reason(error: Exception) -> str:
     reason = f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
     places = [f for f in traceback.extract_tb(error.__traceback__) if not _NOT_THE_USERS.search(f.filename)]
     return f"{reason}; {Path(places[-1].filename).name}, line {places[-1].lineno}" if places else reason
+
+
+def write_scorer(folder: str | Path, clip: CLIPModel, params: PyTree, *, dtype: DTypeLike = np.float32) -> None:
+    """Writes ``config.json`` and ``model.safetensors``, which ``read_clip`` reads from the folder or from the file.
+
+    The keys are transformers' CLIP names. Those of a step-aware model have the prefix ``model.`` and its time layers,
+    as in the released ``.bin`` files: the original program loads the file as the state of its module. A plain model has
+    neither, and transformers' ``CLIPModel.from_pretrained`` loads the folder.
+
+    The folder is made if it does not exist, and files of an earlier call are replaced. Parameters may be split over
+    devices. UserError if the folder cannot be written.
+    """
+    folder = Path(folder)
+    config = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": clip.projection_dim,
+        "text_config": flax.core.unfreeze(clip.text_config),
+        "vision_config": flax.core.unfreeze(clip.vision_config),
+    }
+    try:
+        write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_params(folder / "model.safetensors", params, dtype=dtype, prefix="model." if clip.step_aware else "")
+    except OSError as error:
+        raise UserError(f"Folder {folder} cannot be written ({error.strerror or error}); choose another.") from error

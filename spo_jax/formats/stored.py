@@ -17,16 +17,13 @@ _LARGE = 2**20  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """Where one array lies in an uncompressed file.
-
-    ``offset`` counts bytes from the start of the file; ``strides`` count elements, and None means row-major order.
-    """
+    """Where one array lies in an uncompressed file."""
 
     file: Path
-    offset: int
+    offset: int  # bytes from the start of the file
     dtype: np.dtype
     shape: tuple[int, ...]
-    strides: tuple[int, ...] | None = None
+    strides: tuple[int, ...] | None = None  # in elements; None is row-major order
 
     def rows(self, begin: int, end: int) -> StoredArray:
         """Rows ``begin`` to ``end - 1`` of it."""
@@ -46,11 +43,7 @@ class StoredArray:
         return dataclasses.replace(self, shape=self.shape[:ndim], strides=self.strides and self.strides[:ndim])
 
     def read(self) -> np.ndarray:
-        """Its values, in memory of their own. The file is read, not mapped: a mapped file would stay resident.
-
-        Raises:
-          UserError: the file has become shorter, or cannot be read any more.
-        """
+        """Its values, in memory of their own. The file is read, not mapped: a mapped file would stay resident."""
         count = math.prod(self.shape)
         if self.strides is not None and count:
             count = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))

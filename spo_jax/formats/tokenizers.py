@@ -41,11 +41,8 @@ class BlankTokenizer:
 
 
 def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None) -> ClipTokenizer:
-    """The CLIP tokenizer in ``folder``, local or on the hub (see ``resolve_model``), fitted to a tower if one is given.
-
-    Raises:
-      UserError: a file is missing or damaged, or see ``fitted``.
-    """
+    """The CLIP tokenizer in ``folder``, local or on the hub (see ``resolve_model``), fitted to a tower if one is
+    given; UserError if a file is missing or damaged, or see ``fitted``."""
     from transformers import CLIPTokenizer  # takes seconds to import; nothing else here needs it
 
     if isinstance(folder, Path) and not local(folder).is_dir():
@@ -66,11 +63,8 @@ def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None)
 
 
 def fitted(tokenizer: ClipTokenizer, tower: CLIPTextTransformer) -> ClipTokenizer:
-    """The tokenizer with texts no longer than the table of positions of the tower that reads its ids.
-
-    Raises:
-      UserError: an id is beyond the tower's vocabulary, it has no token for padding or for an end, or no length.
-    """
+    """The tokenizer with texts no longer than the table of positions of the tower that reads its ids. UserError if
+    an id is beyond the tower's vocabulary, or it has no token for padding or for an end, or no length."""
     name = tokenizer.name_or_path
     for kind in ("eos", "pad"):
         if getattr(tokenizer, f"{kind}_token_id") is None:
@@ -128,10 +122,8 @@ def cut_off(tokenizer: ClipTokenizer, texts: list[str]) -> list[str]:
 
 
 def cut_warning(tokenizers: Sequence[ClipTokenizer], texts: Sequence[str], what: str = "prompts") -> str | None:
-    """A warning about texts that are longer than one of the tokenizers takes; None if there are none.
-
-    It tells how many of the different texts, called ``what``, these are, and what is cut off of the first.
-    """
+    """A warning about texts that are longer than one of the tokenizers takes, None if there are none: how many of
+    the different texts, called ``what``, these are, and what is cut off of the first."""
     different = list(dict.fromkeys(texts))
     ends = zip(*(cut_off(tokenizer, different) for tokenizer in tokenizers), strict=True)
     cut = [part for parts in ends if (part := max(parts, key=len))]

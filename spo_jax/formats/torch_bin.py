@@ -12,6 +12,7 @@ import io
 import math
 import pickletools
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -28,29 +29,18 @@ _MAX_PICKLE_BYTES = 4 * 2**20
 _MAX_RANK = 8
 _T = TypeVar("_T")
 _SAFER = "get the weights as safetensors, or from a source that you trust"
-_DTYPES = {
-    "torch DoubleStorage": np.dtype(np.float64),
-    "torch FloatStorage": np.dtype(np.float32),
-    "torch HalfStorage": np.dtype(np.float16),
-    "torch BFloat16Storage": np.dtype(jnp.bfloat16),
-    "torch LongStorage": np.dtype(np.int64),
-    "torch IntStorage": np.dtype(np.int32),
-    "torch ShortStorage": np.dtype(np.int16),
-    "torch CharStorage": np.dtype(np.int8),
-    "torch ByteStorage": np.dtype(np.uint8),
-    "torch BoolStorage": np.dtype(np.bool_),
-}
-_DICT, _TENSOR, _PARAMETER = (
-    "collections OrderedDict",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-)
+_STORAGES = {"Double": np.float64, "Float": np.float32, "Half": np.float16, "BFloat16": jnp.bfloat16, "Bool": np.bool_}
+_STORAGES |= {"Long": np.int64, "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8}
+_DTYPES = {f"torch {name}Storage": np.dtype(dtype) for name, dtype in _STORAGES.items()}
+_DICT = "collections OrderedDict"
+_TENSOR, _PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
+# What the instructions without an argument push.
+_NEW: dict[str, Callable[[], object]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_NEW |= {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False}
 
 
 class _Name(NamedTuple):
-    """A name that the pickle wants imported; it stays a name."""
-
-    text: str
+    text: str  # what the pickle wants imported; it stays a name
 
 
 class _Storage(NamedTuple):
@@ -71,12 +61,8 @@ class _NotTensorsError(Exception):
 
 
 def index_torch_bin(path: Path) -> dict[str, StoredArray]:
-    """The tensors of a PyTorch zip file by key; none of their values is read yet.
-
-    Raises:
-      UserError: the file is missing or damaged, in the format before PyTorch 1.6, compressed, or holds anything but a
-        dict of tensors (a trained optimizer, a whole model, an attack).
-    """
+    """The tensors of a PyTorch zip file by key; none of their values is read yet. UserError if the file is missing,
+    damaged, of a PyTorch before 1.6, compressed, or holds anything but a dict of tensors (an optimizer, an attack)."""
     return index_training_checkpoint(path, nested=False)[0]
 
 
@@ -105,17 +91,24 @@ def index_training_checkpoint(path: Path, *, nested: bool = True) -> tuple[dict[
                 raise UserError(f"Weight file {path} has a table of more than {_MAX_PICKLE_BYTES} bytes; {_SAFER}.")
             if f"{root}byteorder" in members and _content(path, file, members[f"{root}byteorder"]) != b"little":
                 raise UserError(f"Weight file {path} is not little-endian; save it again on another machine.")
-            content, beside = _interpret(_content(path, file, pickle)), {}
-            if nested and type(content) is dict and type(content.get("state_dict")) is dict:
+            content, beside = _expect(dict, _interpret(_content(path, file, pickle))), {}
+            if nested and type(content.get("state_dict")) is dict:
                 beside = {k: v for k, v in content.items() if type(v) in (str, bool, int, float)}
                 content = content["state_dict"]
             arrays = {}
-            for key, tensor in _checked(content).items():
-                member = members.get(f"{root}data/{tensor.storage.record}")
-                if member is None or member.file_size < tensor.storage.size * tensor.storage.dtype.itemsize:
+            for key, tensor in content.items():
+                _expect(str, key)
+                if type(tensor) is not _Tensor:
+                    raise _NotTensorsError(
+                        f"holds a {type(tensor).__name__} under {key!r} where a tensor should be; only plain state "
+                        "dicts can be read, so save the model's own state_dict()"
+                    )
+                (record, dtype, size), start, shape, strides = tensor
+                member = members.get(f"{root}data/{record}")
+                if member is None or member.file_size < size * dtype.itemsize:
                     raise _NotTensorsError(f"lacks the values of {key!r}; download or copy it again")
-                offset = _start(path, file, member) + tensor.offset * tensor.storage.dtype.itemsize
-                arrays[key] = StoredArray(path, offset, tensor.storage.dtype, tensor.shape, tensor.strides)
+                offset = _start(path, file, member) + start * dtype.itemsize
+                arrays[key] = StoredArray(path, offset, dtype, shape, strides)
             return arrays, beside
     except _NotTensorsError as error:
         raise UserError(f"Weight file {path} {error}.") from error
@@ -151,8 +144,7 @@ def _interpret(pickle: bytes) -> object:
     memo: dict[int, object] = {}
     argument: Any
 
-    def pop_to_mark() -> list[object]:
-        start = marks.pop()
+    def pop(start: int) -> list[object]:
         items = stack[start:]
         del stack[start:]
         return items
@@ -161,51 +153,35 @@ def _interpret(pickle: bytes) -> object:
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
+            case name if name in _NEW:
+                stack.append(_NEW[name]())
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
                 stack.append(argument)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                length = int(opcode.name[-1])
-                stack[-length:] = [tuple(stack[-length:])]
             case "MARK":
                 marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(pop_to_mark()))
-            case "APPEND":
-                item = stack.pop()
-                _expect(list, stack[-1]).append(item)
-            case "APPENDS":
-                items = pop_to_mark()
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
+                stack.append(tuple(pop(marks.pop() if name == "TUPLE" else -int(name[-1]))))
+            case "APPEND" | "APPENDS" as name:
+                items = pop(marks.pop() if name == "APPENDS" else -1)
                 _expect(list, stack[-1]).extend(items)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _expect(dict, stack[-1])[_key(key)] = value
-            case "SETITEMS":
-                items = pop_to_mark()
+            case "SETITEM" | "SETITEMS" as name:
+                items = pop(marks.pop() if name == "SETITEMS" else -2)
                 for key, value in zip(items[::2], items[1::2], strict=True):
-                    _expect(dict, stack[-1])[_key(key)] = value
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
+                    _expect(dict, stack[-1])[key if type(key) is int else _expect(str, key)] = value
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE" as name:
+                memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
-            case "GLOBAL":
-                stack.append(_name(argument))
-            case "STACK_GLOBAL":
-                name, module = _expect(str, stack.pop()), _expect(str, stack.pop())
-                stack.append(_name(f"{module} {name}"))
-            case "BINPERSID":
-                stack.append(_storage(stack.pop()))
+            case "GLOBAL" | "STACK_GLOBAL" as name:
+                text = argument if name == "GLOBAL" else " ".join(_expect(str, part) for part in pop(-2))
+                if text not in (_DICT, _TENSOR, _PARAMETER, *_DTYPES):
+                    _refuse(text)
+                stack.append(_Name(text))
+            case "BINPERSID":  # ("storage", type, record, device, number of elements)
+                kind, dtype, record, _, size = _expect(tuple, stack.pop())
+                if kind != "storage" or _expect(_Name, dtype).text not in _DTYPES:
+                    raise ValueError("unknown kind of storage")
+                stack.append(_Storage(_expect(str, record), _DTYPES[dtype.text], _expect(int, size)))
             case "REDUCE":
                 arguments = _expect(tuple, stack.pop())
                 stack.append(_build(_expect(_Name, stack.pop()).text, arguments))
@@ -231,30 +207,11 @@ def _expect(kind: type[_T], value: object) -> _T:
     return value
 
 
-def _key(value: object) -> str | int:
-    """A key of a dict; numbers are those of an optimizer's state."""
-    return value if type(value) is int else _expect(str, value)
-
-
 def _refuse(text: str) -> NoReturn:
     raise _NotTensorsError(
         f"asks for {text.replace(' ', '.', 1)!r}, which no dict of tensors needs, and was not read; it may be an "
         f"attack or a whole model: {_SAFER}"
     )
-
-
-def _name(text: str) -> _Name:
-    if text not in (_DICT, _TENSOR, _PARAMETER) and text not in _DTYPES:
-        _refuse(text)
-    return _Name(text)
-
-
-def _storage(identity: object) -> _Storage:
-    """What the pickle calls by a persistent id: ``("storage", type, record, device, number of elements)``."""
-    kind, dtype, record, _, size = _expect(tuple, identity)
-    if kind != "storage" or _expect(_Name, dtype).text not in _DTYPES:
-        raise ValueError("unknown kind of storage")
-    return _Storage(_expect(str, record), _DTYPES[dtype.text], _expect(int, size))
 
 
 def _build(name: str, arguments: tuple[Any, ...]) -> object:
@@ -278,15 +235,3 @@ def _build(name: str, arguments: tuple[Any, ...]) -> object:
     if math.prod(shape) and (last >= storage.size or math.prod(shape) > storage.size):
         raise ValueError(f"a tensor of shape {shape} and strides {strides} does not fit its storage of {storage.size}")
     return tensor
-
-
-def _checked(result: object) -> dict[str, _Tensor]:
-    tensors = _expect(dict, result)
-    for key, value in tensors.items():
-        _expect(str, key)
-        if type(value) is not _Tensor:
-            raise _NotTensorsError(
-                f"holds a {type(value).__name__} under {key!r} where a tensor should be; only plain state dicts can be "
-                "read, so save the model's own state_dict()"
-            )
-    return tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import flax.traverse_util
@@ -17,7 +17,7 @@ from spo_jax.errors import UserError, notice
 from spo_jax.formats import names
 from spo_jax.formats.hub import missing
 from spo_jax.formats.json_files import read_json
-from spo_jax.formats.safetensors_io import index_safetensors
+from spo_jax.formats.safetensors_io import index_safetensors, read_metadata
 from spo_jax.formats.stored import StoredArray, empty
 from spo_jax.formats.torch_bin import index_torch_bin
 
@@ -48,6 +48,7 @@ class Weights:
 
     path: Path
     arrays: dict[str, StoredArray]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of a safetensors file
 
 
 def open_file(path: Path) -> Weights:
@@ -57,21 +58,17 @@ def open_file(path: Path) -> Weights:
     with path.open("rb") as file:
         start = file.read(9)
     # The content decides, and the name where it does not: safetensors begin with the length of a JSON text.
-    is_torch = start.startswith(_ZIP) or (path.suffix in TORCH_SUFFIXES and start[8:] != b"{")
-    return Weights(path, index_torch_bin(path) if is_torch else index_safetensors(path))
+    if start.startswith(_ZIP) or (path.suffix in TORCH_SUFFIXES and start[8:] != b"{"):
+        return Weights(path, index_torch_bin(path))
+    return Weights(path, index_safetensors(path), read_metadata(path))
 
 
 def open_weights(folder: Path, stem: str, variant: str | None = None) -> Weights:
     """The weights of the model in ``folder``: safetensors before PyTorch files, one file before shards.
 
-    Args:
-      folder: the model's folder.
-      stem: of the file names, ``DIFFUSERS_STEM`` or ``TRANSFORMERS_STEM``.
-      variant: the name between stem and suffix, such as ``"fp16"`` in ``model.fp16.safetensors``. None takes files
-        without one, or else the only variant there is, with a notice.
-
-    Raises:
-      UserError: there is none of these files, or one of them, or a shard, is damaged or missing.
+    ``stem``, ``DIFFUSERS_STEM`` or ``TRANSFORMERS_STEM``, begins the file names, and ``variant`` stands between it and
+    the suffix, as in ``model.fp16.safetensors``. None takes files without one, or else the only variant there is, with
+    a notice. UserError if there is none of these files, or one of them, or a shard, is damaged or missing.
     """
     chosen = choose_variant(folder, stem, variant)
     if chosen != variant:
@@ -84,7 +81,16 @@ def open_weights(folder: Path, stem: str, variant: str | None = None) -> Weights
         if any(re.search(r"-\d+-of-\d+\.", other) for other in others):
             hint = f" It has shards ({', '.join(others[:3])}), but not their index, {file}.index.json; copy it as well."
         raise UserError(missing(folder / file, "Weight file") + (hint if others else ""))
-    return _open_shards(path) if path.suffix == ".json" else open_file(path)
+    if path.suffix != ".json":
+        return open_file(path)
+    weight_map = read_weight_map(path)
+    opened = {shard: open_file(folder / shard).arrays for shard in sorted(set(weight_map.values()))}
+    for key, shard in weight_map.items():
+        if key not in opened[shard]:
+            raise UserError(f"Weight file {folder / shard} has no key {key!r}, which {path.name} puts there.")
+    # Keys that only the shards know are kept, so that the reader refuses them as it does in a single file.
+    every = {key: array for arrays in opened.values() for key, array in arrays.items()}
+    return Weights(path, every | {key: opened[shard][key] for key, shard in weight_map.items()})
 
 
 def find_weights(folder: Path, stem: str, variant: str | None) -> Path | None:
@@ -116,11 +122,7 @@ def choose_variant(folder: Path, stem: str, variant: str | None) -> str | None:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """The ``weight_map`` of an ``*.index.json``: the file of its folder that has each key.
-
-    Raises:
-      UserError: it is damaged, or names a file outside its folder.
-    """
+    """The ``weight_map`` of an ``*.index.json``: the file of its folder that has each key."""
     try:
         weight_map = read_json(index)["weight_map"]
         inside = all(Path(file).name == file and file != ".." and "\\" not in file for file in weight_map.values())
@@ -129,18 +131,6 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not inside:
         raise UserError(f"File {index} names weight files outside its folder; get the model from its source again.")
     return weight_map
-
-
-def _open_shards(index: Path) -> Weights:
-    """The weights that an ``*.index.json`` spreads over several files of its folder."""
-    weight_map = read_weight_map(index)
-    opened = {shard: open_file(index.parent / shard).arrays for shard in sorted(set(weight_map.values()))}
-    for key, shard in weight_map.items():
-        if key not in opened[shard]:
-            raise UserError(f"Weight file {index.parent / shard} has no key {key!r}, which {index.name} puts there.")
-    # Keys that only the shards know are kept, so that the reader refuses them as it does in a single file.
-    every = {key: array for arrays in opened.values() for key, array in arrays.items()}
-    return Weights(index, every | {key: opened[shard][key] for key, shard in weight_map.items()})
 
 
 def read_params(source: Path | Weights, shapes: PyTree, *, prefix: str = "", sharding: Placement = None) -> PyTree:
@@ -156,12 +146,11 @@ def read_params(source: Path | Weights, shapes: PyTree, *, prefix: str = "", sha
       sharding: where the parameters go; None is JAX's default device.
 
     Raises:
-      UserError: a missing, left-over or wrongly shaped key, by name (before anything is read); or one with numbers that
-        are not finite.
+      UserError: a missing, left-over or wrongly shaped key (before anything is read), or numbers that are not finite.
     """
     weights = source if isinstance(source, Weights) else open_file(source)
     left = {k: v for k, v in weights.arrays.items() if not k.endswith(_IGNORED_SUFFIXES)}
-    found, keys = {}, {}
+    found = {}
     flat = flax.traverse_util.flatten_dict(shapes)
     for tree_path, leaf in flat.items():
         key = prefix + names.torch_key(tree_path)
@@ -171,8 +160,8 @@ def read_params(source: Path | Weights, shapes: PyTree, *, prefix: str = "", sha
                 f"Weight file {weights.path} has no key {key!r}, which its config.json asks for; "
                 "the file and the config do not belong together."
             )
-        stored = found[tree_path] = left.pop(key)
-        keys[tree_path] = key
+        stored = left.pop(key)
+        found[tree_path] = key, stored
         expected = names.torch_shape(tree_path, leaf.shape)
         if expected not in (stored.shape, (*stored.shape, 1, 1)):
             raise UserError(
@@ -193,34 +182,28 @@ def read_params(source: Path | Weights, shapes: PyTree, *, prefix: str = "", sha
     placed = {}
     # The largest first: the copies that its conversion takes then come on top of nothing.
     for tree_path in sorted(flat, key=lambda p: -int(np.prod(flat[p].shape))):
-        leaf, array = flat[tree_path], found[tree_path].read()
-        array = names.from_torch(tree_path, array.reshape(names.torch_shape(tree_path, leaf.shape)))
+        leaf, (key, stored) = flat[tree_path], found[tree_path]
+        array = names.from_torch(tree_path, stored.read().reshape(names.torch_shape(tree_path, leaf.shape)))
         if array.dtype != leaf.dtype or not array.flags.c_contiguous:
             converted = empty(leaf.shape, leaf.dtype)
             np.copyto(converted, array, casting="unsafe")
             array = converted
         if not is_finite(array):
             raise UserError(
-                f"Weight file {weights.path}: {keys[tree_path]!r} has numbers that are not finite (NaN or infinity); "
+                f"Weight file {weights.path}: {key!r} has numbers that are not finite (NaN or infinity); "
                 "the model was saved damaged, or is damaged now: get it again."
             )
-        placed[tree_path] = place(array, sharding(tree_path, leaf.shape) if callable(sharding) else sharding)
+        where = sharding(tree_path, leaf.shape) if callable(sharding) else sharding
+        if where is None:
+            value = jax.device_put(array)
+        else:  # unlike device_put, this also works where other processes hold some of the devices
+            value = jax.make_array_from_callback(array.shape, where, array.__getitem__)
+        placed[tree_path] = value.block_until_ready()  # the host's copy can go
     return flax.traverse_util.unflatten_dict({tree_path: placed[tree_path] for tree_path in flat})
 
 
 def is_finite(array: np.ndarray) -> bool:
     """Whether all of an array of floats, in row-major order, is finite: by the exponents, as numpy's own is slow."""
     integer, exponent = _EXPONENTS[str(array.dtype)]
-    flat = array.reshape(-1).view(integer)
-    return not any(
-        ((flat[start : start + _BLOCK] & exponent) == exponent).any() for start in range(0, flat.size, _BLOCK)
-    )
-
-
-def place(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
-    """The array on its devices, complete: the host's copy can go."""
-    if sharding is None:
-        placed = jax.device_put(array)
-    else:  # unlike device_put, this also works where other processes hold some of the devices
-        placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-    return placed.block_until_ready()
+    blocks = np.array_split(array.reshape(-1).view(integer), -(-array.size // _BLOCK) or 1)
+    return not any(((block & exponent) == exponent).any() for block in blocks)

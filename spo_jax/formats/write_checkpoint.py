@@ -17,13 +17,11 @@ from jaxtyping import PyTree
 
 from spo_jax.diffusion.schedule import FILE, make_schedule
 from spo_jax.errors import UserError
-from spo_jax.formats import names, original_configs
-from spo_jax.formats.json_files import Json
+from spo_jax.formats import names
 from spo_jax.formats.original_layout import LAYOUTS, V_PREDICTION, ZERO_SNR, Original, originals
-from spo_jax.formats.parts import scheduler_of
-from spo_jax.formats.pipeline_files import PipelineFiles, write_configs
+from spo_jax.formats.pipeline_files import PipelineFiles, scheduler_of, write_configs
 from spo_jax.formats.safetensors_io import fetch_array, write_arrays
-from spo_jax.formats.single_file import CLIP_VOCABULARY, config_folder
+from spo_jax.formats.single_file import CLIP_VOCABULARY, config_folder, model_spec, pipeline_configs
 from spo_jax.formats.stored import StoredArray
 from spo_jax.models.clip import CLIPTextTransformer
 
@@ -34,8 +32,8 @@ class _Entry(NamedTuple):
     """A key of the file, and the parameters of a part that make it: one, or queries, keys and values."""
 
     part: str
-    paths: tuple[tuple[str, ...], ...]
     original: Original
+    paths: list[tuple[str, ...]]
 
 
 def write_checkpoint(
@@ -43,14 +41,9 @@ def write_checkpoint(
 ) -> Path | None:
     """Writes a pipeline with other parameters of some parts; the file appears complete or not at all.
 
-    One part of the pipeline is in memory at a time, and a converted copy of one array.
-
-    Args:
-      out: the ``.safetensors`` file.
-      files: of the pipeline.
-      parts: by name, functions that give the parameters of the parts that are not to be as in the pipeline. Each is
-        called after all checks, when its part is written.
-      dtype: of everything in the file.
+    One part of the pipeline is in memory at a time, and a converted copy of one array. ``parts`` has functions, by
+    name, that give the parameters of the parts that are not to be as in the pipeline. Each is called after all checks,
+    when its part is written. ``dtype`` is that of everything in the file.
 
     Returns:
       The folder that got the pipeline's configs, because a reader of the file alone would take others; mostly None.
@@ -61,13 +54,16 @@ def write_checkpoint(
     kind = "SD2" if files.configs["text_encoder"].get("hidden_act") == _GELU else "SD1"
     kind = "SDXL" if files.is_xl else kind
     shapes = {part: files.network(part, np.float32)[1] for part in files.configs}
-    entries = dict(itertools.chain.from_iterable(_entries(kind, part, shapes[part]) for part in LAYOUTS[kind]))
-    flat = {part: flax.traverse_util.flatten_dict(tree) for part, tree in shapes.items()}
-    markers = _markers(files.scheduler)
+    # Keys without values, by which ComfyUI and A1111 know what the UNet predicts.
+    markers = [V_PREDICTION] if files.prediction_type == "v_prediction" else []
+    markers += [ZERO_SNR] if files.scheduler.get("rescale_betas_zero_snr") else []
     sizes: dict[str, tuple[int, ...]] = dict.fromkeys(markers, (0,))
-    for key, entry in entries.items():
-        ours = flat[entry.part][entry.paths[0]].shape
-        sizes[key] = entry.original.shape(names.torch_shape(entry.paths[0], ours))
+    entries: dict[str, _Entry] = {}
+    for part in LAYOUTS[kind]:
+        flat, places = flax.traverse_util.flatten_dict(shapes[part]), originals(kind, part, shapes[part])
+        for path, original in sorted(places.items(), key=lambda item: (item[1].key, item[1].third or 0)):
+            entries.setdefault(original.key, _Entry(part, original, [])).paths.append(path)
+            sizes[original.key] = original.shape(names.torch_shape(path, flat[path].shape))
     configs = config_folder(out) if _needs_configs(files, kind, sizes, out) else None
     if configs is not None and configs.exists():
         raise UserError(
@@ -81,7 +77,7 @@ def write_checkpoint(
             for key, entry in group:
                 yield _converted(key, entry, values, dtype)
 
-    metadata = original_configs.model_spec(kind, out.stem, files.prediction_type, files.image_size)
+    metadata = model_spec(kind, out.stem, files.prediction_type, files.image_size)
     every = {key: jax.ShapeDtypeStruct(shape, dtype) for key, shape in sizes.items()}
     write_arrays(out, every, arrays(), metadata=metadata)
     if configs is not None:
@@ -90,18 +86,6 @@ def write_checkpoint(
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
-def _entries(kind: str, part: str, shapes: PyTree) -> list[tuple[str, _Entry]]:
-    """The keys of a part in the file, each with what it is made of, sorted."""
-    joined: dict[str, list[tuple[tuple[str, ...], Original]]] = {}
-    for path, original in originals(kind, part, shapes).items():
-        joined.setdefault(original.key, []).append((path, original))
-    entries = []
-    for key, pieces in sorted(joined.items()):
-        pieces.sort(key=lambda piece: piece[1].third or 0)
-        entries.append((key, _Entry(part, tuple(path for path, _ in pieces), pieces[0][1])))
-    return entries
-
-
 def _converted(key: str, entry: _Entry, values: Mapping[tuple[str, ...], ArrayLike], dtype: DTypeLike) -> np.ndarray:
     """An array of the file in its layout and dtype; UserError if a value is not finite in it."""
     pieces = [names.to_torch(path, fetch_array(values[path])) for path in entry.paths]
@@ -119,20 +103,11 @@ def _converted(key: str, entry: _Entry, values: Mapping[tuple[str, ...], ArrayLi
     return converted
 
 
-def _markers(scheduler: Json) -> list[str]:
-    """Keys without values, by which ComfyUI and A1111 know what the UNet predicts."""
-    marked = {
-        V_PREDICTION: scheduler.get("prediction_type") == "v_prediction",
-        ZERO_SNR: bool(scheduler.get("rescale_betas_zero_snr")),
-    }
-    return [key for key, is_so in marked.items() if is_so]
-
-
 def _needs_configs(files: PipelineFiles, kind: str, sizes: Mapping[str, tuple[int, ...]], out: Path) -> bool:
     """Whether somebody who has the file alone would take another pipeline for it."""
     arrays = {key: StoredArray(out, 0, np.dtype(np.float32), shape) for key, shape in sizes.items()}
     try:
-        configs = original_configs.pipeline_configs(out, kind, arrays, files.prediction_type)
+        configs = pipeline_configs(out, kind, arrays, files.prediction_type)
         del configs["index"]
         schedules = [
             make_schedule({**scheduler_of(config, out, sdxl=kind == "SDXL"), FILE: ""}, 20)

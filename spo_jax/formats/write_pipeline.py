@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,9 +15,10 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from spo_jax.errors import UserError, notice
+from spo_jax.files import saying_where
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.networks import PARTS
-from spo_jax.formats.pipeline_files import INDEX, write_configs
+from spo_jax.formats.pipeline_files import INDEX, OPTIONAL, write_configs
 from spo_jax.formats.safetensors_io import write_params
 from spo_jax.formats.single_file import open_single_file
 from spo_jax.formats.weights import (
@@ -28,8 +30,6 @@ from spo_jax.formats.weights import (
     read_weight_map,
 )
 
-# Parts that a pipeline may do without; diffusers then wants null in their place.
-_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 _WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".gguf")
 
 
@@ -59,11 +59,9 @@ def write_pipeline(
     Args:
       out: the new folder; it may exist if it is empty.
       source: a diffusers pipeline folder, or a single file, whose other parts are written in the dtype that they have.
-      unet_params: for the UNet's ``config.json``.
-      text_encoders: parameters of those that are replaced as well, by name.
+      unet_params: for the UNet's ``config.json``; ``text_encoders`` are those that are replaced as well, by name.
       replaced: folders of parts that are not those of ``source`` (see ``Pipeline``).
-      variant: of the weights that are copied.
-      dtype: of the written models.
+      variant: of the weights that are copied; ``dtype`` is that of the written models.
 
     Raises:
       UserError: ``out`` is not empty or cannot be written, or ``source`` is not complete.
@@ -72,25 +70,23 @@ def write_pipeline(
     check_output_folder(out)
     models = {"unet": unet_params, **(text_encoders or {})}
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
+    with contextlib.ExitStack() as stack, saying_where(out):
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        if source.is_file():
-            index = _unpack(source, temporary, replaced, variant, without=models)
-        else:
-            index = _copy_parts(source, temporary, replaced, variant, without=models)
+        unpack = _unpack if source.is_file() else _copy_parts
+        index = unpack(source, temporary, replaced, variant, without=models)
         libraries = {name: part[0] for name, part in index.items() if isinstance(part, list) and part and part[0]}
         for name, library in libraries.items():
-            if library != "diffusers":
-                _compute_in_float32(temporary / name / "config.json")
+            config = temporary / name / "config.json"
+            # Without a word there, or with "float16", transformers loads what diffusers' float32 parts do not go with.
+            fields = read_json(config) if library != "diffusers" and config.is_file() else {}
+            if {"dtype", "torch_dtype", "model_type"} & fields.keys():
+                fields.pop("dtype", None)
+                _write_json(config, fields | {"torch_dtype": "float32"})
         for name, params in models.items():
             write_params(temporary / name / f"{_stem(libraries[name])}.safetensors", params, dtype=dtype)
         os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written ({error.strerror or error}); choose another place.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for unknown in _unknown_classes(index):
-        notice(f"warning: {out / INDEX} names {unknown}, which cannot load it.")
+    _warn_of_unknown_classes(out / INDEX, index)
 
 
 def _unpack(
@@ -122,13 +118,13 @@ def _copy_parts(
             if name in replaced:  # such a folder may hold other files of the user's
                 files = {path: to for path, to in files.items() if _holds_weights(path) or to == "config.json"}
             _copy(files, out / name)
-        elif name in _OPTIONAL:
+        elif name in OPTIONAL:
             index[name] = [None, None]
         elif part[:1] != [None]:
             raise UserError(f"Folder {folder} does not exist, but {source / INDEX} names it.")
     if index.get("safety_checker") == [None, None]:
         index["requires_safety_checker"] = False
-    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _write_json(out / INDEX, index)
     return index
 
 
@@ -157,15 +153,11 @@ def _copy(files: Mapping[Path, str], out: Path) -> None:
         if ".index" in name and path.name != name:  # it names the shards, which have new names too
             index = json.loads(path.read_text(encoding="utf-8"))
             index["weight_map"] = {key: files[path.parent / shard] for key, shard in index["weight_map"].items()}
-            (out / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            _write_json(out / name, index)
 
 
-def _compute_in_float32(config: Path) -> None:
-    # Without a word there, or with "float16", transformers loads what diffusers' float32 parts do not go with.
-    fields = read_json(config) if config.is_file() else {}
-    if {"dtype", "torch_dtype", "model_type"} & fields.keys():
-        fields = {key: value for key, value in fields.items() if key != "dtype"} | {"torch_dtype": "float32"}
-        config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+def _write_json(path: Path, value: Json) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _stem(library: str | None) -> str:
@@ -176,16 +168,13 @@ def _holds_weights(path: Path) -> bool:
     return path.suffix in _WEIGHT_SUFFIXES or ".index" in path.name
 
 
-def _unknown_classes(index: Json) -> list[str]:
-    """Classes of the pipeline and its parts that the installed libraries do not have, each with the library."""
+def _warn_of_unknown_classes(file: Path, index: Json) -> None:
     import diffusers  # these take seconds to import, and only what is written needs them
     import transformers
 
     libraries = {"diffusers": diffusers, "transformers": transformers}
     parts = [part for part in index.values() if isinstance(part, list) and len(part) == 2]
-    named = [("diffusers", index.get("_class_name")), *parts]
-    return [
-        f"{name}.{kind}, unknown to {name} {libraries[name].__version__}"
-        for name, kind in named
-        if name in libraries and kind not in dir(libraries[name])
-    ]
+    for name, kind in (("diffusers", index.get("_class_name")), *parts):
+        if name in libraries and kind not in dir(libraries[name]):
+            version = f"{name} {libraries[name].__version__}"
+            notice(f"warning: {file} names {name}.{kind}, unknown to {version}, which cannot load it.")

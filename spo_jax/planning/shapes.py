@@ -152,7 +152,8 @@ class Shapes:
         config = known if found is None else read_json(found)
         step_aware = _has_time_layers(name) if step_aware is None else step_aware
         where = f"File {folder / 'config.json'}"
-        clip, shapes = build(CLIPModel, config, dtype, params_dtype, where=where, step_aware=step_aware)
+        clip, shapes = build(CLIPModel, config, dtype, where=where, step_aware=step_aware)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(params_dtype or dtype)), shapes)
         return clip, placed(shapes, place, (part,))
 
     def tokenizer(self, name: str, default: Tokenizer, tower: CLIPTextTransformer | None) -> Tokenizer:

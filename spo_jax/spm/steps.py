@@ -18,7 +18,7 @@ from spo_jax.distributed.mesh import fetch
 from spo_jax.distributed.processes import is_main_process
 from spo_jax.errors import UserError
 from spo_jax.evaluation.pair_accuracy import SCORER, accuracy_row, first_pairs, measure_accuracy
-from spo_jax.formats.write_scorer import write_scorer
+from spo_jax.formats.scorers import write_scorer
 from spo_jax.runs.loop import Loop
 from spo_jax.spm.assemble import SPM
 from spo_jax.spm.update import SPMMetrics, metrics_to_json, spm_metrics

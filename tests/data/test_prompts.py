@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_jax.data import prompt_files, prompts
+from spo_jax.data import prompts
 from spo_jax.errors import UserError
 
 
@@ -17,7 +17,7 @@ def test_missing_file_and_folder(tmp_path):
 
 
 def test_file_that_is_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_files, "MAX_BYTES", 10)
+    monkeypatch.setattr(prompts, "MAX_BYTES", 10)
     (tmp_path / "p.txt").write_text("a fox\nowl\n", encoding="utf-8")
     assert prompts.read_prompts(tmp_path / "p.txt") == ["a fox", "owl"]
     (tmp_path / "p.txt").write_text("a fox\nowls\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from spo_jax.diffusion.dpm_solver import make_dpm_schedule, sample_dpmpp_2m
 from spo_jax.diffusion.process import Gaussian, log_prob
 from spo_jax.diffusion.schedule import check_trainable, make_schedule
 from spo_jax.errors import UserError
-from spo_jax.formats.parts import scheduler_of
+from spo_jax.formats.pipeline_files import scheduler_of
 
 SD = {
     "beta_start": 0.00085,

@@ -14,8 +14,7 @@ from spo_jax.distributed.mesh import make_mesh
 from spo_jax.errors import UserError
 from spo_jax.formats.hub import local
 from spo_jax.formats.pipeline import read_clip, read_pipeline
-from spo_jax.formats.scorers import function_scorer, load_function
-from spo_jax.formats.write_scorer import write_scorer
+from spo_jax.formats.scorers import function_scorer, load_function, write_scorer
 from spo_jax.models.clip import is_time_layer
 from spo_jax.preference.scorers import ScorerSetup, image_candidates_scorer, make_clip_scorer, make_function_scorer
 from spo_jax.sampling.encode import encode_prompts, make_encode

@@ -21,7 +21,7 @@ from spo_jax.errors import UserError
 from spo_jax.formats.hub import local
 from spo_jax.formats.pipeline import read_clip
 from spo_jax.formats.safetensors_io import index_safetensors, write_params
-from spo_jax.formats.write_scorer import write_scorer
+from spo_jax.formats.scorers import write_scorer
 from tests.golden_data import FOLDER
 from tests.system.commands import ROOT, environment
 

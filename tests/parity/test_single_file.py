@@ -15,13 +15,12 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from diffusers.loaders import single_file_utils as theirs
 
 from spo_jax.diffusion.schedule import FILE, make_schedule
-from spo_jax.formats import original_configs
 from spo_jax.formats.hub import local
 from spo_jax.formats.names import torch_key, torch_shape
 from spo_jax.formats.networks import network_shapes
 from spo_jax.formats.original_layout import LAYOUTS, originals
 from spo_jax.formats.pipeline import open_pipeline, read_pipeline
-from spo_jax.formats.single_file import config_folder
+from spo_jax.formats.single_file import config_folder, part_config
 from spo_jax.formats.stored import StoredArray
 from spo_jax.formats.write_checkpoint import write_checkpoint
 from spo_jax.models import AutoencoderKL as OurAutoencoderKL
@@ -81,7 +80,7 @@ def test_configs_of_a_real_model_are_the_published_ones(kind, tmp_path):
     arrays = {key: StoredArray(path, 0, np.dtype(np.float16), shape) for key, shape in real_size(kind)[1].items()}
     for part, build in MODELS.items():
         if part in LAYOUTS[kind]:
-            config = original_configs.part_config(path, kind, part, arrays)
+            config = part_config(path, kind, part, arrays)
             assert build.from_config(config) == build.from_config(published.PIPELINES[REPOSITORIES[kind]][part])
 
 
