@@ -21,8 +21,7 @@ from ml_collections import ConfigDict
 from spo_jax import cli
 from spo_jax.planning.compile import compile_program, versions
 from spo_jax.planning.estimate import abstract_run, estimate_program, resident_bytes
-from spo_jax.planning.planner import check
-from spo_jax.planning.report import overrides
+from spo_jax.planning.planner import check, overrides
 from spo_jax.planning.targets import GIB, parse_target
 
 ONLY = flags.DEFINE_string("only", "", "Part of a target's name: only its rows are made.")
@@ -31,8 +30,11 @@ ESTIMATES = flags.DEFINE_boolean("estimates", False, "Nothing is compiled; what 
 RESULTS = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
-# The others are small (encode) or a part of these (score).
+# The others are small.
 PROGRAMS = ("pool", "update", "evaluation")
+
+
+Entry = dict[str, Any]  # what is kept of a program, as JSON
 
 
 class Cell(NamedTuple):
@@ -41,7 +43,7 @@ class Cell(NamedTuple):
     name: str
     config: str
     target: str
-    changes: dict[str, Any] = {}  # noqa: RUF012  (a NamedTuple's default; nothing changes it)
+    changes: dict[str, object] = {}  # noqa: RUF012  (a NamedTuple's default; nothing changes it)
 
 
 FULL = {"lora.rank": 0}
@@ -73,34 +75,33 @@ def config_of(cell: Cell) -> ConfigDict:
     return config
 
 
-def compiled(cell: Cell, program: str) -> dict[str, Any]:
+def compiled(cell: Cell, program: str) -> Entry:
     """One program of a cell as the compiler has it; bytes on each device."""
     config, target = config_of(cell), parse_target(cell.target)
     check(config, target)
     answer = compile_program(config, target.name, program)
-    exact = answer.temp
+    exact = answer.own
     if answer.status == "compiled":
-        stays = sum(resident_bytes(abstract_run(config, target)).values())
-        exact += stays + answer.extra + answer.output + answer.code
+        exact += sum(resident_bytes(abstract_run(config, target)).values())
     return {
         "status": answer.status,
         "message": answer.message,
         "exact": exact,
         "collectives": answer.traffic and answer.traffic.bytes,
         "seconds": round(answer.seconds),
-        "date": answer.date or time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%d"),
         "versions": versions(target.platform),
     }
 
 
-def estimated(cell: Cell, program: str) -> dict[str, Any]:
+def estimated(cell: Cell, program: str) -> Entry:
     """One program of a cell as it is estimated; bytes on each device."""
     config, target = config_of(cell), parse_target(cell.target)
     flops, extra, own = estimate_program(config, target, program)
     return {"estimate": sum(resident_bytes(abstract_run(config, target)).values()) + extra + own, "flops": flops}
 
 
-def rows(results: dict[str, Any]) -> list[str]:
+def rows(results: dict[str, Entry]) -> list[str]:
     """The table in Markdown."""
     lines = [
         "| recipe | devices | limit | pool | update | evaluation | fits | compiled |",
@@ -122,7 +123,7 @@ def rows(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _entry(entry: dict[str, Any] | None) -> str:
+def _entry(entry: Entry | None) -> str:
     if entry is None:
         return "-"
     if entry["status"] == "failed":
@@ -137,7 +138,7 @@ def key(cell: Cell, program: str) -> str:
     return f"{cell.config} {overrides(cell.changes)} {cell.target} {program}".replace("  ", " ")
 
 
-def write_page(results: dict[str, Any]) -> None:
+def write_page(results: dict[str, Entry]) -> None:
     """Puts the table between its marks in docs/memory.md."""
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)

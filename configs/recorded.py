@@ -16,6 +16,6 @@ def get_config(workdir: str = "") -> ConfigDict:
     if not workdir:
         raise ValueError("Which run? Write its --workdir behind the name: configs/recorded.py:runs/a")
     recorded = json.loads((Path(workdir).expanduser() / "config.json").read_text(encoding="utf-8"))
-    c = methods.config_of(recorded["method"]).get_config()
+    c = methods.module_of(recorded["method"], "config").get_config()
     c.update(recorded)
     return c

@@ -17,3 +17,8 @@ class UserError(Exception):
 def notice(sentence: str) -> None:
     """Says on stderr, once in a process, what was taken for granted and could surprise."""
     print(f"spo_jax: {sentence}", file=sys.stderr)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error of another library says; if it says nothing, its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,9 +12,8 @@ given several times it is their sum. Whole models can be written without: --mode
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -23,6 +22,8 @@ from spo_jax.errors import UserError
 from spo_jax.files import check_place, saying_where
 
 if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
     from spo_jax.formats.pipeline_files import PipelineFiles
 
 LORA = flags.DEFINE_multi_string("lora", [], "A --workdir of training, or a LoRA file; also with a strength.")
@@ -54,11 +55,9 @@ def main() -> None:
     import jax.numpy as jnp
 
     from spo_jax.formats.base import base_of
-    from spo_jax.formats.hub import resolve_model
     from spo_jax.formats.lora import read_adapters
     from spo_jax.formats.lora_write import write_kohya, write_lora
-    from spo_jax.formats.pipeline import replaced_parts
-    from spo_jax.formats.pipeline_files import open_pipeline
+    from spo_jax.formats.pipeline import open_pipeline
     from spo_jax.formats.write_checkpoint import write_checkpoint
     from spo_jax.formats.write_pipeline import check_output_folder, write_pipeline
 
@@ -69,30 +68,36 @@ def main() -> None:
     else:
         check_place(out)
     base = base_of(LORA.value, model=MODEL.value, variant=VARIANT.value, unet=UNET.value, vae=VAE.value)
-    variant = base.variant or None
-    model = resolve_model(base.model, variant=variant, weights=whole)
-    replaced = replaced_parts(base.unet, base.vae, variant=variant, weights=whole)
-    options: dict[str, Any] = {"replaced": replaced, "variant": variant, "dtype": dtype}
-    files = open_pipeline(model, variant, replaced)
-    shapes = {part: files.shapes(part, jnp.float32) for part in files.configs if part != "vae"}
+    parts = {"variant": base.variant or None, "unet": base.unet or None, "vae": base.vae or None}
+    files = open_pipeline(base.model, weights=whole, **parts)
+    shapes = {part: files.network(part, jnp.float32)[1] for part in files.configs if part != "vae"}
     lora = read_adapters(LORA.value, shapes)
     merged = {part: functools.partial(merged_part, files, part, lora) for part in {"unet", *lora}}
     if FORMAT.value == "pipeline":
         params = {part: read() for part, read in merged.items()}
-        write_pipeline(out, model, params.pop("unet"), text_encoders=params, **options)
+        write_pipeline(
+            out,
+            files.path,
+            params.pop("unet"),
+            text_encoders=params,
+            replaced=files.replaced,
+            variant=files.variant,
+            dtype=dtype,
+        )
     else:
         with saying_where(out):
             if FORMAT.value == "checkpoint":
-                if (configs := write_checkpoint(out, model, merged, **options)) is not None:
+                if (configs := write_checkpoint(out, files, merged, dtype=dtype)) is not None:
                     print(f"Wrote {configs}: configs and tokenizers that {out} does not tell.")
             elif FORMAT.value == "kohya":
-                write_kohya(out, lora, shapes["unet"], dtype=dtype, **known_of(files))
+                predicted, size = files.prediction_type, files.image_size
+                write_kohya(out, lora, shapes["unet"], dtype=dtype, prediction_type=predicted, image_size=size)
             else:
                 write_lora(out, lora, dtype=dtype)
     print(f"Wrote {out}.")
 
 
-def merged_part(files: PipelineFiles, part: str, lora: Mapping[str, Any]) -> Any:
+def merged_part(files: PipelineFiles, part: str, lora: PyTree) -> PyTree:
     """The parameters of a part, float32, with its adapters merged into them."""
     import flax.traverse_util
     import jax.numpy as jnp
@@ -105,16 +110,6 @@ def merged_part(files: PipelineFiles, part: str, lora: Mapping[str, Any]) -> Any
         if isinstance(adapted, np.ndarray) and not np.isfinite(adapted).all():
             raise UserError(f"The adapters make {'.'.join((part, *path))} not finite; give --lora less strength.")
     return merged
-
-
-def known_of(files: PipelineFiles) -> dict[str, Any]:
-    """What the header of a kohya file tells of the model, beside its kind, as far as its configs say it."""
-    known: dict[str, Any] = {"prediction_type": str(files.scheduler.get("prediction_type", "epsilon"))}
-    downscale = 2 ** (len(files.configs["vae"].get("block_out_channels", ())) - 1)
-    size = files.configs["unet"].get("sample_size")
-    if isinstance(size, int):
-        known["image_size"] = (size * downscale, size * downscale)
-    return known
 
 
 if __name__ == "__main__":

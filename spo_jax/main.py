@@ -22,7 +22,7 @@ def main() -> None:
     config, workdir = cli.config_of(CONFIG), cli.workdir_of(WORKDIR)
     cli.start_processes()
     # These import JAX models; a wrong flag should not wait for that.
-    methods.recipe_of(config.method).train(config, workdir)
+    methods.train(config, workdir)
 
 
 if __name__ == "__main__":

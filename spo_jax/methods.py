@@ -1,52 +1,47 @@
-"""The table of methods: for each name of ``config.method`` its folder. A new method is a folder and a line here."""
+"""The methods of training, by ``config.method``. A new one is a folder and a name in ``METHODS``."""
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from types import ModuleType
+
+from ml_collections import ConfigDict
 
 from spo_jax.errors import UserError
 
+# Each is a folder of the package with ``config.py`` (get_config, RANGES, check), ``assemble.py`` and ``recipe.py``.
 METHODS = ("spo", "spm")
 
 
-def config_of(method: str) -> ModuleType:
-    """The module of a method's config: ``get_config()``, ``RANGES`` and ``check(config)``."""
-    if method == "spo":
-        from spo_jax.spo import config as spo
-
-        return spo
-    if method == "spm":
-        from spo_jax.spm import config as spm
-
-        return spm
-    raise _unknown(method)
+def module_of(method: str, name: str) -> ModuleType:
+    """A module of a method: "config", "assemble" or "recipe"; UserError if there is no such method."""
+    if method not in METHODS:
+        raise UserError(f"config.method must be {' or '.join(METHODS)}, not {method!r}; it belongs to the config file.")
+    return importlib.import_module(f"spo_jax.{method}.{name}")
 
 
-def recipe_of(method: str) -> ModuleType:
-    """The module of a method's training: ``train(config, workdir)``."""
-    if method == "spo":
-        from spo_jax.spo import recipe as spo
+def train(config: ConfigDict, workdir: Path) -> dict[str, object] | None:
+    """Trains and measures; goes on where an interrupted run of the same command stopped.
 
-        return spo
-    if method == "spm":
-        from spo_jax.spm import recipe as spm
+    Args:
+      config: see ``runs/config.py`` and the method's ``config.py`` for every key.
+      workdir: see the method's recipe for what it gets.
 
-        return spm
-    raise _unknown(method)
+    Returns:
+      What ``summary.json`` holds; None if SIGTERM has stopped the run, whose state is then saved.
 
+    Raises:
+      UserError: a mistake in config, files or workdir (before anything is written), or a loss that is not finite.
+    """
+    # Heavy, and the config of a method is read without them.
+    from spo_jax.distributed.mesh import make_mesh
+    from spo_jax.runs import artifacts, wandb_run
+    from spo_jax.runs.loop import RunFolder
 
-def assemble_of(method: str) -> ModuleType:
-    """The module of what a method is made of: ``assemble(config, mesh, load)``."""
-    if method == "spo":
-        from spo_jax.spo import assemble as spo
-
-        return spo
-    if method == "spm":
-        from spo_jax.spm import assemble as spm
-
-        return spm
-    raise _unknown(method)
-
-
-def _unknown(method: str) -> UserError:
-    return UserError(f"config.method must be {' or '.join(METHODS)}, not {method!r}; it belongs to the config file.")
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    module_of(config.method, "config").check(config, mesh.size)
+    wandb_run.check(config)
+    config, pins = artifacts.ready(config, workdir)
+    with wandb_run.finished():
+        return module_of(config.method, "recipe").train(config, mesh, RunFolder(config, workdir, pins))

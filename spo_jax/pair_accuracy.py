@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jax.sharding import Sharding
     from jaxtyping import PyTree
 
+    from spo_jax.data.records import Records
     from spo_jax.evaluation.pair_accuracy import AccuracyMeasure, AskedScorer, PairAccuracy
     from spo_jax.formats.pipeline import Pipeline
 
@@ -119,21 +120,20 @@ def open_scorers(pipeline: Pipeline, sharding: Sharding) -> tuple[dict[str, Aske
     from spo_jax.evaluation.pair_accuracy import SCORER as SCORER_NAME
     from spo_jax.evaluation.pair_accuracy import TOLD_0, AskedScorer
     from spo_jax.formats.pipeline import read_clip
-    from spo_jax.formats.scorers import check_function, fitted_to, load_function
-    from spo_jax.formats.tokenizers import read_tokenizer
-    from spo_jax.preference.scorers import make_clip_scorer, make_function_scorer
+    from spo_jax.formats.scorers import function_scorer
+    from spo_jax.formats.tokenizers import fitted, read_tokenizer
+    from spo_jax.preference.scorers import make_clip_scorer
 
     tokenizer = read_tokenizer(TOKENIZER.value) if TOKENIZER.value else pipeline.tokenizer
     options = {"step_aware": None, "dtype": jnp.dtype(DTYPE.value), "sharding": sharding}
     params: dict[str, PyTree] = {}
     if FN.value:
-        size = pipeline.image_size
-        check_function(FN.value, num_images=2 * BATCH_SIZE.value, image_size=size, tokenizer=tokenizer, key="--fn")
-        scorer, params[SCORER_NAME] = make_function_scorer(load_function(FN.value, "--fn")), {}
+        shapes = {"num_images": 2 * BATCH_SIZE.value, "image_size": pipeline.image_size}
+        scorer, params[SCORER_NAME] = function_scorer(FN.value, tokenizer=tokenizer, key="--fn", **shapes), {}
     else:
         clip, params[SCORER_NAME] = read_clip(SCORER.value, **options)
         scorer = make_clip_scorer(clip)
-    tokenizer = fitted_to(scorer, tokenizer)
+    tokenizer = tokenizer if scorer.tower is None else fitted(tokenizer, scorer.tower)
     scorers = {SCORER_NAME: AskedScorer(scorer, tokenizer)}
     if FN.value or clip.step_aware:  # to a plain CLIP the timestep makes no difference
         scorers[TOLD_0] = AskedScorer(scorer, tokenizer, step_aware=False)
@@ -141,12 +141,12 @@ def open_scorers(pipeline: Pipeline, sharding: Sharding) -> tuple[dict[str, Aske
     if PLAIN.value is not None:
         clip, params[PLAIN_NAME] = read_clip(PLAIN.value, **options)
         plain = make_clip_scorer(clip)
-        scorers[PLAIN_NAME] = AskedScorer(plain, fitted_to(plain, tokenizer), step_aware=False)
+        scorers[PLAIN_NAME] = AskedScorer(plain, fitted(tokenizer, clip.tower), step_aware=False)
     return scorers, params
 
 
 def measure(
-    made: AccuracyMeasure, params: dict[str, PyTree], source: Sized, timesteps: list[int]
+    made: AccuracyMeasure, params: dict[str, PyTree], source: Records, timesteps: list[int]
 ) -> tuple[dict[int, PairAccuracy], list[str], dict[str, int]]:
     """Accuracy by timestep, the captions that this process has seen, and records left out by fault."""
     import jax

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from spo_jax import cli
 from spo_jax.errors import UserError
@@ -32,11 +31,6 @@ CONFIRM = flags.DEFINE_bool(
     "confirm", True, "Compile the smaller setting, too, that is proposed if a run does not fit."
 )
 
-_CAUTION = (
-    "This is an estimate: compiled, programs have needed from 13 % less to 18 % more (docs/memory.md); "
-    "leave --estimate out before you pay."
-)
-
 
 def main() -> None:
     """Plans, prints, and exits with 1 if the run does not fit."""
@@ -44,29 +38,25 @@ def main() -> None:
     if MEMORY.value is not None and not ESTIMATE.value:
         raise UserError("--memory goes with --estimate: programs are compiled for an h100 only.")
     target = parse_target(TARGET.value, MEMORY.value)
-    # These import JAX models; a wrong flag should not wait for that.
-    from spo_jax.planning import planner, report
+    from spo_jax.planning import planner  # JAX models, seconds; a wrong flag should not wait for them
 
     planner.check(config, target)
-    plan = planner.estimate(config, target) if ESTIMATE.value else planner.compile_all(config, target)
+    plan = planner.make_plan(config, target, exact=not ESTIMATE.value)
     print(planner.heading(config, target, exact=not ESTIMATE.value), end="\n\n")
-    print(report.table(plan.run, plan.resident, plan.needs, target), end="\n\n")
+    print(planner.table(plan, target), end="\n\n")
     print(planner.verdict(plan, target))
     if ESTIMATE.value:
-        print(_CAUTION)
+        print("This is an estimate, within 20 % of what the compiler needs; leave --estimate out before you pay.")
     if plan.fits:
         return
-    print(_proposal(config, target, planner, report))
+    exact = CONFIRM.value and not ESTIMATE.value
+    if (found := planner.smaller(config, target, exact=exact)) is None:
+        print(f"No smaller setting was found that fits {target.name}; use devices with more memory, or more devices.")
+    else:
+        plan, changed = found
+        how = "compiled" if exact else "estimated"
+        print(f"This fits: {planner.overrides(changed)}\n({how}: {planner.verdict(plan, target)})")
     sys.exit(1)
-
-
-def _proposal(config: ConfigDict, target, planner, report) -> str:
-    found = planner.smaller(config, target, exact=CONFIRM.value and not ESTIMATE.value)
-    if found is None:
-        return f"No smaller setting was found that fits {target.name}; use devices with more memory, or more devices."
-    plan, changed = found
-    how = "compiled" if plan.exact else "estimated"
-    return f"This fits: {report.overrides(changed)}\n({how}: {planner.verdict(plan, target)})"
 
 
 if __name__ == "__main__":

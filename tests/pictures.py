@@ -15,7 +15,7 @@ from spo_jax.generate import draw_noise
 from spo_jax.images import to_uint8
 from spo_jax.models.lora import init_lora
 from spo_jax.sampling.encode import encode_prompts, make_encode
-from spo_jax.sampling.generate import make_generate
+from spo_jax.sampling.generate import SamplingOptions, make_generate
 
 PROMPTS = ["a red apple on a teal background", "a fox on a blue background"]
 STEPS = 10
@@ -46,7 +46,7 @@ def _our_sampler(folder, solver, steps):
     pipeline = emoji_pipeline() if folder is None else read_pipeline(folder)
     make = make_dpm_schedule if solver == "dpmpp_2m" else make_schedule
     schedule = make(pipeline.scheduler_config, steps)
-    return pipeline, jax.jit(make_generate(pipeline, schedule, guidance_scale=5.0, eta=0.0, solver=solver))
+    return pipeline, jax.jit(make_generate(pipeline, schedule, SamplingOptions(5.0, solver=solver)))
 
 
 def ours(lora=None, solver="ddim", steps=STEPS, folder=None, params=None, size=None):
@@ -58,7 +58,7 @@ def ours(lora=None, solver="ddim", steps=STEPS, folder=None, params=None, size=N
     params = (pipeline.params if params is None else params) | {"lora": lora or {}}
     prompts = encode_prompts(make_encode(pipeline, scorer=None), params, pipeline, None, PROMPTS)
     variables = {"params": params["unet"]} | ({"lora": lora["unet"]} if lora else {})
-    images = generate(params, variables, prompts, initial_latents(size))
+    images = generate(params, variables, prompts, initial_latents(size), None)
     return to_uint8(images).astype(int)
 
 

@@ -8,11 +8,11 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spo_jax.formats.hub import local
-from spo_jax.formats.safetensors_io import param_shapes, write_params
+from spo_jax.formats.networks import network_shapes
+from spo_jax.formats.safetensors_io import write_params
 from spo_jax.models import UNet2DConditionModel
 
 
@@ -29,8 +29,7 @@ def small_pipeline() -> Path:
         "up_block_types": ["CrossAttnUpBlock2D"],
     }
     config.write_text(json.dumps(fields), encoding="utf-8")
-    unet, size = UNet2DConditionModel.from_config(fields), fields["sample_size"]
-    inputs = jnp.zeros((1, size, size, 4)), jnp.zeros(1), jnp.zeros((1, 1, fields["cross_attention_dim"]))
+    unet = UNet2DConditionModel.from_config(fields)
     generator = np.random.default_rng(0)
 
     def draw(path, x):
@@ -38,6 +37,6 @@ def small_pipeline() -> Path:
         value = generator.standard_normal(x.shape, np.float32) / np.sqrt(np.prod(x.shape[:-1]))
         return {"kernel": value, "bias": 0 * value, "scale": 1 + 0 * value}[kind]
 
-    params = jax.tree_util.tree_map_with_path(draw, param_shapes(unet, *inputs))
+    params = jax.tree_util.tree_map_with_path(draw, network_shapes(unet))
     write_params(folder / "unet" / "diffusion_pytorch_model.safetensors", params, dtype=np.float32)
     return folder

@@ -16,10 +16,9 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from spo_jax import cli
+from spo_jax import cli, methods
 from spo_jax.errors import UserError
-from spo_jax.formats.pipeline import read_json
-from spo_jax.spo import recipe as spo
+from spo_jax.formats.json_files import read_json
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py", "The recipe.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs and table.md.")
@@ -56,7 +55,7 @@ def main() -> None:
         if not (folder / "summary.json").is_file():
             config = copy.deepcopy(recipe)
             config.update_from_flattened_dict(RUNS[name])
-            spo.train(config, folder)
+            methods.train(config, folder)
         write_table(workdir)
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from spo_jax.data.records import Record
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, first_line
 
 NAME = "preference_pairs"
 INFO = "dataset_info.json"
@@ -25,69 +24,42 @@ _LEFT_OVER = re.compile(rf"\.incomplete-|{NAME}-|features\.json")  # of an inter
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 
 
-# mypy does not follow tfds, and so does not know that its classes take a keyword.
-class PreferencePairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """One split of preference pairs, in the order of ``records``; pictures stay encoded as they came."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, split: str, records: Iterable[Record], **kwargs: Any):
-        self._split, self._records = split, records
-        super().__init__(file_format="array_record", **kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        # Plain bytes, not tfds.features.Image, which looks into a picture and refuses a broken one.
-        encoded = tfds.features.Tensor(shape=(), dtype=np.object_)
-        label = tfds.features.Scalar(np.float32)
-        features = {
-            "caption": tfds.features.Text(),
-            "image_0": encoded,
-            "image_1": encoded,
-            "label_0": label,
-            "label_1": label,
-            "has_label": tfds.features.Scalar(np.bool_),
-            "num_example_per_prompt": tfds.features.Scalar(np.int64),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterable[tuple[int, Record]]]:
-        return {self._split: self._generate_examples()}
-
-    def _generate_examples(self) -> Iterator[tuple[int, Record]]:
-        yield from enumerate(self._records)
-
-    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
-        # The inherited one collects a gigabyte in memory, and what is beyond goes through TensorFlow. Shuffling on disk
-        # is not needed, because ArrayRecord is read in any order.
-        serializer = tfds.core.example_serializer.ExampleSerializer(self.info.features.get_serialized_info())
-        infos = []
-        for split, examples in self._split_generators(dl_manager).items():
-            template = tfds.core.ShardedFileTemplate(
-                data_dir=self.data_path,
-                template=_TEMPLATE,
-                dataset_name=self.name,
-                split=split,
-                filetype_suffix="array_record",
-            )
-            serialized = (
-                serializer.serialize_example(self.info.features.encode_example(example)) for _, example in examples
-            )
-            lengths, num_bytes = _write_shards(template, serialized)
-            infos.append(
-                tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template)
-            )
-        self.info.set_splits(tfds.core.splits.SplitDict(infos))
+def _info(folder: Path) -> tfds.core.DatasetInfo:
+    """What tfds keeps of a data set beside its records; images stay encoded as they came."""
+    # Plain bytes, not tfds.features.Image, which looks into an image and refuses a broken one.
+    encoded = tfds.features.Tensor(shape=(), dtype=np.object_)
+    label = tfds.features.Scalar(np.float32)
+    features = {
+        "caption": tfds.features.Text(),
+        "image_0": encoded,
+        "image_1": encoded,
+        "label_0": label,
+        "label_1": label,
+        "has_label": tfds.features.Scalar(np.bool_),
+        "num_example_per_prompt": tfds.features.Scalar(np.int64),
+    }
+    identity = DatasetIdentity(
+        name=NAME, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name=__name__
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
+    info.set_file_format("array_record")
+    return info
 
 
-def _write_shards(template: Any, serialized: Iterable[bytes]) -> tuple[list[int], int]:
+def _write_shards(
+    template: tfds.core.ShardedFileTemplate, features: tfds.features.FeaturesDict, records: Iterable[Record]
+) -> tuple[list[int], int]:
+    """The number of records in each shard, and the bytes of all. tfds's own writer needs TensorFlow for large data."""
+    serializer = ExampleSerializer(features.get_serialized_info())
     lengths: list[int] = []
     total, in_shard, writer = 0, 0, None
-    for example in serialized:
+    for record in records:
         if writer is None:
             path = template.sharded_filepath(shard_index=len(lengths), num_shards=None)
-            # A group of one: records are read one by one. Compression finds nothing in encoded pictures.
+            # A group of one: records are read one by one. Compression finds nothing in encoded images.
             writer, in_shard = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed"), 0
             lengths.append(0)
+        example = serializer.serialize_example(features.encode_example(record))
         writer.write(example)
         lengths[-1] += 1
         in_shard += len(example)
@@ -113,13 +85,14 @@ def check_output(out: Path, split: str) -> None:
         raise UserError(f"--out={out} has other files in it; choose a new folder.")
 
 
-def open_builder(folder: Path) -> Any:
+def open_builder(folder: Path) -> tfds.core.DatasetBuilder:
     """The tfds builder of a prepared folder; UserError if it is none of ours."""
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # tfds raises whatever its parsers meet
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"Folder {folder} cannot be read as prepared data ({reason}); prepare it again.") from error
+        raise UserError(
+            f"Folder {folder} cannot be read as prepared data ({first_line(error)}); prepare it again."
+        ) from error
     if builder.name != NAME:
         raise UserError(f"Folder {folder} holds the data set {builder.name!r}, not what spo_jax.prepare writes.")
     return builder
@@ -138,20 +111,21 @@ def write_split(out: Path, split: str, records: Iterable[Record]) -> None:
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        builder = PreferencePairs(split, records, data_dir=scratch)
-        with contextlib.redirect_stdout(io.StringIO()):  # it tells where the scratch folder is
-            builder.download_and_prepare()
-        written = Path(builder.data_dir)
-        if not builder.info.splits[split].num_examples:
+        info = _info(scratch)
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=scratch, template=_TEMPLATE, dataset_name=NAME, split=split, filetype_suffix="array_record"
+        )
+        lengths, num_bytes = _write_shards(template, info.features, records)
+        if not lengths:
             raise UserError("--source has no records.")
-        for shard in written.glob(f"{NAME}-{split}.*"):
+        for shard in scratch.glob(f"{NAME}-{split}.*"):
             os.replace(shard, out / shard.name)
-        if (out / INFO).is_file():
-            others = open_builder(out).info.splits
-            builder.info.set_splits(tfds.core.splits.SplitDict([*others.values(), builder.info.splits[split]]))
-            builder.info.write_to_directory(written)
-        os.replace(written / "features.json", out / "features.json")
-        os.replace(written / INFO, out / INFO)
+        others = open_builder(out).info.splits.values() if (out / INFO).is_file() else ()
+        new = tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template)
+        info.set_splits(tfds.core.splits.SplitDict([*others, new]))
+        info.write_to_directory(scratch)
+        os.replace(scratch / "features.json", out / "features.json")
+        os.replace(scratch / INFO, out / INFO)
     except (OSError, RuntimeError) as error:  # array_record raises the latter when the disk is full
         reason = getattr(error, "strerror", None) or str(error).partition(";")[0]
         raise UserError(f"--out={out} cannot be written ({reason}); make space or choose another place.") from error

@@ -1,8 +1,8 @@
 """Batches of preference pairs: prepared records, shuffled, decoded in worker processes, resumable to the record.
 
-The stream of a seed is all epochs one after the other, each in its own order. A record's position is its place in this
-stream. All processes together take the next positions as one global batch, whatever is there, and process i of n has
-rows i::n of it. So batches are the same for any number of processes, and a state is little more than a position.
+The stream of a seed is all epochs one after the other, each in its own order; a record's position is its place in this
+stream. All processes together take the next positions as one global batch, of which process i of n has the rows i::n.
+So batches are the same for any number of processes, and a state is little more than a position.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import threading
 from collections import Counter
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from spo_jax.data.records import FAULTS, Fault, decode_pair
+from spo_jax.data.records import FAULTS, Fault, Records, decode_pair
 from spo_jax.errors import UserError
+from spo_jax.formats.json_files import Json
 
-_BUFFER_BYTES = 12 * 2**20  # of decoded pictures that wait in a worker
+_BUFFER_BYTES = 12 * 2**20  # of decoded images that wait in a worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,12 @@ class PairBatch:
 
     captions: list[str]
     images: np.ndarray  # uint8 [B, 2, H, W, 3]
-    labels: np.ndarray  # float32 [B, 2], preference for each picture; they add up to 1, a tie is (0.5, 0.5)
+    labels: np.ndarray  # float32 [B, 2], preference for each image; they add up to 1, a tie is (0.5, 0.5)
     weights: np.ndarray  # float32 [B], 1 / num_example_per_prompt; 0 where there is no record, or none that can be used
     positions: np.ndarray  # int64 [B], place in the stream over all epochs and processes; -1 for rows of weight 0
 
 
-def open_pairs(name: str) -> Any:
+def open_pairs(name: str) -> Records:
     """The records of ``FOLDER@SPLIT``, as ``python -m spo_jax.prepare`` has written them: has a length and an index.
 
     Raises:
@@ -71,15 +71,15 @@ class PairLoader:
     """An iterator of ``PairBatch``.
 
     Every good record comes exactly once an epoch, and one that cannot be used leaves a row of weight 0. With
-    ``num_epochs=None`` batches never end and go on across the border of epochs. With a number of epochs, every process
-    makes ``num_batches`` of them; what is missing in the last ones are rows of weight 0, too.
+    ``num_epochs=None`` batches never end, and one may hold records of two epochs. With a number of epochs every process
+    makes ``num_batches`` of them, and fills the last ones with rows of weight 0.
 
     Args:
       source: as ``open_pairs`` gives it.
       batch_size: B, of this process; a global batch is ``process_count`` times as large.
-      size: (H, W) of the pictures.
+      size: (H, W) of the images.
       seed: of the order; any integer.
-      state: what ``state()`` of another loader gave: this one goes on with the next batch. The number of workers and
+      state: from ``state()`` of another loader: this one continues with the next batch. The number of workers and
         of processes and the batch size may have changed.
       shuffle: whether each epoch has an order of its own, or that of the source.
       num_workers: processes that decode; 0 does it here.
@@ -93,12 +93,12 @@ class PairLoader:
 
     def __init__(
         self,
-        source: Any,
+        source: Records,
         *,
         batch_size: int,
         size: tuple[int, int],
         seed: int,
-        state: dict[str, Any] | None = None,
+        state: Json | None = None,
         shuffle: bool = True,
         num_epochs: int | None = None,
         num_workers: int = 2,
@@ -128,7 +128,7 @@ class PairLoader:
         records = grain.MapDataset.range(len(source)).seed(seed % 2**32)
         records = (records.shuffle() if shuffle else records).repeat(num_epochs)
         rows = records.map_with_index(self._decode)[self._position + process_index :: process_count]
-        # No threads: each would hold decoded pictures of its own.
+        # No threads: each would hold decoded images of its own.
         stream = rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         item = 6 * size[0] * size[1]
         buffer = max(2, min(batch_size, _BUFFER_BYTES // item))
@@ -165,7 +165,7 @@ class PairLoader:
         # Not before: what an interruption finds half collected has not been handed out.
         self._position = behind
         self._counts = {name: count + outcomes.count(name) for name, count in self._counts.items()}
-        filler: dict[str, Any] = {
+        filler: Json = {
             "caption": "",
             "images": np.zeros((2, *self._size, 3), np.uint8),
             "labels": np.full(2, 0.5, np.float32),
@@ -182,12 +182,12 @@ class PairLoader:
             positions=np.array([row["position"] for row in full], np.int64),
         )
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """What has been handed out so far, as JSON can hold it: the next position, counts, and which stream it is.
 
         Position and stream are those of all processes. ``counts`` has ``used``, ``unlabelled`` and the names in
         ``FAULTS``: the records of this process's share since it began, and on process 0 those of the state that it
-        began with. What is saved is ``total_state`` of it.
+        began with. A checkpoint keeps the ``total_state`` of it.
         """
         return {"position": self._position, "counts": dict(self._counts), "stream": dict(self._stream)}
 
@@ -195,7 +195,7 @@ class PairLoader:
         """Ends the worker processes."""
         self._rows.close()
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: Json) -> None:
         for key, value in self._stream.items():
             if state["stream"].get(key) != value:
                 raise UserError(
@@ -221,10 +221,10 @@ class PairLoader:
 class _Decode:
     """What a worker does: (position in the stream, record number) to a row, or the reason why there is none."""
 
-    def __init__(self, source: Any, size: tuple[int, int], keep_only_with_label: bool):
+    def __init__(self, source: Records, size: tuple[int, int], keep_only_with_label: bool):
         self._source, self._size, self._keep_only_with_label = source, size, keep_only_with_label
 
-    def __call__(self, position: int, number: int) -> dict[str, Any]:
+    def __call__(self, position: int, number: int) -> Json:
         place = {"position": position, "record": number}
         try:
             record = self._source[number]
@@ -265,11 +265,8 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def total_state(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of a ``PairLoader`` with the counts of all processes added up; all of them have to call it.
-
-    This is what a checkpoint keeps, because from it any number of processes can go on.
-    """
+def total_state(state: Json) -> Json:
+    """The state of a ``PairLoader`` with the counts of all processes, which all call this: any number can resume it."""
     counts = state["counts"]
     by_process = multihost_utils.process_allgather(np.array(list(counts.values()), np.int32))  # JAX has no int64 here
     return state | {"counts": dict(zip(counts, by_process.sum(axis=0).tolist(), strict=True))}

@@ -7,9 +7,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from spo_jax.errors import UserError
 
@@ -24,10 +23,20 @@ _OTHERS = (
     *(".npy", ".npz", ".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz"),
     *(".rtf", ".doc", ".docx", ".odt", ".pdf", ".py", ".ipynb", ".db", ".sqlite"),
 )
-# How JSON begins, and no prompt: an object or a list that goes on with a string, or ends the line.
+# JSON begins like this, and no prompt does: an object or a list, then a string or the end of the line.
 _JSON = re.compile(r'\s*(\[\s*)?\{\s*("|[\r\n])|\s*\[[^\S\r\n]*("|[\r\n])')
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 _MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # behind UTF-32's, which begin with them
+
+
+def json_lines(lines: Iterable[str], what: str) -> Iterator[tuple[int, object]]:
+    """The values of JSON lines and their line numbers; UserError, which names ``what``, for a line that is none."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{what}, line {number}: not valid JSON ({error}); mend it.") from error
 
 
 def read_file(path: Path) -> list[str]:
@@ -41,7 +50,8 @@ def read_file(path: Path) -> list[str]:
     if suffix in (".csv", ".tsv"):
         prompts = _from_table(path, text, "\t" if suffix == ".tsv" else ",")
     elif suffix in (".jsonl", ".ndjson") or _is_json_lines(text, suffix):
-        prompts = _from_json_lines(path, text)
+        entries = json_lines(_lines(text), f"Prompt file {path}")
+        prompts = [_caption(path, f"line {number}", entry) for number, entry in entries]
     elif suffix == ".json" or _is_json_list(text) or _JSON.match(text):
         prompts = _from_json(path, text)
     else:
@@ -80,7 +90,7 @@ def _lines(text: str) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------- JSON
-def _parsed(text: str) -> Any:
+def _parsed(text: str) -> object:
     """The value of a JSON text; None if it is none."""
     try:
         return json.loads(text)
@@ -113,24 +123,8 @@ def _from_json(path: Path, text: str) -> list[str]:
     return [_caption(path, f"entry {i}", entry) for i, entry in enumerate(entries)]
 
 
-def _from_json_lines(path: Path, text: str) -> list[str]:
-    prompts = []
-    for number, line in enumerate(_lines(text), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"Prompt file {path}, line {number}: not valid JSON ({error}); mend it.") from error
-        prompts.append(_caption(path, f"line {number}", entry))
-    return prompts
-
-
-def _caption(path: Path, where: str, entry: Any) -> str:
-    caption: Any = entry
-    if isinstance(entry, dict):
-        key = _feature(entry)
-        caption = None if key is None else entry[key]
+def _caption(path: Path, where: str, entry: object) -> str:
+    caption = entry.get(_feature(entry)) if isinstance(entry, dict) else entry
     if not isinstance(caption, str):
         found = f"; it has {_listed(entry)}" if isinstance(entry, dict) else ""
         raise UserError(
@@ -169,19 +163,20 @@ def _from_table(path: Path, text: str, delimiter: str) -> list[str]:
             )
         if sum(_plain(name) == _plain(column) for name in headers[sign]) > 1:
             raise UserError(f"Prompt file {path} has several columns {column!r}; leave one.")
+        rows = io.StringIO(text, newline="")
         try:
-            return list(_column(path, text, column, delimiter=sign, strict=True))
+            return list(_column(path, csv.DictReader(rows, delimiter=sign, strict=True), column))
         except csv.Error:
             if sign != "\t":
                 raise
             # Tabs are often written without quoting: a quote is one then.
-            return list(_column(path, text, column, delimiter=sign, quoting=csv.QUOTE_NONE))
+            rows.seek(0)
+            return list(_column(path, csv.DictReader(rows, delimiter=sign, quoting=csv.QUOTE_NONE), column))
     except csv.Error as error:
         raise UserError(f"Prompt file {path} is not a valid table ({error}); mend it.") from error
 
 
-def _column(path: Path, text: str, column: str, **dialect: Any) -> Iterator[str]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), **dialect)
+def _column(path: Path, reader: csv.DictReader, column: str) -> Iterator[str]:
     for row in reader:
         if row[column] is None or None in row:
             raise UserError(
@@ -191,15 +186,15 @@ def _column(path: Path, text: str, column: str, **dialect: Any) -> Iterator[str]
         yield row[column].strip()
 
 
-def _feature(names: Any) -> str | None:
+def _feature(names: Iterable[str]) -> str | None:
     """The first of the names that is a caption's, in whatever case, and also in the plural."""
     plain = {_plain(name): name for name in reversed(list(names))}
     return next((plain[feature] for feature in FEATURES if feature in plain), None)
 
 
-def _plain(name: Any) -> str:
+def _plain(name: str) -> str:
     return str(name).strip().lower().removesuffix("s")
 
 
-def _listed(names: Any) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(str(name)[:40]) for name in list(names)[:8]) or "nothing"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from spo_jax.data.prompt_files import FEATURES, read_file
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, first_line
 from spo_jax.formats.hub import fetched
 
 TFDS = "tfds:"
@@ -17,12 +17,12 @@ TFDS = "tfds:"
 def read_prompts(path: str | Path) -> list[str]:
     """Prompts that are not empty, from a file or a data set.
 
-    A file has one a line, or is a JSON list of strings or of objects with a ``"caption"``, or JSON lines of the same
-    (``.jsonl``), or a table with such a column (``.csv``, ``.tsv``). ``"prompt"`` and ``"text"`` may stand for
-    ``"caption"``. It is local, or one of the hub or of GitHub, see ``formats/remote.py``.
+    A file, local or remote (see ``formats/remote.py``), has one prompt a line, or is a JSON list of strings or of
+    objects with a ``"caption"``, or JSON lines of the same (``.jsonl``), or a table with such a column (``.csv``,
+    ``.tsv``). ``"prompt"`` and ``"text"`` may stand for ``"caption"``.
 
-    Or, as ``tfds:NAME@SPLIT``, from a data set that TensorFlow Datasets has prepared, by its name or its folder; its
-    feature ``caption``, ``prompt`` or ``text`` is taken, its split ``train`` if none is named.
+    A data set, ``tfds:NAME@SPLIT`` or ``tfds:FOLDER@SPLIT``, is one that TensorFlow Datasets has prepared; the split is
+    ``train`` if none is named, and the feature one of the same names.
 
     Raises:
       UserError: the file is missing, unreadable, larger than 64 MiB, of another format, not UTF-8 (or UTF-16 with a
@@ -40,10 +40,9 @@ def _from_tfds(source: str) -> list[str]:
         # Random access needs no TensorFlow, but a data set that was written as ArrayRecord.
         data = builder.as_data_source(split=split or "train")
     except Exception as error:  # of its own kinds, and those of whatever it reads
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"Data set {source!r} cannot be read ({reason}); give tfds:NAME@SPLIT or tfds:FOLDER@SPLIT of one that "
-            'is prepared with file_format="array_record".'
+            f"Data set {source!r} cannot be read ({first_line(error)}); give tfds:NAME@SPLIT or tfds:FOLDER@SPLIT of "
+            'one that is prepared with file_format="array_record".'
         ) from error
     feature = next((f for f in FEATURES if f in builder.info.features), None)
     if feature is None:
@@ -64,7 +63,7 @@ def num_batches(num_prompts: int, batch_size: int) -> int:
 def batch_indices(num_prompts: int, batch_size: int, seed: int, batch: int) -> np.ndarray:
     """Prompt indices [batch_size] of the ``batch``-th batch since the start of training.
 
-    A function of its arguments alone, so that a run that was killed goes on in the same order. Each epoch has its own
+    Depends on its arguments alone, so that a resumed run continues in the same order. Each epoch has its own
     permutation; its last batch wraps around to keep shapes static.
     """
     epoch, position = divmod(batch, num_batches(num_prompts, batch_size))

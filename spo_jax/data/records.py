@@ -1,4 +1,4 @@
-"""A record of a preference data set: what it holds, what is wrong with it, and its pictures as arrays.
+"""A record of a preference data set: what it holds, what is wrong with it, and its images as arrays.
 
 Every fault has a name in ``FAULTS``; it is the name under which the record is counted. Nothing here needs JAX.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from typing import Any
+from typing import Protocol, TypedDict
 
 import numpy as np
 from PIL import Image
+
+from spo_jax.formats.json_files import Json
 
 MAX_CAPTION_BYTES = 100_000
 MAX_PICTURE_BYTES = 32 * 2**20  # encoded
@@ -28,7 +30,26 @@ FAULTS = {
     "picture_too_large": f"a picture has more than {MAX_PICTURE_BYTES} bytes or {MAX_PICTURE_PIXELS} pixels",
     "picture_broken": f"a picture is none of {', '.join(FORMATS)}, is damaged or ends too early",
 }
-Record = dict[str, Any]  # the features in builder.py
+
+
+class Record(TypedDict):
+    """A pair of encoded images of one caption; a label is the preference for its image, NaN if it is missing."""
+
+    caption: bytes
+    image_0: bytes
+    image_1: bytes
+    label_0: float
+    label_1: float
+    has_label: bool
+    num_example_per_prompt: int
+
+
+class Records(Protocol):
+    """The records of a split, each decoded when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Record: ...
 
 
 class Fault(Exception):
@@ -59,7 +80,7 @@ def fault_of(record: Record) -> str | None:
     return None
 
 
-def decode_pair(record: Record, size: tuple[int, int]) -> dict[str, Any]:
+def decode_pair(record: Record, size: tuple[int, int]) -> Json:
     """What is trained on: ``caption`` str, ``images`` uint8 [2, H, W, 3], ``labels`` float32 [2], ``weight`` float.
 
     Raises:
@@ -68,8 +89,8 @@ def decode_pair(record: Record, size: tuple[int, int]) -> dict[str, Any]:
     if fault := fault_of(record):
         raise Fault(fault)
     images = np.empty((2, *size, 3), np.uint8)
-    for image, key in zip(images, ("image_0", "image_1"), strict=True):
-        image[:] = decode_picture(record[key], size)
+    for image, encoded in zip(images, (record["image_0"], record["image_1"]), strict=True):
+        image[:] = decode_picture(encoded, size)
     return {
         "caption": record["caption"].decode("utf-8").strip(),
         "images": images,
@@ -79,13 +100,13 @@ def decode_pair(record: Record, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def decode_picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
-    """An encoded picture as uint8 [H, W, 3]: RGB, resized to cover ``size`` = (H, W), cut to it around its centre.
+    """An encoded image as uint8 [H, W, 3]: RGB, resized to cover ``size`` = (H, W), cut to it around its centre.
 
-    As the released code has it (transformers' CLIP processor on PIL): bicubic with antialias, the longer side rounded
-    down, transparency dropped, orientation tags ignored. 16 bits are scaled to 8.
+    As in the released code (transformers' CLIP processor on PIL): bicubic with antialias, the longer side rounded down,
+    transparency dropped, orientation tags ignored. 16 bits are scaled to 8.
 
     Raises:
-      Fault: no picture of an allowed format, damaged, or too large; the size is read before anything is decoded.
+      Fault: no image of an allowed format, damaged, or too large; the size is read before anything is decoded.
     """
     with warnings.catch_warnings():
         # Pillow's own limit of pixels, which is higher, and its remarks about metadata.
@@ -102,7 +123,7 @@ def decode_picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
         if max(width * height, math.prod(resized)) > MAX_PICTURE_PIXELS:
             raise Fault("picture_too_large")
         try:
-            picture.load()  # all that follows would copy, also where nothing is to be done
+            picture.load()  # the steps below would copy even where they change nothing
             picture = _as_rgb(picture)
             if resized != (height, width):
                 picture = picture.resize((resized[1], resized[0]), Image.Resampling.BICUBIC)

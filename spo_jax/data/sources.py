@@ -1,7 +1,7 @@
-"""Preference pairs as others have them: Pick-a-Pic's parquet files, or a folder with a CSV or JSONL file and pictures.
+"""Reads the preference pairs of others: Pick-a-Pic's parquet files, or a folder with a CSV or JSONL file and images.
 
-Records are streamed; a field that is missing becomes an empty value, which the loader judges. What makes a whole file
-useless is refused.
+Records are streamed. A missing field becomes an empty value, which later counts as a fault of its record; a file that
+is useless as a whole is refused.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import csv
 import dataclasses
 import glob
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from spo_jax.data.prompt_files import json_lines
 from spo_jax.data.records import MAX_PICTURE_BYTES, Record
 from spo_jax.errors import UserError
+from spo_jax.formats.json_files import Json
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "num_example_per_prompt")
 KEYS = ("caption", "image_a", "image_b", "label")
 _MAX_LINE = 2**20
+_TEXT, _BYTES = (pa.string(), pa.large_string()), (pa.binary(), pa.large_binary())
 _ROWS = 32  # of a parquet file that are in memory at a time
 
 
@@ -43,7 +44,7 @@ def open_source(source: str) -> Source:
     """The records of parquet files (a glob pattern), or of a CSV or JSONL file or the folder that has one.
 
     Raises:
-      UserError: there is nothing, or a file cannot be read, lacks a column, or names pictures outside of its folder.
+      UserError: there is nothing, or a file cannot be read, lacks a column, or names images outside of its folder.
     """
     source = os.path.expanduser(source)
     if Path(source).is_dir():
@@ -60,18 +61,14 @@ def open_source(source: str) -> Source:
             raise UserError(f"No file {path} is there; give parquet files, a CSV or JSONL file, or its folder.")
     kinds = {path.suffix.lower() for path in paths}
     if kinds == {".parquet"}:
-        return _open_parquet(paths)
+        num_records = sum([_check_parquet(path) for path in paths])
+        return Source(num_records, lambda: (record for path in paths for record in _read_parquet(path)))
     if len(paths) == 1 and kinds <= {".csv", ".jsonl"}:
         return _open_table(paths[0])
     raise UserError(f"--source={source} must name parquet files, one CSV or JSONL file, or the folder of one.")
 
 
 # ----------------------------------------------------------------------------------------------------------- parquet
-def _open_parquet(paths: list[Path]) -> Source:
-    counts = [_check_parquet(path) for path in paths]
-    return Source(sum(counts), lambda: (record for path in paths for record in _read_parquet(path)))
-
-
 def _parquet_file(path: Path) -> pq.ParquetFile:
     # A buffer: without it, a row group's whole column is read at once.
     return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
@@ -87,29 +84,16 @@ def _check_parquet(path: Path) -> int:
         if name not in schema.names:
             raise UserError(f"File {path} has no column {name!r}; Pick-a-Pic's are {', '.join(COLUMNS)}.")
         kind = schema.field(name).type
-        fits, wanted = {
-            "caption": (_is_text, "text"),
-            "jpg_0": (_is_picture, 'bytes or a struct with "bytes"'),
-            "jpg_1": (_is_picture, 'bytes or a struct with "bytes"'),
-        }.get(name, (_is_number, "a number"))
-        if not fits(kind):
+        if name == "caption":
+            wanted, fits = "text", (kind.value_type if pa.types.is_dictionary(kind) else kind) in (*_TEXT, *_BYTES)
+        elif name in ("jpg_0", "jpg_1"):
+            is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+            wanted, fits = 'bytes or a struct with "bytes"', (kind.field("bytes").type if is_struct else kind) in _BYTES
+        else:
+            wanted, fits = "a number", _is_number(kind)
+        if not fits:
             raise UserError(f"File {path}: column {name!r} is {kind}; it must be {wanted}.")
     return count
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or _is_bytes(kind)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _is_picture(kind: pa.DataType) -> bool:
-    if not pa.types.is_struct(kind):
-        return _is_bytes(kind)
-    return kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -130,13 +114,13 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                         "label_0": math.nan if label_0 is None else label_0,
                         "label_1": math.nan if label_1 is None else label_1,
                         "has_label": has_label == 1,
-                        "num_example_per_prompt": _count(count),
+                        "num_example_per_prompt": int(count) if count is not None and 0 <= count < 2**31 else 0,
                     }
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
 
 
-def _values(column: pa.Array) -> list[Any]:
+def _values(column: pa.Array) -> list:
     if pa.types.is_struct(column.type):
         column = pc.struct_field(column, "bytes")
     if pa.types.is_dictionary(column.type):
@@ -144,10 +128,6 @@ def _values(column: pa.Array) -> list[Any]:
     # Text as bytes: pyarrow does not check it, and one caption that is not UTF-8 must not end everything.
     column = column.cast(pa.float64(), safe=False) if _is_number(column.type) else column.cast(pa.large_binary())
     return column.to_pylist()
-
-
-def _count(value: float | None) -> int:
-    return int(value) if value is not None and 0 <= value < 2**31 else 0
 
 
 def _cut(picture: bytes | None) -> bytes:
@@ -196,11 +176,11 @@ def _open_table(path: Path) -> Source:
     return Source(captions.total(), read)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[Json]:
     lines = _lines(path)
     if path.suffix.lower() == ".csv":
         header = next(lines, "")
-        # As spreadsheets write it in half of Europe.
+        # Spreadsheets in many European languages write semicolons.
         sign = ";" if ";" in header and "," not in header else ","
         reader = csv.DictReader(itertools.chain([header], lines), strict=True, delimiter=sign)
         try:
@@ -208,13 +188,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         except csv.Error as error:
             raise UserError(f"File {path}, line {reader.reader.line_num}: not valid CSV ({error}); mend it.") from error
         return
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"File {path}, line {number}: not valid JSON ({error}); mend it.") from error
+    for number, row in json_lines(lines, f"File {path}"):
         if not isinstance(row, dict):
             raise UserError(f"File {path}, line {number}: not an object with {', '.join(KEYS)}; mend it.")
         yield row
@@ -236,19 +210,19 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f"File {path} cannot be read ({error.strerror}); check its permissions.") from error
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     try:
-        return float(value)
+        return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
 def _inside(folder: Path, name: str) -> Path | None:
-    """The path of a picture, or None if it leads out of the folder, be it by a link."""
+    """The path of an image, or None if it leads out of the folder, also by a link."""
     if "\0" in name:
         return None
     path = Path(os.path.realpath(folder / name))

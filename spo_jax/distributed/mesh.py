@@ -1,25 +1,30 @@
-"""The device mesh. Batches are split over all of its axes; weights over "fsdp", as the rules in sharding.py say."""
+"""The device mesh. Batches are split over all of its axes, weights over "fsdp" by the rules in sharding.py."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.stages
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from spo_jax.errors import UserError
 
 AXES = ("data", "fsdp")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with axes "data" and "fsdp"; one of the sizes may be -1, for all devices that are left.
 
-    ``devices`` are all that there are, or those of another machine, for which a program is only compiled.
+    ``devices`` are by default all of this run; those of another machine serve to compile a program for it.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -65,29 +70,29 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXES))
 
 
-def constrain_batch(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
+def constrain_batch(mesh: Mesh, tree: PyTree, axis: int = 0) -> PyTree:
     """Inside ``jit``: asks for every array of ``tree`` to be split along ``axis`` over all devices."""
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh, axis)), tree)
 
 
-def jit_on(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
+def jit_on(mesh: Mesh, function: Callable[P, R], **options: Any) -> jax.stages.Wrapped:
     """``jax.jit`` of a function with networks whose weights may be split over ``mesh``: see ``sharding.gathered``."""
 
     @functools.wraps(function)
-    def on_mesh(*args: Any) -> Any:
+    def on_mesh(*args: P.args, **kwargs: P.kwargs) -> R:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
+            return function(*args, **kwargs)
 
     return jax.jit(on_mesh, **options)
 
 
-def fetch(tree: Any) -> Any:
-    """The arrays of a tree such that this process can read them, also those of which other processes hold parts.
+def fetch(tree: PyTree) -> PyTree:
+    """The arrays of a tree, readable by this process even where other processes hold parts of them.
 
-    All processes must call this: they send each other what they hold, one array at a time, into the host's memory.
+    All processes must call this: they send each other their parts, one array at a time, into the host's memory.
     """
 
-    def one(x: jax.Array) -> Any:
+    def one(x: jax.Array) -> jax.Array | np.ndarray:
         whole = x.is_fully_addressable or x.is_fully_replicated
         return x if whole else multihost_utils.process_allgather(x, tiled=True)
 

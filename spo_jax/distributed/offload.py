@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
 
 from spo_jax.distributed.sharding import weight_sharding
 
@@ -15,7 +15,7 @@ SELDOM_USED = ("text_encoder", "text_encoder_2", "clip")  # for a moment in each
 
 
 def weight_placement(mesh: Mesh, *, offload: bool) -> Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]:
-    """``place(path, shape)``: ``weight_sharding``, with ``offload`` in the hosts' memory for parts in ``SELDOM_USED``.
+    """``place(path, shape)``: ``weight_sharding``, with ``offload`` in the host's memory for parts in ``SELDOM_USED``.
 
     Paths begin with the name of the part.
     """
@@ -27,14 +27,14 @@ def weight_placement(mesh: Mesh, *, offload: bool) -> Callable[[tuple[str, ...],
     return place
 
 
-def in_host_memory(x: Any) -> bool:
-    """Whether an array, or a shape with a sharding, is one of those that wait."""
+def in_host_memory(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether an array, or a shape with a sharding, lies in the host's memory."""
     return x.sharding is not None and x.sharding.memory_kind == HOST
 
 
-def to_device(tree: Any) -> Any:
+def to_device(tree: PyTree) -> PyTree:
     """The arrays in the memory of their devices; those that are there already are not copied.
 
-    The copies go when the last program that uses them has ended, unless the caller keeps them.
+    The copies are freed when the last program that uses them has ended, unless the caller keeps them.
     """
     return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), tree))

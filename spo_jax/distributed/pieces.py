@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 
 def piece_size(num_rows: int, num_devices: int, limit: int) -> int:
-    """Rows of all devices together for ``map_in_pieces``: at most ``limit`` a device (0: no limit), in equal pieces.
+    """The size of a piece for ``map_in_pieces``, over all devices: at most ``limit`` rows a device (0: no limit).
 
-    ``num_rows`` are split evenly over the devices, so the share of each is cut into pieces of its largest divisor that
-    is not above the limit: with many pieces of one size there is one program, whatever the batch.
+    ``num_rows`` are split evenly over the devices. The share of each is cut into pieces of its largest divisor that is
+    not above the limit, because all pieces must have one size.
     """
     share = num_rows // num_devices
     limit = limit or share
     return num_devices * max(size for size in range(1, share + 1) if share % size == 0 and size <= limit)
 
 
-def map_in_pieces(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
+def map_in_pieces(function: Callable[[PyTree], PyTree], rows: PyTree, size: int) -> PyTree:
     """``function(rows)`` for a function that treats each row by itself, computed for ``size`` rows at a time.
 
     Args:
@@ -35,7 +35,7 @@ def map_in_pieces(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
     if size == count:
         return function(rows)
 
-    # Row r is in piece r % p: rows that are split over devices stay where they are, in every piece.
+    # Row r is in piece r % p, so that every piece has rows of every device and no row moves.
     def split(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x.reshape(size, count // size, *x.shape[1:]), 0, 1)
 

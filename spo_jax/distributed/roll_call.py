@@ -1,31 +1,30 @@
-"""Waits until every process of a run is there, or says in each of them which one is not.
+"""Waits until every process of a run is there, or says in each of them which one is missing.
 
 ``jax.distributed.initialize`` of JAX 0.10 ends by SIGABRT when a process is missing and by SIGSEGV when the port is in
-use, and names neither. So process 0 listens on the coordinator's port first, the others say who they are, and all hear
-the same verdict. The port is then JAX's: what a firewall keeps from the one, it keeps from the other.
+use, and names neither. So process 0 listens on the coordinator's port first, the others say who they are, and all get
+the same answer. JAX uses the port afterwards: a firewall that blocks it for JAX blocks it here too, and is noticed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import socket
 import time
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from spo_jax.errors import UserError
 
 CONNECT_SECONDS = 5.0  # for one attempt; a packet that a firewall drops has no answer
-HELLO_SECONDS = 2.0  # for a process to say who it is; what connects and stays silent is none of ours
-ANSWER_SECONDS = 10.0  # for the verdict to arrive, beyond the time that process 0 waits
+HELLO_SECONDS = 2.0  # for a process to say who it is; another program that connects may stay silent
+ANSWER_SECONDS = 10.0  # for the answer to arrive, beyond the time that process 0 waits
 RETRY_SECONDS = 0.2
 LONGEST_HELLO = 4096  # bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class _Present:
+class _Present(NamedTuple):
     host: str
     connection: socket.socket
 
@@ -60,7 +59,7 @@ def split_address(address: str, name: str) -> tuple[str, int]:
 
 
 def _gather(address: str, num_processes: int, timeout: float, source: str, hosts: Sequence[str]) -> None:
-    """Process 0: hears everyone, and tells all of them the verdict."""
+    """Process 0: hears all others, and tells them the same answer."""
     here = socket.gethostname()
     present: dict[int, _Present] = {}
     last_host = dict(enumerate(hosts))
@@ -80,7 +79,11 @@ def _gather(address: str, num_processes: int, timeout: float, source: str, hosts
                 there = {0: here} | {process: other.host for process, other in present.items()}
                 left = " (it came and ended again)"
                 names = {i: last_host[i] + left * (i in gone) for i in missing if i in last_host}
-                problem = _missing(missing, names, there, num_processes, timeout, address, source)
+                problem = (
+                    f"{_missing(missing, num_processes, names)}: process 0 has waited for {timeout:g} s at {address}; "
+                    "check that every process was started and still runs, and that a firewall lets it reach this host "
+                    f"and port; there are {_listed(there)} ({source})."
+                )
                 break
             listener.settimeout(min(remaining, 1.0))
             try:
@@ -115,7 +118,7 @@ def _gather(address: str, num_processes: int, timeout: float, source: str, hosts
 
 
 def _report(address: str, num_processes: int, process_id: int, timeout: float, source: str) -> None:
-    """Any other process: tells process 0 that it is there, and waits for the verdict."""
+    """Any other process: tells process 0 that it is there, and waits for the answer."""
     host, port = split_address(address, source)
     hello = {"spo_jax": [process_id, num_processes, socket.gethostname()]}
     deadline = time.monotonic() + timeout
@@ -173,7 +176,7 @@ def _listen(port: int, num_processes: int) -> socket.socket:
 
 
 def _read_hello(connection: socket.socket) -> tuple[int, int, str] | None:
-    """Who is there: process, number of processes, host; None if it is none of ours."""
+    """Who is there: process, number of processes, host; None if it is another program."""
     connection.settimeout(HELLO_SECONDS)
     try:
         process, count, host = json.loads(connection.makefile("rb").readline(LONGEST_HELLO))["spo_jax"]
@@ -193,27 +196,15 @@ def _hung_up(connection: socket.socket) -> bool:
 
 
 def _tell(connection: socket.socket, problem: str) -> None:
-    """The verdict; empty if all are there. Whoever has just ended needs none: JAX will miss it."""
+    """Sends the answer; empty if all are there. JAX will notice a process that has just ended."""
     with contextlib.suppress(OSError):
         connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
 
 
-def _missing(
-    missing: list[int],
-    names: dict[int, str],
-    there: dict[int, str],
-    num_processes: int,
-    timeout: float,
-    address: str,
-    source: str,
-) -> str:
+def _missing(missing: list[int], num_processes: int, names: dict[int, str]) -> str:
     process, verb = ("Process", "is") if len(missing) == 1 else ("Processes", "are")
     known = f" ({_listed(names)})" if names else ""
-    return (
-        f"{process} {ranges(missing)} of {num_processes} {verb} missing{known}: process 0 has waited for {timeout:g} s "
-        f"at {address}; check that every process was started and still runs, and that a firewall lets it reach this "
-        f"host and port; there are {_listed(there)} ({source})."
-    )
+    return f"{process} {ranges(missing)} of {num_processes} {verb} missing{known}"
 
 
 def _listed(hosts: dict[int, str], most: int = 8) -> str:

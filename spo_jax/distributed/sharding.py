@@ -1,19 +1,19 @@
 """Where each weight lies: rules by name, for parameters, adapters, optimizer state and averages alike.
 
-A rule gives the ``PartitionSpec`` of the last axes of whatever its pattern matches: ``P("fsdp", None)`` splits the
-input features of a kernel and leaves what comes before whole. Not the output features: the compiler would go on with
-split activations, and send those about, instead of gathering the weight. With ``config.mesh.fsdp = 1`` every split is
-into one part. Optimizers keep their moments under the names of the parameters, which so find the same rules.
+A rule gives the ``PartitionSpec`` of the last axes of what its pattern matches: ``P("fsdp", None)`` splits the input
+features of a kernel and leaves the axes before it whole. Output features are never split: the compiler would compute
+split activations and send those, instead of gathering the weight. With ``config.mesh.fsdp = 1`` nothing is split.
+Optimizers keep their moments under the names of the parameters, so the same rules hold for them.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from spo_jax.errors import UserError
 
@@ -22,7 +22,7 @@ RULES: tuple[tuple[str, P], ...] = (
     # Adafactor's second moments: a row and a column of each matrix.
     (r"/(v_row|v_col|v)/", P()),
     (r"(^|/)(bias|scale|logit_scale|class_embedding)$", P()),
-    # Kernels from or to a few channels: pictures and latents.
+    # Kernels from or to a few channels: images and latents.
     (r"(^|/)(conv_in|conv_out|quant_conv|post_quant_conv)/kernel$", P()),
     # UNet and autoencoder: attention, feed-forward, convolutions, time.
     (r"/(to_q|to_k|to_v|to_out_0|proj|net_2|proj_in|proj_out)/kernel$", P("fsdp", None)),
@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"/patch_embedding/kernel$", P("fsdp")),  # its input features are three colours
     (r"(^|/)(text_projection|visual_projection)/kernel$", P("fsdp", None)),
     (r"/(mlp_0|mlp_2|adaLN_modulation_1)/kernel$", P("fsdp", None)),
-    # Adapters, along the side of the layer, which is long; not along the rank.
+    # Adapters: along the features of the layer, not along the rank.
     (r"(^|/)(conv_in|conv_out)/[AB]$", P()),
     (r"/A$", P("fsdp", None)),
     (r"/B$", P("fsdp")),
@@ -75,24 +75,24 @@ def weight_sharding(mesh: Mesh, path: tuple[str, ...], shape: tuple[int, ...]) -
     return NamedSharding(mesh, spec)
 
 
-def weight_shardings(mesh: Mesh, tree: Any) -> Any:
+def weight_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
     """``weight_sharding`` of every array of a tree: parameters, or a training state."""
     return jax.tree_util.tree_map_with_path(lambda path, x: weight_sharding(mesh, path_names(path), x.shape), tree)
 
 
 def gathered(weight: jax.Array) -> jax.Array:
-    """A weight that is split over devices, whole on each of them, where it is used, in what ``mesh.jit_on`` compiles.
+    """Makes a weight that is split over devices whole on each of them, where it is used, in what ``jit_on`` compiles.
 
-    Without this the compiler decides at each product whether the weight travels, or in a loop its parts and those of
-    the product (a "windowed einsum", which a TPU takes for large ones: hundreds of loops in a UNet). Its gradient is
-    constrained in the same way, each device's of its own samples, and then summed straight into the parts; left to
-    itself, a TPU's compiler sends activations of all samples to the device that has a part of the weight.
+    Without this the compiler decides at each product whether to gather the weight or to loop over its parts (a
+    "windowed einsum", which a TPU takes for large ones: hundreds of loops in a UNet). The gradient is constrained in
+    the same way: each device computes that of its own samples, and their sum is scattered into the parts. Left to
+    itself, a TPU's compiler sends the activations of all samples to the device that has a part of the weight.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return weight
     return jax.lax.with_sharding_constraint(weight, P())
 
 
-def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
+def path_names(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
     """A key path of ``jax.tree_util`` as names: of keys, attributes and positions."""
     return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)

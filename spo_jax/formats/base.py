@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from spo_jax.errors import UserError
 from spo_jax.formats.hub import local, with_strength
-from spo_jax.formats.pipeline import Pipeline, read_json, read_pipeline
+from spo_jax.formats.json_files import read_json
+from spo_jax.formats.pipeline import Pipeline, for_run, read_pipeline
 from spo_jax.formats.weights import Placement
 
 
@@ -23,9 +25,9 @@ class Base(NamedTuple):
     vae: str = ""
 
 
-def base_of_config(config: Mapping[str, Any]) -> Base:
-    """What a config of training names; one of before a key was added does without it."""
-    return Base(*(config.get(field) or "" for field in Base._fields))
+def base_of_config(config: Mapping[str, object]) -> Base:
+    """What a config of training names; a config from before a key was added does without it."""
+    return Base(*(str(config.get(field) or "") for field in Base._fields))
 
 
 def base_of(
@@ -41,8 +43,8 @@ def base_of(
 
     Args:
       loras: names of adapters.
-      model: of the flag, None if it was not given; the same holds for ``variant``, ``unet`` and ``vae``, which come
-        before what is recorded.
+      model: of the flag, None if it was not given; so are ``variant``, ``unet`` and ``vae``, which count more than what
+        is recorded.
       default: the model if there is neither a flag nor a workdir.
 
     Raises:
@@ -73,13 +75,20 @@ def _recorded(loras: list[str], default: str | None) -> Base:
     return Base(default)
 
 
-def read_base(base: Base, dtype: Any = jnp.float32, *, sharding: Placement = None) -> Pipeline:
-    """The pipeline of a base model; see ``read_pipeline``."""
-    return read_pipeline(
-        base.model,
-        dtype,
-        variant=base.variant or None,
-        unet=base.unet or None,
-        vae=base.vae or None,
-        sharding=sharding,
-    )
+def read_base(
+    base: Base,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    remat: bool = False,
+    sharding: Placement = None,
+) -> Pipeline:
+    """The pipeline that a command needs: of a base model, for images of a size, see ``read_pipeline`` and ``for_run``.
+
+    Raises:
+      UserError: as these two.
+    """
+    parts = {"variant": base.variant or None, "unet": base.unet or None, "vae": base.vae or None}
+    pipeline = read_pipeline(base.model, dtype, sharding=sharding, **parts)
+    return for_run(pipeline, height=height, width=width, remat=remat)

@@ -1,4 +1,4 @@
-"""Fetches files of the Hugging Face hub and of GitHub into the hub's cache; goes on where it stopped, and verifies.
+"""Fetches files of the Hugging Face hub and of GitHub into the hub's cache; resumes transfers, and verifies files.
 
     HF_HOME/hub/models--org--name/snapshots/<commit>/...    files of the hub, in its own layout (links to blobs/<hash>)
     HF_HOME/spo_jax/github/owner/repo/<commit>/...          files of GitHub
@@ -23,7 +23,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spo_jax.errors import UserError
+from huggingface_hub import constants, errors
+
+from spo_jax.errors import UserError, first_line
 from spo_jax.files import write_text
 from spo_jax.formats.remote import RemoteName, choose_files
 from spo_jax.formats.transfer import NO_SPACE, alone, patiently, transfer
@@ -70,7 +72,8 @@ def commit_of(remote: RemoteName) -> str:
         return remote.revision
     known = _repository(remote) / "refs" / (remote.revision or "main")
     try:
-        info = _ask(remote, lambda api: api.repo_info(timeout=_SILENCE, **_place(remote, remote.revision or None)))
+        place = {"revision": remote.revision or None, "repo_type": remote.kind}
+        info = _ask(remote, lambda api: api.repo_info(remote.repo, timeout=_SILENCE, **place))
     except Unreachable:
         commit = known.read_text(encoding="utf-8").strip() if known.is_file() else ""
         if _COMMIT.fullmatch(commit):
@@ -86,20 +89,14 @@ def commit_of(remote: RemoteName) -> str:
 def list_files(
     remote: RemoteName, *, variant: str = "", weights: bool = True, network: bool = True
 ) -> list[RemoteFile] | None:
-    """The files of ``remote`` that are read here, see ``choose_files``; None if that is not known and not asked.
+    """The files of ``remote``, pinned to a commit, that are read here; see ``choose_files`` for the other arguments.
 
-    Args:
-      remote: pinned to a commit.
-      variant: of the weight files.
-      weights: False for configs and tokenizers only.
-      network: False asks no server.
+    ``network=False`` asks no server; the result is None then if the files are not known.
 
     Raises:
       UserError: the repository, the commit or the file does not exist or is not accessible.
       Unreachable: a server has to be asked, and cannot be.
     """
-    if not remote.pinned:
-        raise ValueError(f"{remote} is not pinned")
     if remote.site == "github":
         digest = f"sha256:{remote.sha256}" if remote.sha256 else ""
         return [RemoteFile(remote.inside, _size_on_github(remote) if network else -1, digest)]
@@ -135,7 +132,7 @@ def local_path(remote: RemoteName, path: str) -> Path:
 
 
 def is_here(remote: RemoteName, file: RemoteFile) -> bool:
-    """Whether the file is on this machine, as long as it should be, and, if its name has a checksum, with that one."""
+    """Whether the file is on this machine with the right size and, if its name has a checksum, with that one."""
     path = local_path(remote, file.path)
     with _one_sentence(remote, file.path):
         if not path.is_file():
@@ -148,21 +145,21 @@ def is_here(remote: RemoteName, file: RemoteFile) -> bool:
 
 
 def size_of(remote: RemoteName, file: RemoteFile) -> int:
-    """Its size as its server has it; if that is unknown, what is here of it."""
-    path = local_path(remote, file.path)
-    return file.size if file.size >= 0 else path.stat().st_size if path.is_file() else 0
+    """Its size as its server has it; if that is unknown, the size of what is here of it."""
+    return file.size if file.size >= 0 else _size(local_path(remote, file.path))
 
 
 def partial_bytes(remote: RemoteName, file: RemoteFile) -> int:
-    """What an interrupted transfer has left of the file."""
-    path = _incomplete(remote, file)
+    """The bytes that an interrupted transfer has left of the file."""
+    return _size(_incomplete(remote, file))
+
+
+def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
 def page(remote: RemoteName) -> str:
     """The address of the repository's page, on the hub that ``HF_ENDPOINT`` names."""
-    from huggingface_hub import constants
-
     return remote.page(re.sub(r"//[^/@]*@", "//", constants.ENDPOINT))  # without a password
 
 
@@ -173,7 +170,7 @@ def address(remote: RemoteName, path: str) -> str:
     if remote.site == "github":
         base = os.environ.get("GITHUB_RAW_ENDPOINT") or _GITHUB
         return f"{base.rstrip('/')}/{remote.repo}/{remote.revision}/{path}"
-    return hf_hub_url(filename=path, **_place(remote, remote.revision))
+    return hf_hub_url(remote.repo, path, repo_type=remote.kind, revision=remote.revision)
 
 
 def cache_folder(remote: RemoteName) -> Path:
@@ -186,21 +183,23 @@ def cache_folder(remote: RemoteName) -> Path:
 def fetch(remote: RemoteName, file: RemoteFile, *, again: bool = False) -> Path:
     """Fetches one file, unless it is here, and verifies its size and digest before it gets its name.
 
-    What an interrupted transfer left is gone on with, and content that is here under another name is used. Several
-    processes may ask for the same file: one fetches it. With ``again`` what is here is damaged, and stays until the
-    other has come.
+    An interrupted transfer is resumed, and content that is here under another name is used. Several processes may ask
+    for the same file: one fetches it. With ``again`` the file here is damaged, and stays until the new one has come.
 
     Raises:
-      UserError: it is not accessible, what came is not what it should be, or it cannot be written.
+      UserError: it is not accessible, has another size or checksum, or cannot be written.
       Unreachable: the server cannot be asked.
     """
+    from huggingface_hub.utils import build_hf_headers
+
     target, incomplete, blob = local_path(remote, file.path), _incomplete(remote, file), _blob(remote, file)
     with _one_sentence(remote, file.path), alone(_lock(remote, file), f"{file.path} of {remote.repo}"):
         if is_here(remote, file) and not (again and fault_of(target, file)):
             return target
         incomplete.parent.mkdir(parents=True, exist_ok=True)
         if blob is None or not blob.is_file() or fault_of(blob, file) is not None:
-            transfer(address(remote, file.path), _headers(remote), incomplete, file.size, file.path)
+            headers = {} if remote.site == "github" else build_hf_headers()
+            transfer(address(remote, file.path), headers, incomplete, file.size, file.path)
             if (fault := fault_of(incomplete, file)) is not None:
                 incomplete.unlink()
                 other = " or for a slip in the digits behind #sha256=" if remote.sha256 else ""
@@ -253,8 +252,7 @@ def check_space(wanted: Sequence[tuple[RemoteName, RemoteFile]]) -> None:
 
 def bytes_to_fetch(wanted: Sequence[tuple[RemoteName, RemoteFile]]) -> int:
     """What is left to transfer of the files; content that several share is counted once."""
-    left = {_incomplete(r, file): max(0, file.size - partial_bytes(r, file)) for r, file in wanted}
-    return sum(left.values())
+    return sum({_incomplete(r, file): max(0, file.size - partial_bytes(r, file)) for r, file in wanted}.values())
 
 
 def in_bytes(size: int) -> str:
@@ -275,14 +273,10 @@ def _at_home(folder: str) -> Path:
 
 
 def _own_folder() -> Path:
-    from huggingface_hub import constants
-
     return _at_home(constants.HF_HOME) / "spo_jax"
 
 
 def _repository(remote: RemoteName) -> Path:
-    from huggingface_hub import constants
-
     return _at_home(constants.HF_HUB_CACHE) / f"{remote.kind}s--{remote.repo.replace('/', '--')}"
 
 
@@ -312,16 +306,6 @@ def _link(target: Path, blob: Path) -> None:
         os.replace(blob, target)
 
 
-def _place(remote: RemoteName, revision: str | None) -> dict[str, Any]:
-    return {"repo_id": remote.repo, "repo_type": remote.kind, "revision": revision}
-
-
-def _headers(remote: RemoteName) -> dict[str, str]:
-    from huggingface_hub.utils import build_hf_headers
-
-    return {} if remote.site == "github" else build_hf_headers()
-
-
 def _listing_file(remote: RemoteName) -> Path:
     return _own_folder() / "listings" / _repository(remote).name / f"{remote.revision}.json"
 
@@ -339,8 +323,9 @@ def _known_listing(remote: RemoteName) -> dict[str, RemoteFile] | None:
 
 def _ask_listing(remote: RemoteName) -> dict[str, RemoteFile]:
     def ask(api: Any) -> list[Any]:
-        api.repo_info(timeout=_SILENCE, **_place(remote, remote.revision))  # says soon if there is no network
-        return list(api.list_repo_tree(recursive=True, **_place(remote, remote.revision)))
+        place = {"revision": remote.revision, "repo_type": remote.kind}
+        api.repo_info(remote.repo, timeout=_SILENCE, **place)  # fails soon without network
+        return list(api.list_repo_tree(remote.repo, recursive=True, **place))
 
     files = []
     for entry in _ask(remote, ask):
@@ -398,36 +383,27 @@ def _size_on_github(remote: RemoteName) -> int:
 @contextlib.contextmanager
 def _one_sentence(remote: RemoteName, path: str = "") -> Iterator[None]:
     """Turns what a request or a transfer raises into one sentence for the user."""
-    from huggingface_hub import errors
-
     what = f"{path} of {remote.repo}" if path else remote.repo
+    sentences: dict[type[Exception], str] = {
+        errors.GatedRepoError: f"{remote.repo} is gated: open {page(remote)}, accept its terms, and set HF_TOKEN to a "
+        "token of yours (or log in with `hf auth login`).",
+        errors.RevisionNotFoundError: f"{remote.repo} has no revision {remote.revision or 'main'}; its commits are "
+        f"listed at {page(remote)}/commits/main.",
+        errors.RepositoryNotFoundError: f"There is no repository {remote.repo} at {page(remote)}, or it is private, "
+        "and nothing of that name is here; check the name, and for a private one set HF_TOKEN to a token of yours (or "
+        "log in with `hf auth login`).",
+        errors.HFValidationError: f"{remote.repo} is no name of a repository on the hub, and nothing of that name is "
+        "here.",
+    }
     try:
         yield
     except UserError:
         raise
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{remote.repo} is gated: open {page(remote)}, accept its terms, and set HF_TOKEN to a token of yours "
-            "(or log in with `hf auth login`)."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(
-            f"{remote.repo} has no revision {remote.revision or 'main'}; its commits are listed at "
-            f"{page(remote)}/commits/main."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"There is no repository {remote.repo} at {page(remote)}, or it is private, and nothing of that name is "
-            "here; check the name, and for a private one set HF_TOKEN to a token of yours (or log in with "
-            "`hf auth login`)."
-        ) from error
-    except errors.HFValidationError as error:
-        raise UserError(
-            f"{remote.repo} is no name of a repository on the hub, and nothing of that name is here."
-        ) from error
+    except tuple(sentences) as error:
+        raise UserError(next(text for kind, text in sentences.items() if isinstance(error, kind))) from error
     except Exception as error:  # network, proxy, authentication and disk fail in many ways
         response, number = getattr(error, "response", None), getattr(error, "errno", None)
-        reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+        reason = first_line(error).rstrip(".") or type(error).__name__
         if number in NO_SPACE:
             raise UserError(
                 f"{what} does not fit into {cache_folder(remote)} ({os.strerror(number)}); free some space, or set "

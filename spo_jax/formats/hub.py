@@ -1,6 +1,6 @@
-"""Models by name: a local folder, or what ``remote.py`` describes, fetched into the hub's cache if it is not there.
+"""Models by name: a local path, or a remote name (``remote.py``) that is fetched into the hub's cache if need be.
 
-What is cached (``HF_HOME``) needs no network. Configs, tokenizers and weights are fetched; no code is fetched or run.
+What is in the cache (``HF_HOME``) needs no network. No code is fetched or run.
 """
 
 from __future__ import annotations
@@ -11,29 +11,28 @@ import math
 import os
 import re
 import shlex
-import sys
 from pathlib import Path, PurePosixPath
 
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 from spo_jax.formats import download
 from spo_jax.formats.remote import RemoteName, parse_remote
 
 PREFIX = "emoji:"  # of the files of the emoji world, which ship with the package
 _EMOJI = Path(__file__).parents[1] / "emoji"
-MAX_STRENGTH = 1000  # of adapters; what is meant lies between -2 and 2
+MAX_STRENGTH = 1000  # of adapters; sensible ones are between -2 and 2
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def resolve_model(name: str | Path, *, variant: str | None = None, weights: bool = True) -> Path:
-    """The local folder or file that ``name`` stands for; fetches what the cache lacks.
+    """The local folder or file that ``name``, a local path or a remote name, stands for; fetches what the cache lacks.
 
     Args:
-      name: a local path, or a remote name, see ``remote.py``; one without a commit is looked up, and said.
+      name: a remote one without a commit is looked up, and a notice tells the commit.
       variant: of the weight files to fetch, such as ``"fp16"``.
       weights: False fetches configs and tokenizers only.
 
     Raises:
-      UserError: there is no such path or repository; or files that are neither cached nor to be had.
+      UserError: there is no such path or repository, or files are neither in the cache nor to be had.
     """
     remote = remote_of(name)
     if remote is None:
@@ -57,18 +56,15 @@ def resolve_model(name: str | Path, *, variant: str | None = None, weights: bool
 
 
 def fetched(name: str | Path) -> Path:
-    """The path that a name of a file or of adapters stands for: a remote one is fetched, a local one need not be there.
+    """As ``resolve_model`` for a name with an ``@``; any other is a local path, which need not be there.
 
-    These are mostly local, so a remote one has an ``@``: a slip in a path must not become a stranger's repository.
+    For prompts and adapters, which are mostly local: a slip in a path must not become a stranger's repository.
     """
     return resolve_model(name) if "@" in str(name) and remote_of(name) is not None else local(name)
 
 
 def remote_of(name: str | Path) -> RemoteName | None:
-    """The remote name that a name is; None for what is here, and for what can only be a local path.
-
-    ``runs/a`` is a local path where there is a folder ``runs``, unless it has an ``@``.
-    """
+    """The remote name; None for what is here or can only be a local path, such as ``runs/a``."""
     text = str(name)
     if exists(name) or ("@" not in text and "/" in text and exists(text.partition("/")[0] or "/")):
         return None
@@ -78,8 +74,7 @@ def remote_of(name: str | Path) -> RemoteName | None:
 def with_strength(name: str) -> tuple[str, float]:
     """The name and the strength of adapters: ``("runs/a", 0.7)`` of ``runs/a:0.7``; the strength is 1 by default.
 
-    What stands behind the last colon belongs to the name where there is such a path, or where it is no number, as in
-    ``emoji:model`` or ``github:owner/repo@...``.
+    The part behind the last colon belongs to the name if that is a path that exists, or the part is no number.
 
     Raises:
       UserError: the strength of a path that is here is no number, or beyond ``MAX_STRENGTH``.
@@ -101,13 +96,13 @@ def with_strength(name: str) -> tuple[str, float]:
 
 
 def local(name: str | Path) -> Path:
-    """A local path: ``emoji:model`` is a folder that ships with the package, ``~`` the home; others stay."""
+    """A local path; ``emoji:model`` is a folder that ships with the package, and ``~`` is the home folder."""
     text = str(name)
     return _EMOJI / text.removeprefix(PREFIX) if text.startswith(PREFIX) else Path(os.path.expanduser(text))
 
 
 def exists(name: str | Path) -> bool:
-    """Whether there is such a path; also of names that no path can have."""
+    """Whether there is such a path; False for a name that no path can have."""
     try:
         return local(name).exists()
     except (OSError, ValueError):
@@ -116,11 +111,11 @@ def exists(name: str | Path) -> bool:
 
 @functools.cache
 def pinned(remote: RemoteName) -> RemoteName:
-    """The name with the commit that it means now, which is said where it was looked up."""
+    """The name with the commit that it means now; a notice tells one that was looked up."""
     if remote.pinned:
         return remote
     commit = download.commit_of(remote)
-    print(f"spo_jax: {remote} is at commit {commit}.", file=sys.stderr)
+    notice(f"{remote} is at commit {commit}.")
     return dataclasses.replace(remote, revision=commit)
 
 
@@ -133,7 +128,7 @@ def not_here(name: str) -> str:
 
 
 def fetch_command(remote: RemoteName, variant: str = "", *, weights: bool = True) -> str:
-    """The hub's own command that fetches what a name stands for, and about what is read of it."""
+    """The shell command that fetches what a name stands for; it may fetch more than is read."""
     if remote.site == "github":
         place, address = download.local_path(remote, remote.inside), download.address(remote, remote.inside)
         return f"curl --create-dirs -o {shlex.quote(str(place))} {shlex.quote(address)}"
@@ -158,14 +153,12 @@ def find_file(name: str | Path, file: str) -> Path | None:
     """A file of a model (see ``resolve_model``) that is here already, in its folder or in the hub's cache, or None."""
     remote = remote_of(name)
     if remote is None:
-        path = local(name) / file
-    else:
-        import huggingface_hub  # takes a second to import
+        return path if (path := local(name) / file).is_file() else None
+    import huggingface_hub  # takes a second to import
 
-        inside = str(PurePosixPath(remote.inside or ".") / file)
-        found = huggingface_hub.try_to_load_from_cache(remote.repo, inside, revision=remote.revision or None)
-        path = Path(found) if isinstance(found, str) else Path()
-    return path if path.is_file() else None
+    inside = str(PurePosixPath(remote.inside or ".") / file)
+    found = huggingface_hub.try_to_load_from_cache(remote.repo, inside, revision=remote.revision or None)
+    return Path(found) if isinstance(found, str) and Path(found).is_file() else None
 
 
 def missing(path: Path, what: str = "File") -> str:
@@ -178,4 +171,6 @@ def missing(path: Path, what: str = "File") -> str:
                 f"{what} {path} is not in the hub's cache; if {repo} has it, fetch it with "
                 f"`hf download {repo} {file} --revision {folder.name}`."
             )
+    if path.is_symlink():
+        return f"{what} {path} is a link to {os.readlink(path)}, which does not exist; put the file itself there."
     return f"{what} {path} does not exist; is {path.parent} a complete model folder?"

@@ -1,28 +1,27 @@
 """Reading LoRA files of others: diffusers, peft, the kohya trainer, OneTrainer; in safetensors or PyTorch's files.
 
-Whatever the layout, what is read is a dict of parts, ``{"unet": tree, "text_encoder": tree, "text_encoder_2": tree}``,
-of which those are missing that the file does not adapt. A tree holds float32 adapters, see ``models/lora.py``.
+Every layout is read as ``{"unet": tree, "text_encoder": tree, "text_encoder_2": tree}``, without the parts that the
+file does not adapt. A tree holds float32 adapters, see ``models/lora.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from spo_jax.distributed.processes import is_main_process
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 from spo_jax.formats import lora_keys
 from spo_jax.formats.hub import fetched, with_strength
-from spo_jax.formats.lora_config import CONFIG_FILE, PeftConfigs, read_configs
+from spo_jax.formats.lora_config import CONFIG_FILE, PeftConfig, read_configs
 from spo_jax.formats.lora_keys import Layer
 from spo_jax.formats.stored import StoredArray
 from spo_jax.formats.weights import TORCH_SUFFIXES, open_file
@@ -36,22 +35,20 @@ _FAMILIES = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}  # by the width of their
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """A LoRA file whose values are still in it; ``configs`` are peft's."""
+    """A LoRA file whose values are still in it; ``configs`` are peft's, by part, and ``strength`` is the user's."""
 
     path: Path
     arrays: dict[str, StoredArray]
-    configs: PeftConfigs
+    configs: dict[str, PeftConfig]
+    strength: float = 1.0
 
 
-def read_lora(path: str | Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
+def read_lora(path: str | Path, shapes: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Reads adapters in any layout of ``lora_keys``; the scale, alpha / rank, is folded into ``B``.
 
     Args:
       path: the file, or the folder that holds it; local, or on the hub (see ``resolve_model``).
       shapes: trees of parameters or their shapes by part, at least ``"unet"``; other entries are not looked at.
-
-    Returns:
-      A tree of adapters for each part that the file adapts.
 
     Raises:
       UserError: the file is missing or damaged; a key or shape does not fit the pipeline; it holds another kind of
@@ -60,36 +57,35 @@ def read_lora(path: str | Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
     return _parts(_open(path), shapes)
 
 
-def read_adapters(lora_names: Iterable[str], shapes: Mapping[str, Any]) -> dict[str, Any]:
+def read_adapters(lora_names: Iterable[str], shapes: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The sum of several adapters, each by its name and strength (see ``hub.with_strength``), as ``read_lora``.
 
     The sum of two low-rank matrices is one of both ranks together: ``[A1, A2] [s1 B1; s2 B2]``.
     """
     layers: dict[tuple[str, ...], list[jax.Array]] = {}
     for lora_name in lora_names:
-        name, strength = with_strength(lora_name)
-        for path, value in flax.traverse_util.flatten_dict(read_lora(name, shapes)).items():
-            layers.setdefault(path, []).append(value * np.float32(strength) if path[-1] == "B" else value)
+        for path, value in flax.traverse_util.flatten_dict(_parts(_named(lora_name), shapes)).items():
+            layers.setdefault(path, []).append(value)
     return flax.traverse_util.unflatten_dict(
         {path: jnp.concatenate(values, axis=-1 if path[-1] == "A" else 0) for path, values in layers.items()}
     )
 
 
 def check_lora_files(lora_names: Iterable[str]) -> None:
-    """Refuses names, strengths and files that no model can use, before one is read: of the files the headers are.
+    """Refuses names, strengths and files that no model can use, before a model is read; of the files headers are read.
 
     Raises:
       UserError: as ``read_lora``, of what can be told without a model and without the values.
     """
     for lora_name in lora_names:
-        _open(with_strength(lora_name)[0])
+        _named(lora_name)
 
 
-def starting_lora(key: jax.Array, params: Any, rank: int, lora_name: str | None) -> Any:
+def starting_lora(key: jax.Array, params: PyTree, rank: int, lora_name: str | None) -> PyTree:
     """Adapters of the UNet to start training from: those of a file, and fresh ones where it has none.
 
-    The file's layers keep their ranks, and all of them are trained, also those that would get no fresh adapters; what
-    differs from the config is said.
+    The file's layers keep their ranks, and all of them are trained, also those that would get no fresh adapters; a
+    notice tells what differs from the config.
 
     Args:
       key: PRNG key of the fresh ones.
@@ -103,8 +99,7 @@ def starting_lora(key: jax.Array, params: Any, rank: int, lora_name: str | None)
     lora = flax.traverse_util.flatten_dict(init_lora(key, params, rank))
     if lora_name is None:
         return flax.traverse_util.unflatten_dict(lora)
-    name, strength = with_strength(lora_name)
-    file = _open(name)
+    file = _named(lora_name)
     text_key = next((k for k in sorted(file.arrays) if lora_keys.text_encoder_of(k)), None)
     if text_key is not None:
         raise UserError(
@@ -112,14 +107,12 @@ def starting_lora(key: jax.Array, params: Any, rank: int, lora_name: str | None)
             "merge the file into the model with spo_jax.export --format=pipeline, and train on that model."
         )
     read = flax.traverse_util.flatten_dict(_parts(file, {lora_keys.UNET: params})[lora_keys.UNET])
-    if strength != 1:
-        read = {path: x * np.float32(strength) if path[-1] == "B" else x for path, x in read.items()}
     _say_what_differs(file.path, read, rank)
     return flax.traverse_util.unflatten_dict(lora | read)
 
 
 def _say_what_differs(path: Path, read: Mapping[tuple[str, ...], jax.Array], rank: int) -> None:
-    """One line about adapters to start from that are others than the config would make."""
+    """One line about what differs between adapters to start from and those that the config would make."""
     ranks = sorted({x.shape[-1] for p, x in read.items() if p[-1] == "A"})
     more = sum(p[-1] == "A" and p[-2] not in TARGETS for p in read)
     said = []
@@ -128,10 +121,16 @@ def _say_what_differs(path: Path, read: Mapping[tuple[str, ...], jax.Array], ran
     if more:
         said.append(f"{more} layers beyond the attention projections are trained as well")
     if said and is_main_process():
-        print(f"spo_jax: training starts from LoRA file {path}: {'; '.join(said)}.", file=sys.stderr)
+        notice(f"training starts from LoRA file {path}: {'; '.join(said)}.")
 
 
 # ----------------------------------------------------------------------------------------------------------- the file
+def _named(lora_name: str) -> _File:
+    """The file that a name of adapters with a strength stands for, see ``_open``."""
+    name, strength = with_strength(lora_name)
+    return dataclasses.replace(_open(name), strength=strength)
+
+
 def _open(path: str | Path) -> _File:
     """The file that a name of adapters stands for, without its values; refuses other kinds of adapters."""
     path = fetched(path)
@@ -140,8 +139,8 @@ def _open(path: str | Path) -> _File:
         # As peft's own examples save a UNet and its text encoder: a folder for each, whose keys do not name it.
         files = {part: _open(folder) for part, folder in folders.items()}
         arrays = {f"{part}.{key}": array for part, file in files.items() for key, array in file.arrays.items()}
-        found = {part: config for part, file in files.items() if (config := file.configs.of(part)) is not None}
-        return _File(path, arrays, PeftConfigs(found))
+        configs = {part: file.configs[part] for part, file in files.items() if part in file.configs}
+        return _File(path, arrays, configs)
     path = _file_in(path) if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"LoRA file {path} does not exist; give a LoRA file, or the --workdir of a training run.")
@@ -169,7 +168,7 @@ def _file_in(folder: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------- its layers
-def _parts(file: _File, shapes: Mapping[str, Any]) -> dict[str, Any]:
+def _parts(file: _File, shapes: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The adapters in a file, each at its layer of a pipeline with such parameters."""
     _check_family(file, shapes)
     spellings = lora_keys.spellings(shapes)
@@ -206,11 +205,8 @@ def _matrices(
     for role, missing in (("down", "up"), ("up", "down")):
         if missing not in keys:
             key = keys.get(role)
-            other = (
-                f"{keys['alpha']!r} without its matrices"
-                if key is None
-                else (f"{key!r}, but not {lora_keys.counterpart(key)!r}")
-            )
+            alone = f"{keys.get('alpha')!r} without its matrices"
+            other = alone if key is None else f"{key!r}, but not {lora_keys.counterpart(key)!r}"
             raise UserError(f"LoRA file {file.path} has {other}; the file is incomplete.")
     down, up = file.arrays[keys["down"]], file.arrays[keys["up"]]
     for key, array in ((keys["down"], down), (keys["up"], up)):
@@ -238,8 +234,8 @@ def _matrices(
         if math.prod(alpha.shape) != 1:
             raise UserError(f"LoRA file {file.path}: {keys['alpha']!r} has shape {alpha.shape}, not a single number.")
         scale = float(_read(file, keys["alpha"]).reshape(())) / rank
-    elif (config := file.configs.of(layer.part)) is not None:
-        scale = config.scale(lora_keys.module_name(layer.path), rank)
+    elif layer.part in file.configs:
+        scale = file.configs[layer.part].scale(lora_keys.module_name(layer.path), rank)
     with np.errstate(over="ignore", invalid="ignore"):
         b = b * np.float32(scale)
         largest = np.abs(a).max() * np.abs(b).max() * np.float32(rank)
@@ -248,7 +244,7 @@ def _matrices(
             f"LoRA file {file.path}: {keys['down']!r} and {keys['up']!r} with their scale {scale:g} make weights that "
             "are not finite in float32; the file is damaged: use another one."
         )
-    return jnp.asarray(a), jnp.asarray(b)
+    return jnp.asarray(a), jnp.asarray(b) * np.float32(file.strength)
 
 
 def _read(file: _File, key: str) -> np.ndarray:
@@ -263,13 +259,9 @@ def _read(file: _File, key: str) -> np.ndarray:
     return values
 
 
-def _check_family(file: _File, shapes: Mapping[str, Any]) -> None:
+def _check_family(file: _File, shapes: Mapping[str, PyTree]) -> None:
     """Refuses a file for UNets that take other text embeddings, which tells SD1.x, SD2.x and SDXL apart."""
-    ours = {
-        value.shape[0]
-        for path, value in flax.traverse_util.flatten_dict(shapes[lora_keys.UNET]).items()
-        if path[-3:] in (("attn2", "to_k", "kernel"), ("attn2", "to_v", "kernel"))
-    }
+    ours = lora_keys.text_widths(shapes[lora_keys.UNET])
     for key, array in file.arrays.items():
         width = lora_keys.text_width(key, array.shape)
         if width is not None and ours and width not in ours:
@@ -280,7 +272,7 @@ def _check_family(file: _File, shapes: Mapping[str, Any]) -> None:
             )
 
 
-def _refuse_left_over(file: _File, left: list[str], shapes: Mapping[str, Any]) -> None:
+def _refuse_left_over(file: _File, left: list[str], shapes: Mapping[str, PyTree]) -> None:
     for key in sorted(left):
         part = lora_keys.text_encoder_of(key)
         if part is not None and part not in shapes:

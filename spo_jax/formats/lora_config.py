@@ -12,17 +12,16 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors
 
 from spo_jax.errors import UserError
+from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.lora_keys import PARTS
 
 CONFIG_FILE = "adapter_config.json"
 _PEFT_STEM = "adapter_model"
 _DEFAULT_ALPHA = 8.0  # of LoraConfig
-_MAX_CONFIG_BYTES = 2**20
 # With these, training starts from other base weights, which are not in the file.
 _CHANGED_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga|orthogonal", re.IGNORECASE)
 
@@ -36,56 +35,33 @@ class PeftConfig:
     rank_stabilized: bool
 
     def scale(self, module: str, rank: int) -> float:
-        """What the product of the matrices of a layer is multiplied with.
-
-        Args:
-          module: the layer's name in its model, such as ``down_blocks.0. ... .attn1.to_q``.
-          rank: of its matrices.
-        """
+        """The factor of the product of a layer's matrices; ``module`` is the layer's name in its model."""
         alpha = next((a for pattern, a in self.patterns.items() if _matches(pattern, module)), self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
-@dataclasses.dataclass(frozen=True)
-class PeftConfigs:
-    """The config of each part that has one."""
-
-    by_part: Mapping[str, PeftConfig]
-
-    def of(self, part: str) -> PeftConfig | None:
-        """The config of a part, or None: then alpha is the rank."""
-        return self.by_part.get(part)
-
-
-def read_configs(file: Path) -> PeftConfigs:
-    """The configs that go with a LoRA file, which is there and can be read.
+def read_configs(file: Path) -> dict[str, PeftConfig]:
+    """The config of each part that has one, for a LoRA file that is there and can be read; of others alpha is the rank.
 
     Raises:
       UserError: a config is missing or damaged, or asks for another kind of adapters.
     """
-    if file.name.startswith(_PEFT_STEM):
-        source, text = file.with_name(CONFIG_FILE), _beside(file)
-    else:
-        source, text = file, _in_header(file) or "{}"
+    source = file.with_name(CONFIG_FILE) if file.name.startswith(_PEFT_STEM) else file
+    if source != file and not source.is_file():
+        raise UserError(
+            f"LoRA file {file} is one of peft's, but {source} is not beside it; its alpha is needed: copy it as well."
+        )
     try:
-        fields = json.loads(text)
-        own = {part: _below(fields, f"{part}.") for part in PARTS}
-        common = {k: v for k, v in fields.items() if not k.startswith(tuple(f"{part}." for part in PARTS))}
-        found = {part: one or common for part, one in own.items() if one or common}
-        return PeftConfigs({part: _config(source, one) for part, one in found.items()})
+        fields = read_json(source) if source != file else json.loads(_in_header(file) or "{}")
+        by_part: dict[str, Json] = {"": {}, **{part: {} for part in PARTS}}
+        for key, value in fields.items():
+            part, dot, field = key.partition(".")
+            of_part = dot and part in PARTS
+            by_part[part if of_part else ""][field if of_part else key] = value
+        common = by_part.pop("")
+        return {part: _config(source, one or common) for part, one in by_part.items() if one or common}
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"LoRA file {source} has damaged metadata ({error}); download or copy it again.") from error
-
-
-def _beside(file: Path) -> str:
-    config = file.with_name(CONFIG_FILE)
-    if not config.is_file():
-        raise UserError(
-            f"LoRA file {file} is one of peft's, but {config} is not beside it; its alpha is needed: copy it as well."
-        )
-    if config.stat().st_size > _MAX_CONFIG_BYTES:
-        raise UserError(f"File {config} is larger than {_MAX_CONFIG_BYTES} bytes, which no config is.")
-    return config.read_text(encoding="utf-8-sig")
 
 
 def _in_header(file: Path) -> str | None:
@@ -96,11 +72,7 @@ def _in_header(file: Path) -> str | None:
         return None  # a file of PyTorch
 
 
-def _below(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
-
-
-def _config(source: Path, fields: Mapping[str, Any]) -> PeftConfig:
+def _config(source: Path, fields: Json) -> PeftConfig:
     kind = fields.get("peft_type") or "LORA"
     kind = kind if str(kind).upper() != "LORA" else "DoRA" if fields.get("use_dora") else None
     if kind is not None:

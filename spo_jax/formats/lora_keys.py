@@ -7,10 +7,11 @@ part's tree, ``("down_blocks_0", "attentions_0", ..., "attn1", "to_out_0")``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import flax.traverse_util
+from jaxtyping import PyTree
 
 from spo_jax.formats import names
 from spo_jax.formats.original_names import unet_name
@@ -74,24 +75,20 @@ def module_name(path: tuple[str, ...]) -> str:
 
 
 def diffusers_keys(layer: Layer) -> LayerKeys:
-    """As diffusers' own trainers write it: peft's names in the UNet, those of before in the text encoders.
+    """The keys that diffusers' own trainers write: peft's names in the UNet, older ones in the text encoders.
 
-    Of peft's names there, diffusers' reader understands those of the attention projections only.
+    In text encoders diffusers' reader understands peft's names of the attention projections only.
     """
     module = f"{layer.part}.{module_name(layer.path)}"
     down, up = ("lora_A", "lora_B") if layer.part == UNET else ("lora_linear_layer.down", "lora_linear_layer.up")
     return LayerKeys(f"{module}.{down}.weight", f"{module}.{up}.weight", f"{module}.alpha")
 
 
-def kohya_keys(layer: Layer, unet_shapes: Any) -> LayerKeys:
-    """As the kohya trainer writes it, and ComfyUI, A1111, diffusers and the trainer itself read it.
+def kohya_keys(layer: Layer, unet_shapes: PyTree) -> LayerKeys:
+    """The keys that the kohya trainer writes, and that it, ComfyUI, A1111 and diffusers read.
 
     For SD1.x and SD2.x these are diffusers' names, for SDXL those of the original UNet (``input_blocks_4_1_...``): the
     trainer runs another UNet there, and its own tools know no other names.
-
-    Args:
-      layer: which one.
-      unet_shapes: UNet parameters or their shapes.
     """
     module, sdxl = module_name(layer.path), is_sdxl(unet_shapes)
     if layer.part == UNET and sdxl:
@@ -101,12 +98,8 @@ def kohya_keys(layer: Layer, unet_shapes: Any) -> LayerKeys:
     return LayerKeys(f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha")
 
 
-def spellings(shapes: Mapping[str, Any]) -> dict[str, Layer]:
-    """Every layer that can be adapted, by every name that a file may call it.
-
-    Args:
-      shapes: trees of parameters or their shapes, for some of ``PARTS``.
-    """
+def spellings(shapes: Mapping[str, PyTree]) -> dict[str, Layer]:
+    """Every layer that can be adapted, by every name that a file may call it; ``shapes`` are trees by part."""
     layers: dict[str, Layer] = {}
     # The first text encoder comes last, because a name without prefix is its own.
     for part in reversed(PARTS):
@@ -114,19 +107,13 @@ def spellings(shapes: Mapping[str, Any]) -> dict[str, Layer]:
             if path[-1] != "kernel":
                 continue
             layer, module = Layer(part, path[:-1]), module_name(path[:-1])
-            for name in _names_inside(part, module, shapes):
+            # transformers 5 leaves out the first part of the names in text encoders.
+            other = unet_name(module, shapes[UNET]) if part == UNET else module.removeprefix("text_model.")
+            for name in (module, other):
                 dotted = [prefix + name for prefix in ("", *_DOTTED[part])]
                 underscored = [prefix + name.replace(".", "_") for prefix in _KOHYA[part]]
                 layers |= dict.fromkeys((*dotted, *underscored), layer)
     return layers
-
-
-def _names_inside(part: str, module: str, shapes: Mapping[str, Any]) -> Iterator[str]:
-    yield module
-    if part == UNET:
-        yield unet_name(module, shapes[UNET])
-    elif module.startswith("text_model."):  # which transformers 5 leaves out
-        yield module.removeprefix("text_model.")
 
 
 class Key(NamedTuple):
@@ -187,6 +174,12 @@ def text_width(key: str, shape: tuple[int, ...]) -> int | None:
     return shape[1] if re.search(r"attn2[._]to_[kv]$", parsed.module) else None
 
 
-def is_sdxl(unet_shapes: Any) -> bool:
+def text_widths(unet_shapes: PyTree) -> set[int]:
+    """Width of the text embeddings that a UNet takes; empty if it takes none."""
+    flat = flax.traverse_util.flatten_dict(unet_shapes)
+    return {x.shape[0] for path, x in flat.items() if path[-3:-1] in (("attn2", "to_k"), ("attn2", "to_v"))}
+
+
+def is_sdxl(unet_shapes: PyTree) -> bool:
     """Whether a UNet with these parameters is SDXL's, which alone embeds sizes and pooled text."""
     return "add_embedding" in unet_shapes

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import flax.traverse_util
 import jax
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from spo_jax.errors import UserError
 from spo_jax.formats import lora_keys
 from spo_jax.formats.lora import FILE_NAME
 from spo_jax.formats.lora_keys import Layer
+from spo_jax.formats.original_configs import model_spec
 from spo_jax.formats.safetensors_io import write_tensors
 
 KOHYA_FILE_NAME = "kohya_lora_weights.safetensors"
@@ -21,19 +23,14 @@ KOHYA_FILE_NAME = "kohya_lora_weights.safetensors"
 _SD2_WIDTH = 1024
 # Largest values of a matrix in float16: a thousandth of the first is still a normal number, the second no infinity.
 _ROOM = (2.0**-4, 2.0**15)
-_STABILITY = "https://github.com/Stability-AI/generative-models"
+_VERSIONS = {"SD1": "sd_v1", "SD2": "sd_v2", "SDXL": "sdxl_base_v1-0"}  # kohya's names of the kinds
 
 
-def write_lora(path: str | Path, lora: Mapping[str, Any], *, dtype: Any = np.float32) -> Path:
-    """Writes adapters as diffusers' trainers do, and diffusers reads them; returns the file's path.
+def write_lora(path: str | Path, lora: PyTree, *, dtype: DTypeLike = np.float32) -> Path:
+    """Writes adapters in the layout of diffusers' trainers; returns the file's path. Arguments as of ``write_kohya``.
 
     The layout has one alpha for all layers of a part, and here it is the rank: layers of smaller rank are filled up
     with zeros.
-
-    Args:
-      path: a folder, or a file name that ends in ``.safetensors``.
-      lora: a tree of adapters for each part, see ``read_lora``.
-      dtype: of the written tensors.
 
     Raises:
       UserError: the adapters are too large for the dtype.
@@ -55,10 +52,10 @@ def write_lora(path: str | Path, lora: Mapping[str, Any], *, dtype: Any = np.flo
 
 def write_kohya(
     path: str | Path,
-    lora: Mapping[str, Any],
-    unet_shapes: Any,
+    lora: PyTree,
+    unet_shapes: PyTree,
     *,
-    dtype: Any = np.float32,
+    dtype: DTypeLike = np.float32,
     prediction_type: str = "epsilon",
     image_size: tuple[int, int] | None = None,
 ) -> Path:
@@ -94,42 +91,22 @@ def write_kohya(
 
 
 def _kohya_header(
-    unet_shapes: Any, title: str, prediction_type: str, image_size: tuple[int, int] | None
+    unet_shapes: PyTree, title: str, prediction_type: str, image_size: tuple[int, int] | None
 ) -> dict[str, str]:
-    """What programs sort and label files by: kohya's own fields, and those of Stability AI's ModelSpec 1.0."""
-    is_v = prediction_type == "v_prediction"
-    if lora_keys.is_sdxl(unet_shapes):
-        version, architecture = "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
-    elif _text_width(unet_shapes) == _SD2_WIDTH:
-        version, architecture = "sd_v2", f"stable-diffusion-v2-{'768-v' if is_v else '512'}"
-    else:
-        version, architecture = "sd_v1", "stable-diffusion-v1"
-    header = {
+    """What programs sort and label files by: kohya's own fields, and ``model_spec``."""
+    is_sd2 = _SD2_WIDTH in lora_keys.text_widths(unet_shapes)
+    kind = "SDXL" if lora_keys.is_sdxl(unet_shapes) else "SD2" if is_sd2 else "SD1"
+    return {
         # A1111 shows a file only with models of the version that the metadata name.
-        "ss_base_model_version": version,
-        "ss_v2": str(version == "sd_v2"),
+        "ss_base_model_version": _VERSIONS[kind],
+        "ss_v2": str(kind == "SD2"),
         "ss_network_module": "networks.lora",
         "ss_output_name": title,
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": _STABILITY if lora_keys.is_sdxl(unet_shapes) else "diffusers",
-        "modelspec.title": title,
+        **model_spec(kind, title, prediction_type, image_size, is_lora=True),
     }
-    if prediction_type in ("epsilon", "v_prediction"):  # the specification knows no others
-        header["modelspec.prediction_type"] = "v" if is_v else "epsilon"
-    if image_size is not None:
-        height, width = image_size
-        header["modelspec.resolution"] = f"{width}x{height}"
-    return header
 
 
-def _text_width(unet_shapes: Any) -> int | None:
-    """Width of the text embeddings that a UNet takes."""
-    flat = flax.traverse_util.flatten_dict(unet_shapes)
-    return next((x.shape[0] for path, x in flat.items() if path[-3:] == ("attn2", "to_k", "kernel")), None)
-
-
-def _layers(lora: Mapping[str, Any], dtype: Any) -> Iterator[tuple[Layer, np.ndarray, np.ndarray]]:
+def _layers(lora: PyTree, dtype: DTypeLike) -> Iterator[tuple[Layer, np.ndarray, np.ndarray]]:
     """Each adapted layer, its down matrix [r, in] or [r, in, h, w], and its up matrix [out, r] or [out, r, 1, 1]."""
     flat = flax.traverse_util.flatten_dict(jax.device_get(lora))
     for (part, *path, name), a in flat.items():
@@ -149,7 +126,7 @@ def _layers(lora: Mapping[str, Any], dtype: Any) -> Iterator[tuple[Layer, np.nda
         yield layer, np.ascontiguousarray(down), np.ascontiguousarray(up)
 
 
-def _balanced(a: np.ndarray, b: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+def _balanced(a: np.ndarray, b: np.ndarray, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
     """The same product from factors of like size, which float16 rounds least; other dtypes have room for any size.
 
     Factors move between column j of ``A`` and row j of ``B`` in powers of two, which is exact; where both have room,

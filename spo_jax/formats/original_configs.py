@@ -1,20 +1,21 @@
 """Configs of the models in a single file: the published ones, with the sizes of the file's arrays.
 
-Numbers of heads and of groups, the size of pictures and the noise schedule are not in the file: they are those of the
-published models, as diffusers takes them.
+The file does not tell the numbers of heads and of groups, the size of images and the noise schedule: they are those of
+the published models, as in diffusers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from spo_jax.errors import UserError
+from spo_jax.formats.json_files import Json
 from spo_jax.formats.original_layout import LAYOUTS, UNET, V_PREDICTION, VAE, ZERO_SNR
 from spo_jax.formats.stored import StoredArray
 from spo_jax.models import published
 
+Arrays = Mapping[str, StoredArray]
 HEAD_SIZE = 64  # channels of a head, in all published models but SD1.x, which has 8 heads everywhere
 _GROUPS = 32
 _PUBLISHED = {
@@ -24,51 +25,54 @@ _PUBLISHED = {
 }
 _SD2_BASE_STEPS = 875_000  # by which diffusers knows stable-diffusion-2-base
 _SD2_BASE_SIZE = 64  # of its latents
+_STABILITY = "https://github.com/Stability-AI/generative-models"
 _PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 _ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
 
 
-def part_config(path: Path, kind: str, part: str, arrays: Mapping[str, StoredArray]) -> dict[str, Any]:
-    """The ``config.json`` of a part, in diffusers' or transformers' fields.
-
-    Raises:
-      UserError: a key that tells a size is missing, or the sizes do not tell the number of heads or groups.
-    """
-    sizes = _Sizes(path, arrays)
-    config = _PUBLISHED[kind][part]
-    if part == "unet":
-        return config | _unet(sizes, kind)
-    if part == "vae":
-        return config | _vae(sizes)
-    whose, prefix = LAYOUTS[kind][part]
-    return config | (_open_clip if whose == "open_clip" else _clip)(sizes, prefix)
-
-
-def scheduler_config(kind: str, prediction_type: str, arrays: Mapping[str, StoredArray]) -> dict[str, Any]:
-    """The ``scheduler_config.json`` that diffusers takes for a single file of a kind, with what the file marks."""
-    marked = {"rescale_betas_zero_snr": True} if ZERO_SNR in arrays else {}
-    return _PUBLISHED[kind]["scheduler"] | {"prediction_type": prediction_type} | marked
-
-
-def index_config(kind: str) -> dict[str, Any]:
-    """The ``model_index.json``, without the classes of the parts."""
-    return dict(_PUBLISHED[kind]["model_index"])
-
-
-def recorded_prediction_type(
-    path: Path, kind: str, arrays: Mapping[str, StoredArray], metadata: Mapping[str, str], beside: Mapping[str, Any]
-) -> str | None:
-    """What the UNet predicts, as far as a single file tells; None for an SD2.x that does not.
+def pipeline_configs(
+    path: Path, kind: str, arrays: Arrays, prediction_type: str, given: Mapping[str, Json] | None = None
+) -> dict[str, Json]:
+    """The configs of a pipeline in a single file, "index", "scheduler" and one for each part, as diffusers takes them.
 
     Args:
       path: of the file, for messages.
       kind: "SD1", "SD2" or "SDXL".
       arrays: of the file.
-      metadata: of a safetensors file's header.
-      beside: values beside the ``state_dict`` of a PyTorch file.
+      prediction_type: what the UNet predicts, if no scheduler is given.
+      given: those of the configs that are known.
 
     Raises:
-      UserError: the header names another prediction type.
+      UserError: a key that tells a size is missing, or the sizes do not tell the number of heads or groups.
+    """
+    marked = {"rescale_betas_zero_snr": True} if ZERO_SNR in arrays else {}
+    configs = {
+        "index": dict(_PUBLISHED[kind]["model_index"]),
+        "scheduler": _PUBLISHED[kind]["scheduler"] | {"prediction_type": prediction_type} | marked,
+    } | dict(given or {})
+    for part in LAYOUTS[kind]:
+        if part not in configs:
+            configs[part] = part_config(path, kind, part, arrays)
+            if part == "unet" and kind == "SD2" and configs["scheduler"].get("prediction_type", "epsilon") == "epsilon":
+                configs[part]["sample_size"] = _SD2_BASE_SIZE
+    return configs
+
+
+def part_config(path: Path, kind: str, part: str, arrays: Arrays) -> Json:
+    """The ``config.json`` of a part, in diffusers' or transformers' fields; arguments as of ``pipeline_configs``."""
+    sizes, config = _Sizes(path, arrays), _PUBLISHED[kind][part]
+    if part == "unet":
+        return config | _unet(sizes, kind)
+    return config | (_vae(sizes) if part == "vae" else _text_encoder(sizes, *LAYOUTS[kind][part]))
+
+
+def recorded_prediction_type(
+    path: Path, kind: str, arrays: Arrays, metadata: Mapping[str, str], beside: Json
+) -> str | None:
+    """What the UNet predicts, as far as a single file tells; None for an SD2.x that does not.
+
+    A safetensors file may tell it in the ``metadata`` of its header (UserError if that names an unknown type), a
+    PyTorch file by values ``beside`` its ``state_dict``.
     """
     said = metadata.get("modelspec.prediction_type")
     if said is not None:
@@ -84,15 +88,33 @@ def recorded_prediction_type(
     return _ARCHITECTURES.get(metadata.get("modelspec.architecture", ""))
 
 
-def with_latent_size(kind: str, config: dict[str, Any], prediction_type: str) -> dict[str, Any]:
-    """The UNet's config with the size that the model was trained for: SD2.x came in two."""
-    return config | ({"sample_size": _SD2_BASE_SIZE} if kind == "SD2" and prediction_type == "epsilon" else {})
+def model_spec(
+    kind: str, title: str, prediction_type: str, image_size: tuple[int, int] | None, *, is_lora: bool = False
+) -> dict[str, str]:
+    """The header of a file after Stability AI's ModelSpec 1.0, by which programs tell and show what the file is.
+
+    ``kind`` is "SD1", "SD2" or "SDXL", and ``image_size`` [height, width] of what the model was made for, if known.
+    """
+    v2 = "stable-diffusion-v2-768-v" if prediction_type == "v_prediction" else "stable-diffusion-v2-512"
+    architecture = {"SD1": "stable-diffusion-v1", "SD2": v2, "SDXL": "stable-diffusion-xl-v1-base"}[kind]
+    header = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora" if is_lora else architecture,
+        "modelspec.implementation": "diffusers" if is_lora and kind != "SDXL" else _STABILITY,
+        "modelspec.title": title,
+    }
+    if prediction_type in ("epsilon", "v_prediction"):  # the specification knows no others
+        header["modelspec.prediction_type"] = "v" if prediction_type == "v_prediction" else "epsilon"
+    if image_size is not None:
+        height, width = image_size
+        header["modelspec.resolution"] = f"{width}x{height}"
+    return header
 
 
 class _Sizes:
     """Shapes of a file's arrays, and how many layers of a name there are."""
 
-    def __init__(self, path: Path, arrays: Mapping[str, StoredArray]):
+    def __init__(self, path: Path, arrays: Arrays):
         self._path, self._arrays = path, arrays
 
     def of(self, key: str, axis: int) -> int:
@@ -128,7 +150,7 @@ class _Sizes:
         return channels // divisor
 
 
-def _unet(sizes: _Sizes, kind: str) -> dict[str, Any]:
+def _unet(sizes: _Sizes, kind: str) -> Json:
     levels: list[list[int]] = [[]]
     for i in range(1, sizes.count(f"{UNET}input_blocks.")):
         if sizes.has(f"{UNET}input_blocks.{i}.0.op."):
@@ -142,7 +164,7 @@ def _unet(sizes: _Sizes, kind: str) -> dict[str, Any]:
     middle = sizes.count(f"{UNET}middle_block.1.transformer_blocks.")
     for width in widths:
         sizes.divided(width, _GROUPS, "the number of groups of its normalization")
-    config: dict[str, Any] = {
+    config: Json = {
         "in_channels": sizes.of(f"{UNET}input_blocks.0.0.weight", 1),
         "out_channels": sizes.of(f"{UNET}out.2.weight", 0),
         "block_out_channels": widths,
@@ -164,7 +186,7 @@ def _unet(sizes: _Sizes, kind: str) -> dict[str, Any]:
     return config
 
 
-def _vae(sizes: _Sizes) -> dict[str, Any]:
+def _vae(sizes: _Sizes) -> Json:
     num_levels = sizes.count(f"{VAE}encoder.down.")
     widths = [sizes.of(f"{VAE}encoder.down.{i}.block.0.conv2.weight", 0) for i in range(max(1, num_levels))]
     for width in widths:
@@ -180,31 +202,26 @@ def _vae(sizes: _Sizes) -> dict[str, Any]:
     }
 
 
-def _clip(sizes: _Sizes, prefix: str) -> dict[str, Any]:
-    inner = f"{prefix}text_model." if sizes.has(f"{prefix}text_model.") else prefix
-    width = sizes.of(f"{inner}embeddings.token_embedding.weight", 1)
-    return {
-        "vocab_size": sizes.of(f"{inner}embeddings.token_embedding.weight", 0),
-        "max_position_embeddings": sizes.of(f"{inner}embeddings.position_embedding.weight", 0),
-        "hidden_size": width,
-        "num_attention_heads": sizes.divided(width, HEAD_SIZE, "the number of its attention heads"),
-        "intermediate_size": sizes.of(f"{inner}encoder.layers.0.mlp.fc1.weight", 0),
-        "num_hidden_layers": sizes.count(f"{inner}encoder.layers."),
-    }
-
-
-def _open_clip(sizes: _Sizes, prefix: str) -> dict[str, Any]:
-    width = sizes.of(f"{prefix}token_embedding.weight", 1)
-    layers = sizes.count(f"{prefix}transformer.resblocks.")
+def _text_encoder(sizes: _Sizes, whose: str, prefix: str) -> Json:
+    if whose == "clip":
+        inner = f"{prefix}text_model." if sizes.has(f"{prefix}text_model.") else prefix
+        tokens, positions = (f"{inner}embeddings.{name}_embedding.weight" for name in ("token", "position"))
+        layers, wide = f"{inner}encoder.layers.", "mlp.fc1.weight"
+    else:
+        tokens, positions = f"{prefix}token_embedding.weight", f"{prefix}positional_embedding"
+        layers, wide = f"{prefix}transformer.resblocks.", "mlp.c_fc.weight"
+    width = sizes.of(tokens, 1)
     config = {
-        "vocab_size": sizes.of(f"{prefix}token_embedding.weight", 0),
-        "max_position_embeddings": sizes.of(f"{prefix}positional_embedding", 0),
+        "vocab_size": sizes.of(tokens, 0),
+        "max_position_embeddings": sizes.of(positions, 0),
         "hidden_size": width,
         "num_attention_heads": sizes.divided(width, HEAD_SIZE, "the number of its attention heads"),
-        "intermediate_size": sizes.of(f"{prefix}transformer.resblocks.0.mlp.c_fc.weight", 0),
-        "num_hidden_layers": layers,
+        "intermediate_size": sizes.of(f"{layers}0.{wide}", 0),
+        "num_hidden_layers": sizes.count(layers),
     }
+    if whose == "clip":
+        return config
     if prefix == LAYOUTS["SD2"]["text_encoder"][1]:
         # SD2.x takes what the last but one layer of OpenCLIP ViT-H gives, so that 23 of its 24 layers are used.
-        return config | {"num_hidden_layers": min(layers, published.TEXT_SD21["num_hidden_layers"])}
+        return config | {"num_hidden_layers": min(sizes.count(layers), published.TEXT_SD21["num_hidden_layers"])}
     return config | {"projection_dim": sizes.of(f"{prefix}text_projection", 1)}

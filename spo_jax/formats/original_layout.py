@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.traverse_util
+import jax
+from jaxtyping import PyTree
 
 from spo_jax.errors import UserError
 from spo_jax.formats import names
 from spo_jax.formats.original_names import open_clip_key, unet_name, vae_name
+from spo_jax.formats.parts import OTHER_KINDS
 from spo_jax.formats.stored import StoredArray
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -33,7 +36,7 @@ FIRST_CONVOLUTION = f"{UNET}input_blocks.0.0.weight"
 # What holds no information that is used here: averages of the UNet, of which diffusers reads none either; the noise
 # schedule; buffers of text encoders; projections and layers behind what Stable Diffusion takes from them; what the
 # autoencoder was trained with.
-_LEFT_OUT = re.compile(
+LEFT_OUT = re.compile(
     r"model_ema\..*|first_stage_model\.(model_ema|loss)\..*|denoiser\.sigmas"
     rf"|{V_PREDICTION}|{ZERO_SNR}"
     r"|betas|logvar|lvlb_weights|(log_one_minus_|sqrt_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?"
@@ -43,7 +46,6 @@ _LEFT_OUT = re.compile(
     r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*"
 )
 _WANTED = "--model and config.model take a diffusers folder, or Stable Diffusion 1.x, 2.x or SDXL base in one file"
-_CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler", 5: "a depth-to-image model"}
 # Other files that people have, by what some of their keys contain; the first that fits.
 _OTHERS = (
     (r"^lora_|\.lora_(A|B|down|up)\.|\.lora\.(down|up)\.|lora_linear_layer|\.hada_w1_|\.lokr_w1", "a LoRA file"),
@@ -66,10 +68,10 @@ _ADVICE = {
 
 
 class Original(NamedTuple):
-    """Where a parameter lies in a single file, in terms of PyTorch's layout of it.
+    """Where a parameter, in PyTorch's layout, lies in a single file.
 
     ``third`` is 0, 1 or 2 for queries, keys and values, which open_clip keeps in one parameter. ``transposed`` and
-    ``convolution`` (a dense layer that is a 1x1 convolution there) say how its shape differs.
+    ``convolution`` (a dense layer that is a 1x1 convolution there) tell how its shape differs.
     """
 
     key: str
@@ -94,21 +96,12 @@ class Original(NamedTuple):
         return stored.transposed() if self.transposed else stored
 
 
-def originals(kind: str, part: str, shapes: Any) -> dict[tuple[str, ...], Original]:
-    """Where each parameter of a part lies.
-
-    Args:
-      kind: "SD1", "SD2" or "SDXL".
-      part: "unet", "vae", "text_encoder" or "text_encoder_2".
-      shapes: tree of the part's parameters or their shapes.
-
-    Returns:
-      By path in the tree.
-    """
+def originals(kind: str, part: str, shapes: PyTree) -> dict[tuple[str, ...], Original]:
+    """Where each parameter of a part lies in a single file of a kind, by the parameter's path in ``shapes``."""
     whose, prefix = LAYOUTS[kind][part]
     num_levels = sum(name.startswith("down_blocks_") for name in shapes.get("encoder", ()))
 
-    def one(path: tuple[str, ...], leaf: Any) -> Original:
+    def one(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> Original:
         key = names.torch_key(path)
         module, _, what = key.rpartition(".")
         if whose == "unet":
@@ -128,18 +121,14 @@ def originals(kind: str, part: str, shapes: Any) -> dict[tuple[str, ...], Origin
     return {path: one(path, leaf) for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
 
 
-def is_left_out(key: str) -> bool:
-    """Whether a key of a single file holds nothing that is used here."""
-    return _LEFT_OUT.fullmatch(key) is not None
-
-
 def kind_of(path: Path, arrays: Mapping[str, StoredArray]) -> str:
     """ "SD1", "SD2" or "SDXL", by the keys of a single file.
 
     Raises:
       UserError: it is another kind of file, which is named.
     """
-    prefixes = {prefix for prefix in _prefixes() if any(key.startswith(prefix) for key in arrays)}
+    every = {prefix for layout in LAYOUTS.values() for _, prefix in layout.values()}
+    prefixes = {prefix for prefix in every if any(key.startswith(prefix) for key in arrays)}
     for pattern, what in _OTHERS:
         if any(re.search(pattern, key) for key in arrays):
             raise _refusal(path, what)
@@ -155,7 +144,7 @@ def kind_of(path: Path, arrays: Mapping[str, StoredArray]) -> str:
         raise _refusal(path, f"a file of a kind that is not known here (keys: {listed}{', ...' if arrays else ''})")
     shape = arrays[FIRST_CONVOLUTION].shape if FIRST_CONVOLUTION in arrays else ()
     if len(shape) == 4 and shape[1] != 4:
-        raise _refusal(path, _CHANNELS.get(shape[1], f"a model whose UNet takes {shape[1]} channels"))
+        raise _refusal(path, OTHER_KINDS.get(shape[1], f"a model whose UNet takes {shape[1]} channels"))
     labels = any(key.startswith(f"{UNET}label_emb.") for key in arrays)
     if any(key.startswith("conditioner.embedders.0.model.") for key in arrays):
         raise _refusal(path, "an SDXL refiner" if labels else "a model in another layout, such as SD-Turbo")
@@ -170,10 +159,6 @@ def kind_of(path: Path, arrays: Mapping[str, StoredArray]) -> str:
                 raise UserError(f"File {path} has no keys {prefix}*; it is not complete, get it from its source again.")
         return kind
     raise UserError(f"File {path} has a UNet, but no text encoder that is known here; {_WANTED}.")
-
-
-def _prefixes() -> Collection[str]:
-    return {prefix for layout in LAYOUTS.values() for _, prefix in layout.values()}
 
 
 def _refusal(path: Path, what: str) -> UserError:

@@ -1,14 +1,15 @@
 """Names of layers in the original checkpoints of Stable Diffusion, which single files and trainers keep.
 
-The original UNet counts through all blocks (``input_blocks.4.1...``); diffusers counts blocks, and layers in each. The
-original autoencoder counts its levels from the picture on, also on the way up. SD1.x and SDXL's first text encoder have
-transformers' names, SD2.x and SDXL's second one those of open_clip.
+The original UNet numbers the layers of all blocks through (``input_blocks.4.1...``); diffusers numbers blocks, and the
+layers in each. The original autoencoder numbers its levels from the image inwards, in the decoder too. SD1.x and SDXL's
+first text encoder have transformers' names, SD2.x and SDXL's second one those of open_clip.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+
+from jaxtyping import PyTree
 
 _OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
@@ -61,11 +62,11 @@ _OPEN_CLIP_LAYER = {
 }
 
 
-def unet_name(module: str, shapes: Any) -> str:
+def unet_name(module: str, shapes: PyTree) -> str:
     """Original name of a layer of the UNet.
 
-    A block takes as many numbers as it has resnets on the way up, one more than on the way down, where a downsampler
-    has the last one; number 0 of the way down is the first convolution.
+    A block has as many numbers as it has resnets on the up path. That is one more than on the down path, where the last
+    number is the downsampler's; number 0 of the down path is the first convolution.
 
     Args:
       module: the layer's name in diffusers, such as ``down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q``.
@@ -81,7 +82,7 @@ def unet_name(module: str, shapes: Any) -> str:
         rest = _RESNET[rest]
     if way is None:
         return f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}.{rest}"
-    numbers = layers_per_block(shapes) + 1
+    numbers = 1 + sum(name.startswith("resnets_") for name in shapes.get("down_blocks_0", ()))
     first = int(block) * numbers
     if kind == "downsamplers":
         return f"input_blocks.{first + numbers}.0.op"
@@ -94,18 +95,8 @@ def unet_name(module: str, shapes: Any) -> str:
     return f"output_blocks.{first + int(layer)}.{place}.{rest}"
 
 
-def layers_per_block(shapes: Any) -> int:
-    """Resnets of the UNet's first block."""
-    return sum(name.startswith("resnets_") for name in shapes.get("down_blocks_0", ()))
-
-
 def vae_name(module: str, num_levels: int) -> str:
-    """Original name of a layer of the autoencoder.
-
-    Args:
-      module: the layer's name in diffusers, such as ``decoder.up_blocks.0.resnets.1.conv1``.
-      num_levels: resolutions that the autoencoder works at.
-    """
+    """Original name of a layer of an autoencoder of ``num_levels`` resolutions, for its name in diffusers."""
     match = _VAE_LEVEL.fullmatch(module)
     if match is None:
         for theirs, original in _VAE.items():
@@ -119,12 +110,9 @@ def vae_name(module: str, num_levels: int) -> str:
 
 
 def open_clip_key(key: str) -> str:
-    """Original key of a parameter of a text encoder of open_clip.
+    """Original key of a parameter of a text encoder of open_clip, for its key in transformers.
 
     Queries, keys and values of a layer are one parameter there, one below the other.
-
-    Args:
-      key: the parameter's key in transformers, such as ``text_model.encoder.layers.0.self_attn.q_proj.weight``.
     """
     module, _, leaf = key.rpartition(".")
     if module in _OPEN_CLIP:

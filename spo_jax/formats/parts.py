@@ -5,35 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+import flax.linen as nn
 
 from spo_jax.diffusion.schedule import FILE, make_schedule
 from spo_jax.errors import UserError, notice
+from spo_jax.formats.json_files import Json
 from spo_jax.models import AutoencoderKL, UNet2DConditionModel
 
 # Models that take more than latents and a prompt, by the channels of a UNet whose autoencoder has four.
-_OTHER_KINDS = {5: "a depth-to-image model", 7: "an upscaler", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
+OTHER_KINDS = {5: "a depth-to-image model", 7: "an upscaler", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
 
 
-def check_parts(path: Path, parts: Mapping[str, Any], folders: Mapping[str, Path] | None = None) -> None:
-    """Refuses networks that do not belong together.
-
-    Args:
-      path: of the pipeline.
-      parts: "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2".
-      folders: where those are that are not the pipeline's own.
-
-    Raises:
-      UserError: with what one gives and the other takes.
-    """
-    where = {name: (folders or {}).get(name, path / name) for name in parts}
+def check_parts(path: Path, parts: Mapping[str, nn.Module], where: Mapping[str, Path]) -> None:
+    """Raises UserError if the parts of a pipeline do not belong together; ``where`` has their folders, for messages."""
     unet, vae = parts["unet"], parts["vae"]
     if (vae.in_channels, vae.out_channels) != (3, 3):
         raise UserError(
             f"Autoencoder {where['vae']} has {vae.in_channels} channels in and {vae.out_channels} out; pictures have 3."
         )
     if unet.in_channels != vae.latent_channels:
-        kind = _OTHER_KINDS.get(unet.in_channels) if vae.latent_channels == 4 else None
+        kind = OTHER_KINDS.get(unet.in_channels) if vae.latent_channels == 4 else None
         raise UserError(
             f"UNet {where['unet']} takes {unet.in_channels} channels (in_channels), but the latents of autoencoder "
             f"{where['vae']} have {vae.latent_channels}; "
@@ -61,7 +53,7 @@ def check_parts(path: Path, parts: Mapping[str, Any], folders: Mapping[str, Path
 
 
 def check_vae(path: Path, own: AutoencoderKL, folder: Path, vae: AutoencoderKL) -> None:
-    """Refuses an autoencoder whose latents are others than those of the pipeline's own one."""
+    """Raises UserError if an autoencoder's latents differ in shape from those of the pipeline's own one."""
     if (vae.latent_channels, vae.downscale) != (own.latent_channels, own.downscale):
         raise UserError(
             f"Autoencoder {folder} has {vae.latent_channels} channels at 1/{vae.downscale} of the size, but pipeline "
@@ -74,7 +66,7 @@ def check_vae(path: Path, own: AutoencoderKL, folder: Path, vae: AutoencoderKL) 
         )
 
 
-def mended_unet(unet: UNet2DConditionModel, config: Mapping[str, Any], file: Path) -> UNet2DConditionModel:
+def mended_unet(unet: UNet2DConditionModel, config: Json, file: Path) -> UNet2DConditionModel:
     """The UNet with the size that diffusers' ``StableDiffusionPipeline`` gives to one of its first months."""
     version = re.match(r"0\.(\d+)", str(config.get("_diffusers_version", "")))
     size = unet.sample_size
@@ -84,12 +76,9 @@ def mended_unet(unet: UNet2DConditionModel, config: Mapping[str, Any], file: Pat
     return unet.clone(sample_size=64)
 
 
-def scheduler_of(config: Mapping[str, Any], file: str | Path, *, sdxl: bool) -> dict[str, Any]:
-    """A scheduler's config for ``make_schedule``: with its file's name, and mended as by ``StableDiffusionPipeline``.
-
-    Raises:
-      UserError: it is refused.
-    """
+def scheduler_of(config: Json, file: str | Path, *, sdxl: bool) -> Json:
+    """A scheduler's config for ``make_schedule`` (which may refuse it by UserError): with its file's name, and changed
+    where ``StableDiffusionPipeline`` changes it."""
     config = {**config, FILE: str(file)}
     make_schedule(config, 1)
     if sdxl:
@@ -97,7 +86,7 @@ def scheduler_of(config: Mapping[str, Any], file: str | Path, *, sdxl: bool) -> 
             # Latents exceed diffusers' default of [-1, 1]; the published model says False.
             notice(f"File {file} has no clip_sample, which is then off here; diffusers' DDIM would clip latents.")
         return config
-    mends: dict[str, Any] = {}
+    mends: Json = {}
     if config.get("steps_offset", 0) != 1:
         mends["steps_offset"] = 1
     if config.get("clip_sample") is True:

@@ -1,4 +1,4 @@
-"""Names of files that lie elsewhere, as a config or a command gives them.
+"""Names of files on the Hugging Face hub and on GitHub, as a config or a command gives them.
 
     org/name@<40 digits>[/path]                     a repository of the Hugging Face hub, or a folder or file in it
     org/name[@branch or tag][/path]                 the same; the commit is looked up once and written down
@@ -42,8 +42,8 @@ class RemoteName:
     """A repository and what of it is meant.
 
     ``site`` is "hub" or "github"; ``kind`` of a hub's repository is "model" or "dataset". ``revision`` is a commit, a
-    branch or a tag, and empty for the default branch. ``inside`` is a folder or a file in the repository, empty for all
-    of it. ``sha256`` is empty where it is not known.
+    branch or a tag, ``inside`` a folder or a file in the repository, and ``sha256`` that file's checksum; if empty,
+    they stand for the default branch, the whole repository, and an unknown checksum.
     """
 
     site: str
@@ -124,17 +124,11 @@ def _lower(digits: str) -> str:
 
 
 def choose_files(remote: RemoteName, paths: Iterable[str], *, variant: str = "", weights: bool = True) -> list[str]:
-    """The files of a repository that are read here: configs, tokenizers and weights, never code.
+    """The files among ``paths``, all of a repository, that are read here: configs, tokenizers and weights, never code.
 
-    Args:
-      remote: what is meant of the repository.
-      paths: all its files.
-      variant: of the weight files, such as ``"fp16"``; what is not there in it is chosen without one.
-      weights: False chooses configs and tokenizers only.
-
-    Returns:
-      For a file that file, and the configs beside it if it holds weights. For a folder its configs and, in each folder
-      that has any, the weights: safetensors, or PyTorch's ``.bin`` where there are none.
+    For a file that file, and the configs beside it if it holds weights. For a folder its configs and, in each folder
+    that has any, the weights: safetensors, or PyTorch's ``.bin`` where there are none; of the ``variant`` (such as
+    ``"fp16"``), or without one where that is not there. ``weights=False`` leaves weights out.
     """
     paths = sorted(path for path in paths if not any(fnmatch.fnmatchcase(path, pattern) for pattern in _UNUSED))
     place = PurePosixPath(remote.inside or ".")
@@ -170,7 +164,7 @@ def _weights_in(folder: PurePosixPath, paths: Iterable[str], variant: str) -> li
         if match:
             forms.setdefault((match["variant"] or "", match["kind"]), []).append(path)
     variants = {name for name, _ in forms}
-    only = variants if len(variants) == 1 else ()  # what is there in one variant alone is read as that
+    only = variants if len(variants) == 1 else ()  # files of one variant alone are read without asking for it
     for name in (variant, "", *only):
         for kind in ("safetensors", "bin"):
             if (name, kind) in forms:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import PyTree
 
 from spo_jax.errors import UserError
 from spo_jax.files import atomic_write
 from spo_jax.formats import names
 from spo_jax.formats.hub import missing
+from spo_jax.formats.json_files import Json
 from spo_jax.formats.stored import StoredArray
 
 _DTYPES = {
@@ -61,7 +59,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _read_header(path)[1].get("__metadata__") or {}
 
 
-def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+def _read_header(path: Path) -> tuple[int, Json]:
     """Length in bytes of the header, and its content."""
     if not path.is_file():
         raise UserError(missing(path, "Weight file"))
@@ -79,73 +77,57 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return {key: array.read() for key, array in index_safetensors(path).items()}
 
 
-def write_params(path: Path, params: Any, *, dtype: Any = np.float32, prefix: str = "") -> None:
+def write_params(path: Path, params: PyTree, *, dtype: DTypeLike = np.float32, prefix: str = "") -> None:
     """Writes a parameter tree in PyTorch naming and layout; the file appears complete or not at all.
 
-    Parameters are fetched, converted and written one at a time: beside the tree, which may be split over devices, the
-    host holds two copies of the largest of them.
+    Parameters, which may be split over devices, are fetched, converted and written one at a time: the host needs room
+    for two copies of the largest of them.
     """
-    flat = flax.traverse_util.flatten_dict(params)
-    keys = {prefix + names.torch_key(tree_path): tree_path for tree_path in flat}
-    shapes = {key: names.torch_shape(tree_path, flat[tree_path].shape) for key, tree_path in sorted(keys.items())}
-    arrays = (names.to_torch(keys[key], fetch_array(flat[keys[key]])) for key in shapes)
-    write_arrays(path, shapes, arrays, dtype=dtype)
+    flat = {prefix + names.torch_key(path): (path, x) for path, x in flax.traverse_util.flatten_dict(params).items()}
+    flat = dict(sorted(flat.items()))
+    shapes = {
+        key: jax.ShapeDtypeStruct(names.torch_shape(tree_path, value.shape), dtype)
+        for key, (tree_path, value) in flat.items()
+    }
+    write_arrays(path, shapes, (names.to_torch(tree_path, fetch_array(value)) for tree_path, value in flat.values()))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors as the library of the format does, by falling size of their numbers; see ``write_arrays``."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    shapes = {key: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype) for key, tensor in ordered.items()}
+    write_arrays(path, shapes, ordered.values(), metadata=metadata)
 
 
 def write_arrays(
     path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
     arrays: Iterable[np.ndarray],
     *,
-    dtype: Any = np.float32,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes arrays one at a time, each dropped before the next is asked for; the file appears complete or not at all.
 
     Args:
       path: of the file.
-      shapes: by key, in the order of ``arrays``.
-      arrays: of these shapes; they are converted to ``dtype``.
-      dtype: of all of them in the file.
-      metadata: goes into the header.
+      shapes: shape and dtype in the file by key, in the order of ``arrays``.
+      arrays: of these shapes; they are converted to the dtypes.
+      metadata: goes into the header, beside the ``format`` that PyTorch's readers look for.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    name, end = _NAMES[np.dtype(dtype)], 0
-    for key, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
-        header[key] = {"dtype": name, "shape": shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
+    header: Json = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for key, leaf in shapes.items():
+        begin, end = end, end + math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        header[key] = {"dtype": _NAMES[np.dtype(leaf.dtype)], "shape": leaf.shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of eight bytes
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for array in arrays:
-            file.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)
+        for array, leaf in zip(arrays, shapes.values(), strict=True):
+            file.write(np.ascontiguousarray(array, leaf.dtype).reshape(-1).view(np.uint8).data)
 
 
-def fetch_array(value: Any) -> np.ndarray:
+def fetch_array(value: ArrayLike) -> np.ndarray:
     """The values of an array that may be split over devices."""
     # Of a copy, because JAX keeps what it fetched as long as the array that it was fetched from.
     return np.asarray(jnp.copy(value) if isinstance(value, jax.Array) else value)
-
-
-def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors; the file appears complete or not at all.
-
-    ``metadata`` goes into the file's header, beside the ``format`` that PyTorch's readers look for.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    with atomic_write(path) as temporary:
-        try:
-            safetensors.numpy.save_file(tensors, str(temporary), metadata={"format": "pt"} | (metadata or {}))
-        except safetensors.SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))
-            number = int(code[1]) if code else errno.EIO
-            raise OSError(number, os.strerror(number)) from error
-
-
-def param_shapes(module: Any, *inputs: Any, dtype: Any = jnp.float32, **kwargs: Any) -> Any:
-    """Shapes of a module's parameters, as ``dtype``, without computing anything."""
-    shapes = jax.eval_shape(lambda *a: module.init(jax.random.key(0), *a, **kwargs), *inputs)["params"]
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), shapes)

@@ -1,4 +1,4 @@
-"""Scorers by name: the function of a user's own, and the tokenizer that goes with a scorer."""
+"""Scorers by name: a user's own function, and the tokenizer that goes with a scorer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,10 @@ import jax.numpy as jnp
 
 import spo_jax
 from spo_jax.errors import UserError
-from spo_jax.formats.tokenizers import fitted
 from spo_jax.preference.scorers import ImageScorer, make_function_scorer
 from spo_jax.types import Tokenizer
 
 _NOT_THE_USERS = re.compile(r"site-packages|^<frozen|" + re.escape(str(Path(spo_jax.__file__).parent)))
-
-
-def fitted_to(scorer: ImageScorer, tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer of a scorer's texts, see ``tokenizers.fitted``; a function takes any."""
-    return tokenizer if scorer.tower is None else fitted(tokenizer, scorer.tower)
 
 
 def load_function(name: str, key: str = "config.scorer.fn") -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
@@ -51,23 +45,21 @@ def load_function(name: str, key: str = "config.scorer.fn") -> Callable[[jax.Arr
     return function
 
 
-def check_function(
+def function_scorer(
     name: str, *, num_images: int, image_size: tuple[int, int], tokenizer: Tokenizer, key: str = "config.scorer.fn"
-) -> None:
-    """Traces the user's function on the shapes of a run, without computing anything.
+) -> ImageScorer:
+    """The scorer of a user's function, which is traced on the shapes of a run, without computing anything.
 
     Args:
-      name: of the function; nothing is checked if it is empty.
-      num_images: n, pictures at a time.
+      name: ``"my_module:score"``, which the option ``key`` gave.
+      num_images: n, images at a time.
       image_size: H and W.
       tokenizer: of the prompts; its ``model_max_length`` is L.
-      key: the option that gave ``name``.
+      key: for messages.
 
     Raises:
-      UserError: JAX cannot trace the function, or its result is not float32 [n].
+      UserError: as ``load_function``; or JAX cannot trace the function, or its result is not float32 [n].
     """
-    if not name:
-        return
     scorer = make_function_scorer(load_function(name, key))
     images = jax.ShapeDtypeStruct((num_images, *image_size, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((num_images, tokenizer.model_max_length), jnp.int32)
@@ -82,6 +74,7 @@ def check_function(
     if not isinstance(result, jax.ShapeDtypeStruct) or (result.shape, result.dtype) != ((num_images,), jnp.float32):
         what = f"{result.dtype} {list(result.shape)}" if isinstance(result, jax.ShapeDtypeStruct) else "no array"
         raise UserError(f"{key}={name} gives {what} for {num_images} pictures; it must give float32 [{num_images}].")
+    return scorer
 
 
 def _reason(error: Exception) -> str:

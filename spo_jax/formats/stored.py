@@ -6,9 +6,9 @@ import dataclasses
 import math
 import mmap
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from spo_jax.errors import UserError
 
@@ -69,11 +69,11 @@ class StoredArray:
         return np.lib.stride_tricks.as_strided(values, self.shape, strides, writeable=False)
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """An array of any content, whose memory goes back to the system when it is dropped.
 
-    A large one has pages of its own: the allocator keeps and fragments what it once got, and a checkpoint's worth of
-    temporary copies would pile up there. Pages are also aligned so that JAX's CPU backend takes them over uncopied.
+    A large one has pages of its own, because the allocator keeps what it once got, and the temporary copies of a whole
+    checkpoint would pile up there. Pages are also aligned, so that JAX's CPU backend takes them over without a copy.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < _LARGE:

@@ -5,20 +5,42 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeAlias
 
-from spo_jax.errors import UserError
-from spo_jax.formats.hub import missing, resolve_model
+import numpy as np
+
+from spo_jax.errors import UserError, first_line
+from spo_jax.formats.hub import local, missing, resolve_model
 from spo_jax.models.clip import CLIPTextTransformer
+from spo_jax.types import Tokenizer
 
-if TYPE_CHECKING:
-    from spo_jax.formats.pipeline import Pipeline
-
+ClipTokenizer: TypeAlias = Any  # transformers.CLIPTokenizer, whose module takes seconds to import
+Tokens: TypeAlias = Any  # int32 [B, L], of numpy: the compiled programs take it as a jax.Array
 _NAMED = 3  # texts that a warning quotes
 _QUOTED = 200  # characters of each
 
 
-def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None) -> Any:
+class Tokenized(Protocol):
+    """A pipeline with its tokenizers; SDXL has two."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def tokenizer_2(self) -> Tokenizer | None: ...
+
+
+class BlankTokenizer:
+    """Stands for a tokenizer where only shapes count."""
+
+    def __init__(self, length: int) -> None:
+        self.model_max_length = length
+
+    def __call__(self, texts: list[str], **_options: object) -> dict[str, np.ndarray]:
+        return {"input_ids": np.zeros((len(texts), self.model_max_length), np.int32)}
+
+
+def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None) -> ClipTokenizer:
     """The CLIP tokenizer in ``folder``, local or on the hub (see ``resolve_model``), fitted to a tower if one is given.
 
     Raises:
@@ -26,6 +48,8 @@ def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None)
     """
     from transformers import CLIPTokenizer  # takes seconds to import; nothing else here needs it
 
+    if isinstance(folder, Path) and not local(folder).is_dir():
+        raise UserError(missing(folder, "Tokenizer"))
     folder = resolve_model(folder, weights=False)
     # transformers 5 saves one tokenizer.json, published pipelines have the two files that it is made of.
     vocabulary = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
@@ -35,17 +59,14 @@ def read_tokenizer(folder: str | Path, tower: CLIPTextTransformer | None = None)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # its parsers raise plain exceptions
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"Tokenizer {folder} cannot be read ({reason}); download or copy it again.") from error
+        raise UserError(
+            f"Tokenizer {folder} cannot be read ({first_line(error)}); download or copy it again."
+        ) from error
     return tokenizer if tower is None else fitted(tokenizer, tower)
 
 
-def fitted(tokenizer: Any, tower: CLIPTextTransformer) -> Any:
-    """The tokenizer with texts no longer than the tower's table of positions; most have none of their own, or the same.
-
-    Args:
-      tokenizer: of transformers.
-      tower: the text tower that reads its ids.
+def fitted(tokenizer: ClipTokenizer, tower: CLIPTextTransformer) -> ClipTokenizer:
+    """The tokenizer with texts no longer than the table of positions of the tower that reads its ids.
 
     Raises:
       UserError: an id is beyond the tower's vocabulary, it has no token for padding or for an end, or no length.
@@ -72,7 +93,7 @@ def fitted(tokenizer: Any, tower: CLIPTextTransformer) -> Any:
     return tokenizer
 
 
-def check_lengths(tokenizers: Mapping[str, Any]) -> None:
+def check_lengths(tokenizers: Mapping[str, ClipTokenizer]) -> None:
     """Raises UserError if the text encoders of a pipeline would give sequences of different lengths."""
     lengths = {name: tokenizer.model_max_length for name, tokenizer in tokenizers.items()}
     if len(set(lengths.values())) > 1:
@@ -81,7 +102,7 @@ def check_lengths(tokenizers: Mapping[str, Any]) -> None:
         raise UserError(f"Tokenizer {first}: texts are of different lengths, {told}; set model_max_length in both.")
 
 
-def tokenize(tokenizer: Any, texts: list[str]) -> Any:
+def tokenize(tokenizer: Tokenizer, texts: list[str]) -> Tokens:
     """Token ids int32 [B, model_max_length], padded and truncated as Stable Diffusion does."""
     ids = tokenizer(
         texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="np"
@@ -89,30 +110,27 @@ def tokenize(tokenizer: Any, texts: list[str]) -> Any:
     return ids.astype("int32")
 
 
-def tokenizers_of(pipeline: Pipeline) -> list[Any]:
+def tokenizers_of(pipeline: Tokenized) -> list[Tokenizer]:
     """One for each text encoder of the pipeline."""
     return [pipeline.tokenizer] if pipeline.tokenizer_2 is None else [pipeline.tokenizer, pipeline.tokenizer_2]
 
 
-def tokenize_prompts(pipeline: Pipeline, texts: list[str]) -> tuple[Any, ...]:
+def tokenize_prompts(pipeline: Tokenized, texts: list[str]) -> tuple[Tokens, ...]:
     """Token ids int32 [B, L] for each text encoder of the pipeline."""
     return tuple(tokenize(tokenizer, texts) for tokenizer in tokenizers_of(pipeline))
 
 
-def cut_off(tokenizer: Any, texts: list[str]) -> list[str]:
+def cut_off(tokenizer: ClipTokenizer, texts: list[str]) -> list[str]:
     """The end of each text that has no place in the tokenizer's length, as diffusers names it; empty if all has."""
     length = tokenizer.model_max_length
     all_ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []
     return [tokenizer.decode(ids[length - 1 : -1]) if len(ids) > length else "" for ids in all_ids]
 
 
-def cut_warning(tokenizers: Sequence[Any], texts: Sequence[str], what: str = "prompts") -> str | None:
-    """What to tell a user of texts that are longer than a tokenizer takes: how many, and what is cut off of the first.
+def cut_warning(tokenizers: Sequence[ClipTokenizer], texts: Sequence[str], what: str = "prompts") -> str | None:
+    """A warning about texts that are longer than one of the tokenizers takes; None if there are none.
 
-    Args:
-      tokenizers: all that read the texts.
-      texts: any number of them; the same one counts once.
-      what: they are.
+    It tells how many of the different texts, called ``what``, these are, and what is cut off of the first.
     """
     different = list(dict.fromkeys(texts))
     ends = zip(*(cut_off(tokenizer, different) for tokenizer in tokenizers), strict=True)

@@ -12,20 +12,21 @@ import io
 import math
 import pickletools
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from spo_jax.errors import UserError
 from spo_jax.formats.hub import missing
+from spo_jax.formats.json_files import Json
 from spo_jax.formats.stored import StoredArray
 
 # A tensor takes about 150 bytes of pickle, so this is room for 25,000, and little enough for the machine below.
 _MAX_PICKLE_BYTES = 4 * 2**20
 _MAX_RANK = 8
+_T = TypeVar("_T")
 _SAFER = "get the weights as safetensors, or from a source that you trust"
 _DTYPES = {
     "torch DoubleStorage": np.dtype(np.float64),
@@ -76,31 +77,15 @@ def index_torch_bin(path: Path) -> dict[str, StoredArray]:
       UserError: the file is missing or damaged, in the format before PyTorch 1.6, compressed, or holds anything but a
         dict of tensors (a trained optimizer, a whole model, an attack).
     """
-    return _index(path, lambda content: (_checked(content), {}))[0]
+    return index_training_checkpoint(path, nested=False)[0]
 
 
-def index_training_checkpoint(path: Path) -> tuple[dict[str, StoredArray], dict[str, Any]]:
-    """The tensors below ``"state_dict"``, as training programs write them, and the plain values beside it.
+def index_training_checkpoint(path: Path, *, nested: bool = True) -> tuple[dict[str, StoredArray], Json]:
+    """The tensors below ``"state_dict"``, as training programs write them, and the numbers and strings beside it.
 
-    Numbers, strings, lists and dicts may be there; objects of other kinds are refused as in ``index_torch_bin``. A file
-    without that level is read as by ``index_torch_bin``.
-
-    Raises:
-      UserError: as in ``index_torch_bin``.
+    Lists and dicts may be there too; objects of other kinds are refused. A file without that level is as one of
+    ``index_torch_bin``, and so is any with ``nested=False``; errors are the same.
     """
-
-    def split(content: Any) -> tuple[dict[str, _Tensor], dict[str, Any]]:
-        if type(content) is not dict or type(content.get("state_dict")) is not dict:
-            return _checked(content), {}
-        return _checked(content["state_dict"]), {k: v for k, v in content.items() if type(v) in (str, bool, int, float)}
-
-    return _index(path, split)
-
-
-def _index(
-    path: Path, split: Callable[[Any], tuple[dict[str, _Tensor], dict[str, Any]]]
-) -> tuple[dict[str, StoredArray], dict[str, Any]]:
-    """Both results of ``split``, which takes what the pickle makes; the tensors of the first one by where they lie."""
     if not path.is_file():
         raise UserError(missing(path, "Weight file"))
     try:
@@ -111,15 +96,21 @@ def _index(
             )
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             members = {member.filename: member for member in archive.infolist()}
-            root = _root(path, members)
+            roots = [name.removesuffix("data.pkl") for name in members if f"/{name}".endswith("/data.pkl")]
+            if len(roots) != 1:
+                raise UserError(f"Weight file {path} is a zip file, but not one of PyTorch's (no data.pkl).")
+            root = roots[0]  # the folder in the archive, with its slash, that everything lies in
             pickle = members[f"{root}data.pkl"]
             if pickle.file_size > _MAX_PICKLE_BYTES:
                 raise UserError(f"Weight file {path} has a table of more than {_MAX_PICKLE_BYTES} bytes; {_SAFER}.")
             if f"{root}byteorder" in members and _content(path, file, members[f"{root}byteorder"]) != b"little":
                 raise UserError(f"Weight file {path} is not little-endian; save it again on another machine.")
-            tensors, beside = split(_interpret(_content(path, file, pickle)))
+            content, beside = _interpret(_content(path, file, pickle)), {}
+            if nested and type(content) is dict and type(content.get("state_dict")) is dict:
+                beside = {k: v for k, v in content.items() if type(v) in (str, bool, int, float)}
+                content = content["state_dict"]
             arrays = {}
-            for key, tensor in tensors.items():
+            for key, tensor in _checked(content).items():
                 member = members.get(f"{root}data/{tensor.storage.record}")
                 if member is None or member.file_size < tensor.storage.size * tensor.storage.dtype.itemsize:
                     raise _NotTensorsError(f"lacks the values of {key!r}; download or copy it again")
@@ -132,14 +123,6 @@ def _index(
     # the last one zipfile says that it cannot read this kind of archive.
     except (zipfile.BadZipFile, OSError, LookupError, TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"Weight file {path} is damaged or truncated ({error}); download or copy it again.") from error
-
-
-def _root(path: Path, members: dict[str, zipfile.ZipInfo]) -> str:
-    """The folder inside the archive, with its slash, that everything lies in."""
-    found = [name.removesuffix("data.pkl") for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
-    if len(found) != 1:
-        raise UserError(f"Weight file {path} is a zip file, but not one of PyTorch's (no data.pkl).")
-    return found[0]
 
 
 def _start(path: Path, file: io.BufferedIOBase, member: zipfile.ZipInfo) -> int:
@@ -161,14 +144,14 @@ def _content(path: Path, file: io.BufferedIOBase, member: zipfile.ZipInfo) -> by
     return file.read(min(member.file_size, _MAX_PICKLE_BYTES))
 
 
-def _interpret(pickle: bytes) -> Any:
+def _interpret(pickle: bytes) -> object:
     """Runs the pickle on a machine that can build dicts, lists and tensors and nothing else."""
-    stack: list[Any] = []
+    stack: list[object] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     argument: Any
 
-    def pop_to_mark() -> list[Any]:
+    def pop_to_mark() -> list[object]:
         start = marks.pop()
         items = stack[start:]
         del stack[start:]
@@ -239,8 +222,8 @@ def _interpret(pickle: bytes) -> Any:
     raise ValueError("its pickle does not end")
 
 
-def _expect(kind: type, value: Any) -> Any:
-    if type(value) is not kind:
+def _expect(kind: type[_T], value: object) -> _T:
+    if type(value) is not kind or not isinstance(value, kind):
         raise _NotTensorsError(
             f"holds a {type(value).__name__.strip('_').lower()} where a dict of tensors has a {kind.__name__}; "
             "only plain state dicts can be read"
@@ -248,7 +231,7 @@ def _expect(kind: type, value: Any) -> Any:
     return value
 
 
-def _key(value: Any) -> Any:
+def _key(value: object) -> str | int:
     """A key of a dict; numbers are those of an optimizer's state."""
     return value if type(value) is int else _expect(str, value)
 
@@ -266,7 +249,7 @@ def _name(text: str) -> _Name:
     return _Name(text)
 
 
-def _storage(identity: Any) -> _Storage:
+def _storage(identity: object) -> _Storage:
     """What the pickle calls by a persistent id: ``("storage", type, record, device, number of elements)``."""
     kind, dtype, record, _, size = _expect(tuple, identity)
     if kind != "storage" or _expect(_Name, dtype).text not in _DTYPES:
@@ -274,7 +257,7 @@ def _storage(identity: Any) -> _Storage:
     return _Storage(_expect(str, record), _DTYPES[dtype.text], _expect(int, size))
 
 
-def _build(name: str, arguments: tuple[Any, ...]) -> Any:
+def _build(name: str, arguments: tuple[Any, ...]) -> object:
     """What PyTorch's functions of that name would make of these arguments."""
     if name == _DICT and not arguments:
         return {}
@@ -297,12 +280,13 @@ def _build(name: str, arguments: tuple[Any, ...]) -> Any:
     return tensor
 
 
-def _checked(result: Any) -> dict[str, _Tensor]:
-    for key, value in _expect(dict, result).items():
+def _checked(result: object) -> dict[str, _Tensor]:
+    tensors = _expect(dict, result)
+    for key, value in tensors.items():
         _expect(str, key)
         if type(value) is not _Tensor:
             raise _NotTensorsError(
                 f"holds a {type(value).__name__} under {key!r} where a tensor should be; only plain state dicts can be "
                 "read, so save the model's own state_dict()"
             )
-    return result
+    return tensors

@@ -1,10 +1,10 @@
-"""One HTTP transfer into a file: it goes on where the last one stopped, and takes nothing else for the file.
+"""One HTTP transfer into a file: it resumes the last one, and refuses whatever is not the file.
 
-what is here      what comes       what is done
+on disk           answer           what is done
 nothing           200              written from the start
 a part            206, the rest    appended
 a part            200, all of it   written from the start: the server knows no ranges
-any               another length, a web page, more than the file has: refused, and what is here stays
+any               another length, a web page, more than the file has: refused, and the file on disk stays
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from spo_jax.errors import UserError
+from huggingface_hub import errors
+
+from spo_jax.errors import UserError, notice
 
 TRIES = 5  # of one request or file, as long as nothing comes
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -33,12 +34,12 @@ class NotTheFile(UserError):
 
 
 def transfer(url: str, headers: dict[str, str], target: Path, size: int, name: str) -> None:
-    """Appends to ``target`` until it is whole; a connection that breaks is made again.
+    """Appends the content at ``url`` to ``target`` until it is whole; a connection that breaks is made again.
 
     Args:
       url: of the content.
       headers: of the request, without a range.
-      target: holds what came before.
+      target: holds the bytes that came before.
       size: in bytes; -1 if it is not known, then the server has to tell it.
       name: for the progress bar, which is shown on a terminal only.
 
@@ -132,7 +133,7 @@ def alone(lock: Path, what: str) -> Iterator[None]:
         try:
             held.enter_context(WeakFileLock(lock, timeout=5))
         except TimeoutError:
-            print(f"spo_jax: another process is fetching {what}; waiting for it.", file=sys.stderr)
+            notice(f"another process is fetching {what}; waiting for it.")
             held.enter_context(WeakFileLock(lock))
         yield
 
@@ -143,20 +144,18 @@ def _status(error: Exception) -> int:
 
 def _passes(error: Exception) -> bool:
     """Whether a transfer that failed may go on: after a broken connection or a busy server, not after a refusal."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     if status := _status(error):
         return status == 429 or status >= 500
-    if isinstance(error, UserError | OfflineModeIsEnabled):
+    if isinstance(error, UserError | errors.OfflineModeIsEnabled):
         return False
     return isinstance(error, ConnectionError) or getattr(error, "errno", None) is None
 
 
-def _wait(error: Any, failures: int) -> float | None:
+def _wait(error: Exception, failures: int) -> float | None:
     """Seconds to wait before the next try; None if the server asks for more than anyone would wait."""
-    asked = getattr(error, "response", None)
-    asked = asked.headers.get("Retry-After", "") if asked is not None else ""
+    response = getattr(error, "response", None)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
     wait = float(asked) if asked.isdigit() else min(2.0**failures, 10.0)
     if status := _status(error):
-        print(f"spo_jax: the server is busy ({status}); asking again in {wait:.0f} s.", file=sys.stderr)
+        notice(f"the server is busy ({status}); asking again in {wait:.0f} s.")
     return wait if wait <= _LONGEST_WAIT else None

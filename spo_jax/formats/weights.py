@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import flax.traverse_util
 import jax
 import numpy as np
 from jax.sharding import Sharding
+from jaxtyping import PyTree
 
 from spo_jax.errors import UserError, notice
 from spo_jax.formats import names
 from spo_jax.formats.hub import missing
+from spo_jax.formats.json_files import read_json
 from spo_jax.formats.safetensors_io import index_safetensors
 from spo_jax.formats.stored import StoredArray, empty
 from spo_jax.formats.torch_bin import index_torch_bin
@@ -35,7 +35,6 @@ _EXPONENTS: dict[str, tuple[type[np.unsignedinteger], int]] = {
     "float32": (np.uint32, 0x7F800000),
 }
 _BLOCK = 2**20  # numbers looked at at a time
-_MAX_INDEX_BYTES = 16 * 2**20
 # Buffers that old checkpoints carry and that hold no information.
 _IGNORED_SUFFIXES = (".position_ids",)
 
@@ -68,19 +67,23 @@ def open_weights(folder: Path, stem: str, variant: str | None = None) -> Weights
     Args:
       folder: the model's folder.
       stem: of the file names, ``DIFFUSERS_STEM`` or ``TRANSFORMERS_STEM``.
-      variant: the name between stem and suffix, such as ``"fp16"`` in ``model.fp16.safetensors``. Where there is
-        nothing without a variant, and one variant, None takes that and says so.
+      variant: the name between stem and suffix, such as ``"fp16"`` in ``model.fp16.safetensors``. None takes files
+        without one, or else the only variant there is, with a notice.
 
     Raises:
       UserError: there is none of these files, or one of them, or a shard, is damaged or missing.
     """
     chosen = choose_variant(folder, stem, variant)
     if chosen != variant:
-        say_variant({folder: chosen})
+        notice(f"{folder}: only {chosen} weights are there, so these are read.")
     path = find_weights(folder, stem, chosen)
     if path is None:
         file = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
-        raise UserError(missing(folder / file, "Weight file") + _others(folder))
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt"))
+        hint = f" It has {', '.join(others[:3])}; if one is meant, name its variant (--variant, config.variant)."
+        if any(re.search(r"-\d+-of-\d+\.", other) for other in others):
+            hint = f" It has shards ({', '.join(others[:3])}), but not their index, {file}.index.json; copy it as well."
+        raise UserError(missing(folder / file, "Weight file") + (hint if others else ""))
     return _open_shards(path) if path.suffix == ".json" else open_file(path)
 
 
@@ -112,22 +115,6 @@ def choose_variant(folder: Path, stem: str, variant: str | None) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def say_variant(chosen: Mapping[Path, str | None]) -> None:
-    """Says of model folders which variant is read though none was asked for."""
-    folders = ", ".join(str(folder) for folder in chosen)
-    variants = ", ".join(sorted({str(variant) for variant in chosen.values()}))
-    notice(f"{folders}: only {variants} weights are there, so these are read.")
-
-
-def _others(folder: Path) -> str:
-    found = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt"))
-    return (
-        f" It has {', '.join(found[:3])}; if one is meant, name its variant (--variant, config.variant)."
-        if found
-        else ""
-    )
-
-
 def read_weight_map(index: Path) -> dict[str, str]:
     """The ``weight_map`` of an ``*.index.json``: the file of its folder that has each key.
 
@@ -135,11 +122,9 @@ def read_weight_map(index: Path) -> dict[str, str]:
       UserError: it is damaged, or names a file outside its folder.
     """
     try:
-        if index.stat().st_size > _MAX_INDEX_BYTES:
-            raise ValueError(f"more than {_MAX_INDEX_BYTES} bytes")
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         inside = all(Path(file).name == file and file != ".." and "\\" not in file for file in weight_map.values())
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError, OSError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"File {index} is no index of weights ({error}); download or copy it again.") from error
     if not inside:
         raise UserError(f"File {index} names weight files outside its folder; get the model from its source again.")
@@ -158,20 +143,17 @@ def _open_shards(index: Path) -> Weights:
     return Weights(index, every | {key: opened[shard][key] for key, shard in weight_map.items()})
 
 
-def read_params(source: Path | Weights, shapes: Any, *, prefix: str = "", sharding: Placement = None) -> Any:
+def read_params(source: Path | Weights, shapes: PyTree, *, prefix: str = "", sharding: Placement = None) -> PyTree:
     """Reads one model's parameters: every key is used exactly once and every shape agrees.
 
-    Each parameter is read, brought to our layout and dtype, and put on its devices before the next one is read, so that
-    the host holds one of them at a time beside what the devices hold.
+    Parameters are read, brought to our layout and dtype, and put on their devices one at a time, so that the host needs
+    room for one of them only.
 
     Args:
       source: a weight file, or what ``open_weights`` gave, in PyTorch naming and layout.
       shapes: tree of ``jax.ShapeDtypeStruct``; the result has its structure and dtypes.
       prefix: what every key of the file starts with (the released preference models use ``"model."``).
       sharding: where the parameters go; None is JAX's default device.
-
-    Returns:
-      A tree of ``jax.Array``.
 
     Raises:
       UserError: a missing, left-over or wrongly shaped key, by name (before anything is read); or one with numbers that

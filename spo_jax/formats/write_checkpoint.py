@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import PyTree
 
 from spo_jax.diffusion.schedule import FILE, make_schedule
 from spo_jax.errors import UserError
 from spo_jax.formats import names, original_configs
+from spo_jax.formats.json_files import Json
 from spo_jax.formats.original_layout import LAYOUTS, V_PREDICTION, ZERO_SNR, Original, originals
 from spo_jax.formats.parts import scheduler_of
-from spo_jax.formats.pipeline_files import PipelineFiles, is_xl, open_pipeline, write_configs
+from spo_jax.formats.pipeline_files import PipelineFiles, write_configs
 from spo_jax.formats.safetensors_io import fetch_array, write_arrays
 from spo_jax.formats.single_file import CLIP_VOCABULARY, config_folder
 from spo_jax.formats.stored import StoredArray
 from spo_jax.models.clip import CLIPTextTransformer
 
-_GELU = "gelu"  # the activation of open_clip's text encoders; the others' is quick_gelu
-_ARCHITECTURES = {"SD1": "stable-diffusion-v1", "SDXL": "stable-diffusion-xl-v1-base"}
-_NAMES = {"epsilon": "epsilon", "v_prediction": "v"}  # of prediction types, in a header
+_GELU = "gelu"  # the activation of open_clip's text encoders; others have quick_gelu
 
 
 class _Entry(NamedTuple):
@@ -36,13 +39,7 @@ class _Entry(NamedTuple):
 
 
 def write_checkpoint(
-    out: Path,
-    model: Path,
-    parts: Mapping[str, Callable[[], Any]],
-    *,
-    dtype: Any,
-    variant: str | None = None,
-    replaced: Mapping[str, Path] | None = None,
+    out: Path, files: PipelineFiles, parts: Mapping[str, Callable[[], PyTree]], *, dtype: DTypeLike
 ) -> Path | None:
     """Writes a pipeline with other parameters of some parts; the file appears complete or not at all.
 
@@ -50,12 +47,10 @@ def write_checkpoint(
 
     Args:
       out: the ``.safetensors`` file.
-      model: a diffusers pipeline folder, or a single file.
-      parts: by name, such as "unet", what gives the parameters of a part that is not to be as in the model. It is
-        called when their turn to be written has come, which is after all checks.
+      files: of the pipeline.
+      parts: by name, functions that give the parameters of the parts that are not to be as in the pipeline. Each is
+        called after all checks, when its part is written.
       dtype: of everything in the file.
-      variant: of the folder's weight files.
-      replaced: folders of parts that are not the model's own.
 
     Returns:
       The folder that got the pipeline's configs, because a reader of the file alone would take others; mostly None.
@@ -63,46 +58,39 @@ def write_checkpoint(
     Raises:
       UserError: the pipeline is not complete or has no place in this layout, or a value is not finite in ``dtype``.
     """
-    files = open_pipeline(model, variant, replaced)
-    kind = _kind(files)
-    shapes = {part: files.shapes(part, np.float32) for part in files.configs}
+    kind = "SD2" if files.configs["text_encoder"].get("hidden_act") == _GELU else "SD1"
+    kind = "SDXL" if files.is_xl else kind
+    shapes = {part: files.network(part, np.float32)[1] for part in files.configs}
     entries = dict(itertools.chain.from_iterable(_entries(kind, part, shapes[part]) for part in LAYOUTS[kind]))
     flat = {part: flax.traverse_util.flatten_dict(tree) for part, tree in shapes.items()}
-    sizes = {}
+    markers = _markers(files.scheduler)
+    sizes: dict[str, tuple[int, ...]] = dict.fromkeys(markers, (0,))
     for key, entry in entries.items():
         ours = flat[entry.part][entry.paths[0]].shape
         sizes[key] = entry.original.shape(names.torch_shape(entry.paths[0], ours))
-    markers = _markers(files.scheduler)
-    configs = config_folder(out) if _needs_configs(files, kind, sizes, markers, out) else None
+    configs = config_folder(out) if _needs_configs(files, kind, sizes, out) else None
     if configs is not None and configs.exists():
         raise UserError(
             f"{configs}, which would hold the configs of {out}, exists; remove it, or choose another --out."
         )
 
     def arrays() -> Iterator[np.ndarray]:
+        yield from (np.zeros(0, dtype) for _ in markers)
         for part, group in itertools.groupby(entries.items(), key=lambda item: item[1].part):
             values = flax.traverse_util.flatten_dict(parts[part]() if part in parts else files.read(part, np.float32))
             for key, entry in group:
                 yield _converted(key, entry, values, dtype)
-        yield from (np.zeros(0, dtype) for _ in markers)
 
-    every = sizes | dict.fromkeys(markers, (0,))
-    write_arrays(out, every, arrays(), dtype=dtype, metadata=_metadata(files, kind, out))
+    metadata = original_configs.model_spec(kind, out.stem, files.prediction_type, files.image_size)
+    every = {key: jax.ShapeDtypeStruct(shape, dtype) for key, shape in sizes.items()}
+    write_arrays(out, every, arrays(), metadata=metadata)
     if configs is not None:
         write_configs(files, configs)
     return configs
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
-def _kind(files: PipelineFiles) -> str:
-    if is_xl(files.index):
-        return "SDXL"
-    if files.index.get("_class_name") not in (None, "StableDiffusionPipeline"):
-        raise UserError(f"Model {files.path} is a {files.index['_class_name']}, which has no place in a single file.")
-    return "SD2" if files.configs["text_encoder"].get("hidden_act") == _GELU else "SD1"
-
-
-def _entries(kind: str, part: str, shapes: Any) -> list[tuple[str, _Entry]]:
+def _entries(kind: str, part: str, shapes: PyTree) -> list[tuple[str, _Entry]]:
     """The keys of a part in the file, each with what it is made of, sorted."""
     joined: dict[str, list[tuple[tuple[str, ...], Original]]] = {}
     for path, original in originals(kind, part, shapes).items():
@@ -114,7 +102,7 @@ def _entries(kind: str, part: str, shapes: Any) -> list[tuple[str, _Entry]]:
     return entries
 
 
-def _converted(key: str, entry: _Entry, values: Mapping[tuple[str, ...], Any], dtype: Any) -> np.ndarray:
+def _converted(key: str, entry: _Entry, values: Mapping[tuple[str, ...], ArrayLike], dtype: DTypeLike) -> np.ndarray:
     """An array of the file in its layout and dtype; UserError if a value is not finite in it."""
     pieces = [names.to_torch(path, fetch_array(values[path])) for path in entry.paths]
     array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -131,7 +119,7 @@ def _converted(key: str, entry: _Entry, values: Mapping[tuple[str, ...], Any], d
     return converted
 
 
-def _markers(scheduler: Mapping[str, Any]) -> list[str]:
+def _markers(scheduler: Json) -> list[str]:
     """Keys without values, by which ComfyUI and A1111 know what the UNet predicts."""
     marked = {
         V_PREDICTION: scheduler.get("prediction_type") == "v_prediction",
@@ -140,42 +128,21 @@ def _markers(scheduler: Mapping[str, Any]) -> list[str]:
     return [key for key, is_so in marked.items() if is_so]
 
 
-def _metadata(files: PipelineFiles, kind: str, out: Path) -> dict[str, str]:
-    """The header's entries of Stability AI's ModelSpec, by which programs tell and show what a file is."""
-    predicted = str(files.scheduler.get("prediction_type", "epsilon"))
-    v2 = "stable-diffusion-v2-768-v" if predicted == "v_prediction" else "stable-diffusion-v2-512"
-    size = files.configs["unet"].get("sample_size", 64)
-    height, width = (size, size) if isinstance(size, int) else size
-    scale = 2 ** (len(files.configs["vae"]["block_out_channels"]) - 1)
-    return {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _ARCHITECTURES.get(kind, v2),
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": out.stem,
-        "modelspec.resolution": f"{width * scale}x{height * scale}",
-        "modelspec.prediction_type": _NAMES.get(predicted, predicted),
-    }
-
-
-def _needs_configs(
-    files: PipelineFiles, kind: str, sizes: Mapping[str, tuple[int, ...]], markers: list[str], out: Path
-) -> bool:
+def _needs_configs(files: PipelineFiles, kind: str, sizes: Mapping[str, tuple[int, ...]], out: Path) -> bool:
     """Whether somebody who has the file alone would take another pipeline for it."""
     arrays = {key: StoredArray(out, 0, np.dtype(np.float32), shape) for key, shape in sizes.items()}
-    arrays |= {key: StoredArray(out, 0, np.dtype(np.float32), (0,)) for key in markers}
-    predicted = str(files.scheduler.get("prediction_type", "epsilon"))
     try:
-        configs = {part: original_configs.part_config(out, kind, part, arrays) for part in files.configs}
-        configs["unet"] = original_configs.with_latent_size(kind, configs["unet"], predicted)
+        configs = original_configs.pipeline_configs(out, kind, arrays, files.prediction_type)
+        del configs["index"]
         schedules = [
             make_schedule({**scheduler_of(config, out, sdxl=kind == "SDXL"), FILE: ""}, 20)
-            for config in (original_configs.scheduler_config(kind, predicted, arrays), files.scheduler)
+            for config in (configs.pop("scheduler"), files.scheduler)
         ]
         same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), *schedules)
     except (UserError, ValueError):
         return True
     vocabularies = {files.configs[part].get("vocab_size", CLIP_VOCABULARY) for part in configs if "text" in part}
-    assumed = PipelineFiles(**vars(files) | {"configs": configs})
+    assumed = dataclasses.replace(files, configs=configs)
     return (
         not all(jax.tree.leaves(same))
         or vocabularies != {CLIP_VOCABULARY}
@@ -183,12 +150,12 @@ def _needs_configs(
     )
 
 
-def _computes(files: PipelineFiles, part: str) -> Any:
+def _computes(files: PipelineFiles, part: str) -> nn.Module:
     """What a part's config says about what it computes; equal if two compute the same."""
     if part == "unet":
-        return files.module(part, np.float32)
+        return files.network(part, np.float32)[0]
     if part == "vae":
-        return files.module(part, np.float32).clone(sample_size=0)
+        return files.network(part, np.float32)[0].clone(sample_size=0)
     tower = CLIPTextTransformer.from_config(files.configs[part], parent=None)
     largest = tower.vocab_size - 1  # as the end of the text, it is what 2 stands for
     end = 2 if tower.eos_token_id == largest else tower.eos_token_id

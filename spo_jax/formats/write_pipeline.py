@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
-import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
-from spo_jax.errors import UserError
-from spo_jax.formats.pipeline import read_json
+from spo_jax.errors import UserError, notice
+from spo_jax.formats.json_files import Json, read_json
+from spo_jax.formats.networks import PARTS
+from spo_jax.formats.pipeline_files import INDEX, write_configs
 from spo_jax.formats.safetensors_io import write_params
-from spo_jax.formats.single_file import unpacked
+from spo_jax.formats.single_file import open_single_file
 from spo_jax.formats.weights import (
     DIFFUSERS_STEM,
     TORCH_SUFFIXES,
@@ -25,14 +28,13 @@ from spo_jax.formats.weights import (
     read_weight_map,
 )
 
-INDEX = "model_index.json"
 # Parts that a pipeline may do without; diffusers then wants null in their place.
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 _WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".gguf")
 
 
 def check_output_folder(out: str | Path) -> None:
-    """Refuses to write a folder where something is already."""
+    """Raises UserError if there is something at ``out`` already."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} exists and is not an empty folder; choose another name.")
@@ -41,12 +43,12 @@ def check_output_folder(out: str | Path) -> None:
 def write_pipeline(
     out: str | Path,
     source: str | Path,
-    unet_params: Any,
+    unet_params: PyTree,
     *,
-    text_encoders: Mapping[str, Any] | None = None,
+    text_encoders: Mapping[str, PyTree] | None = None,
     replaced: Mapping[str, Path] | None = None,
     variant: str | None = None,
-    dtype: Any = np.float32,
+    dtype: DTypeLike = np.float32,
 ) -> None:
     """Writes the pipeline of ``source`` with the given parameters; everything else is copied.
 
@@ -66,45 +68,68 @@ def write_pipeline(
     Raises:
       UserError: ``out`` is not empty or cannot be written, or ``source`` is not complete.
     """
-    out, source = Path(out).absolute(), Path(source)
+    out, source, replaced = Path(out).absolute(), Path(source), replaced or {}
     check_output_folder(out)
-    if source.is_file():
-        others: dict[str, Any] = {"replaced": replaced, "variant": variant, "dtype": dtype}
-        with unpacked(source, out, without={"unet", *(text_encoders or ()), *(replaced or ())}) as folder:
-            return write_pipeline(out, folder, unet_params, text_encoders=text_encoders, **others)
-    index = read_json(source / INDEX)
-    parts = {name: part for name, part in index.items() if isinstance(part, list)}  # the others are settings
-    if outside := [name for name in parts if Path(name).name != name or name == ".."]:
-        raise UserError(f"File {source / INDEX} names {outside[0]!r}, which is no folder of the pipeline's.")
-    folders = {name: (replaced or {}).get(name, source / name) for name in parts}
     models = {"unet": unet_params, **(text_encoders or {})}
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        for name, part in parts.items():
-            if folders[name].is_dir():
-                files = _files_of(folders[name], part[0], variant, weights=name not in models)
-                if folders[name] != source / name:  # whatever else may lie in a folder of someone's own
-                    files = {path: to for path, to in files.items() if _holds_weights(path) or to == "config.json"}
-                _copy(files, temporary / name)
-                if part[0] != "diffusers":
-                    _compute_in_float32(temporary / name / "config.json")
-            elif name in _OPTIONAL:
-                index[name] = [None, None]
-            elif part[:1] != [None]:
-                raise UserError(f"Folder {folders[name]} does not exist, but {source / INDEX} names it.")
-        if index.get("safety_checker") == [None, None]:
-            index["requires_safety_checker"] = False
-        (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if source.is_file():
+            index = _unpack(source, temporary, replaced, variant, without=models)
+        else:
+            index = _copy_parts(source, temporary, replaced, variant, without=models)
+        libraries = {name: part[0] for name, part in index.items() if isinstance(part, list) and part and part[0]}
+        for name, library in libraries.items():
+            if library != "diffusers":
+                _compute_in_float32(temporary / name / "config.json")
         for name, params in models.items():
-            write_params(temporary / name / f"{_stem(parts[name][0])}.safetensors", params, dtype=dtype)
+            write_params(temporary / name / f"{_stem(libraries[name])}.safetensors", params, dtype=dtype)
         os.replace(temporary, out)
-        for unknown in _unknown_classes(index):
-            print(f"spo_jax: warning: {out / INDEX} names {unknown}, which cannot load it.", file=sys.stderr)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written ({error.strerror or error}); choose another place.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    for unknown in _unknown_classes(index):
+        notice(f"warning: {out / INDEX} names {unknown}, which cannot load it.")
+
+
+def _unpack(
+    source: Path, out: Path, replaced: Mapping[str, Path], variant: str | None, *, without: Collection[str]
+) -> Json:
+    """Writes the pipeline in a single file as a folder, but no weights of the parts ``without``; returns its index."""
+    files = dataclasses.replace(open_single_file(source), variant=variant).with_parts(replaced)
+    write_configs(files, out)
+    for part in files.configs:
+        if part not in without:
+            shapes = files.network(part, np.float32)[1]
+            dtype = next(iter(files.weights(part, shapes).arrays.values())).dtype
+            write_params(out / part / f"{PARTS[part].stem}.safetensors", files.read(part, dtype), dtype=dtype)
+    return read_json(out / INDEX)
+
+
+def _copy_parts(
+    source: Path, out: Path, replaced: Mapping[str, Path], variant: str | None, *, without: Collection[str]
+) -> Json:
+    """Copies what the index of a folder names, but no weights of the parts ``without``; returns the new index."""
+    index = read_json(source / INDEX)
+    parts = {name: part for name, part in index.items() if isinstance(part, list)}  # the others are settings
+    if outside := [name for name in parts if Path(name).name != name or name == ".."]:
+        raise UserError(f"File {source / INDEX} names {outside[0]!r}, which is no folder of the pipeline's.")
+    for name, part in parts.items():
+        folder = replaced.get(name, source / name)
+        if folder.is_dir():
+            files = _files_of(folder, part[0], variant, weights=name not in without)
+            if name in replaced:  # such a folder may hold other files of the user's
+                files = {path: to for path, to in files.items() if _holds_weights(path) or to == "config.json"}
+            _copy(files, out / name)
+        elif name in _OPTIONAL:
+            index[name] = [None, None]
+        elif part[:1] != [None]:
+            raise UserError(f"Folder {folder} does not exist, but {source / INDEX} names it.")
+    if index.get("safety_checker") == [None, None]:
+        index["requires_safety_checker"] = False
+    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return index
 
 
 def _files_of(source: Path, library: str | None, variant: str | None, *, weights: bool) -> dict[Path, str]:
@@ -120,7 +145,7 @@ def _files_of(source: Path, library: str | None, variant: str | None, *, weights
     chosen = [index]
     if index.suffix == ".json":
         chosen += sorted({source / name for name in read_weight_map(index).values()})
-    return files | {path: _plain(path.name, found) for path in chosen}
+    return files | {path: path.name.replace(f".{found}" if found else "", "", 1) for path in chosen}
 
 
 def _copy(files: Mapping[Path, str], out: Path) -> None:
@@ -147,15 +172,11 @@ def _stem(library: str | None) -> str:
     return DIFFUSERS_STEM if library == "diffusers" else TRANSFORMERS_STEM
 
 
-def _plain(name: str, variant: str | None) -> str:
-    return name.replace(f".{variant}", "", 1) if variant else name
-
-
 def _holds_weights(path: Path) -> bool:
     return path.suffix in _WEIGHT_SUFFIXES or ".index" in path.name
 
 
-def _unknown_classes(index: Mapping[str, Any]) -> list[str]:
+def _unknown_classes(index: Json) -> list[str]:
     """Classes of the pipeline and its parts that the installed libraries do not have, each with the library."""
     import diffusers  # these take seconds to import, and only what is written needs them
     import transformers

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import flax.core
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from spo_jax.errors import UserError
 from spo_jax.files import write_text
@@ -18,18 +19,15 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
-def write_scorer(folder: str | Path, clip: CLIPModel, params: Any, *, dtype: Any = np.float32) -> None:
+def write_scorer(folder: str | Path, clip: CLIPModel, params: PyTree, *, dtype: DTypeLike = np.float32) -> None:
     """Writes ``config.json`` and ``model.safetensors``, which ``read_clip`` reads from the folder or from the file.
 
     The keys are transformers' CLIP names. Those of a step-aware model have the prefix ``model.`` and its time layers,
     as in the released ``.bin`` files: the original program loads the file as the state of its module. A plain model has
     neither, and transformers' ``CLIPModel.from_pretrained`` loads the folder.
 
-    Args:
-      folder: is made if it does not exist; files of an earlier call are replaced.
-      clip: the model.
-      params: its parameters, on one device or split over several; they are fetched one at a time.
-      dtype: of the written weights.
+    The folder is made if it does not exist, and files of an earlier call are replaced. Parameters may be split over
+    devices.
 
     Raises:
       UserError: the folder cannot be written.

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from spo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, call
+from spo_jax.models.compiler import call
+from spo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm
 
-# Logits of one piece of attention and one sample: 5 MiB in float32. All heads of CLIP (16 x 257 x 257) and of a UNet's
-# inner levels are one piece; 1,024 tokens and more are cut. The bound is a sample's, because what is traced has the
-# batch of all devices: with 80 samples a device a piece takes 400 MiB.
+# Most logits of a sample computed at once: 5 MiB in float32. All heads of CLIP (16 x 257 x 257) and of a UNet's
+# inner levels stay below it; attention over 1,024 tokens and more is cut into pieces. The bound counts one sample,
+# because a traced shape has the batch of all devices: with 80 samples on a device a piece takes 400 MiB.
 MAX_LOGITS = 5 * 2**18
 
 
@@ -25,8 +26,8 @@ def multi_head_attention(
     """Scaled dot-product attention with a float32 softmax: the only place where a faster kernel would be chosen.
 
     Where the logits of all heads are more than ``MAX_LOGITS`` a sample, some queries of one head are computed at a
-    time: the same sums, in a memory that does not grow with the picture. The way back computes a piece again. The
-    batch, which is split over devices, is never cut; nor is attention with a mask, that of CLIP over its few tokens.
+    time: the same sums, in a memory that does not grow with the image. The backward pass computes each piece again.
+    The batch is split over devices and never cut. Attention with a mask (CLIP's, over few tokens) is not cut either.
     """
     query, key, value = (x.reshape(*x.shape[:2], num_heads, x.shape[2] // num_heads) for x in (query, key, value))
     if mask is not None or num_heads * query.shape[1] * key.shape[1] <= MAX_LOGITS:
@@ -40,7 +41,7 @@ def multi_head_attention(
 
 
 def _rows_of_piece(query: jax.Array, key: jax.Array) -> int:
-    """Queries of a piece: a power of two, which divides most feature maps and is what matrix units like."""
+    """Queries of a piece: a power of two, which divides most feature maps and suits matrix units."""
     return min(query.shape[2], 2 ** (max(MAX_LOGITS // key.shape[2], 1).bit_length() - 1))
 
 
@@ -49,8 +50,8 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(query[:, :, None], key[:, :, None], value[:, :, None])[:, :, 0]
 
 
-# The loops write their results over what they have read for the last time. ``lax.map`` would fill zeros, which XLA
-# makes for all layers of a network in one kernel at the start on a GPU: all results would be there all the time.
+# The loops write their results over what they have read for the last time. ``lax.map`` would start from zeros, which
+# XLA on a GPU makes for all layers of a network in one kernel at the start: all results would stay in memory.
 @jax.custom_vjp
 def _attend_in_pieces(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Attention of all heads, [h, B, L, d] each, with ``_rows_of_piece`` queries of one head at a time."""
@@ -73,7 +74,7 @@ def _backward(inputs: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.
     rows = _rows_of_piece(query, key)
 
     def of_head(head: jax.Array, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        d_query, d_key, d_value = grads  # of this head still the cotangent, the key and the value
+        d_query, d_key, d_value = grads  # for this head they still hold the cotangent, the key and the value
         key, value = d_key[head], d_value[head]
 
         def of_piece(i: jax.Array, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -164,7 +165,7 @@ class Transformer2DModel(nn.Module):
     """Transformer blocks over the positions of a feature map, with a residual connection around all of them.
 
     ``use_linear_projection`` (SD2.1, SDXL) projects after flattening with a dense layer, SD1.5 before with a 1x1
-    convolution: the same numbers in another parameter shape. ``remat`` computes each block again on the way back.
+    convolution: the same numbers in another parameter shape. ``remat`` recomputes each block in the backward pass.
     """
 
     num_heads: int
@@ -178,7 +179,7 @@ class Transformer2DModel(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b k d"]) -> Float[Array, "b h w c"]:
         batch, height, width, channels = x.shape
 
-        def project(name: str):
+        def project(name: str) -> Dense | Conv:
             if self.use_linear_projection:
                 return Dense(channels, dtype=self.dtype, name=name)
             return Conv(channels, (1, 1), dtype=self.dtype, name=name)

@@ -6,99 +6,38 @@ Module and parameter names are those of transformers. The step-aware preference 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jax.sharding import Sharding
+from jaxtyping import Array, Float, Int, Num, PyTree
 
 from spo_jax.distributed.sharding import gathered
 from spo_jax.models.attention import multi_head_attention
-from spo_jax.models.config import check_fields
-from spo_jax.models.layers import Conv, Dense, LayerNorm, activation, call, timestep_embedding
+from spo_jax.models.compiler import call
+from spo_jax.models.config import Json, check_fields, fields_of
+from spo_jax.models.layers import Conv, Dense, LayerNorm, activation, timestep_embedding
 
 # Fields of transformers' configs that do not change what the towers compute (training, text generation, bookkeeping).
 _INERT = frozenset(
-    [
-        "add_cross_attention",
-        "architectures",
-        "attention_dropout",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "dropout",
-        "dtype",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "gradient_checkpointing",
-        "id2label",
-        "initializer_factor",
-        "initializer_range",
-        "is_decoder",
-        "is_encoder_decoder",
-        "label2id",
-        "length_penalty",
-        "logit_scale_init_value",
-        "max_length",
-        "min_length",
-        "model_type",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "pad_token_id",
-        "prefix",
-        "problem_type",
-        "pruned_heads",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers_version",
-        "typical_p",
-        "use_bfloat16",
-        "use_cache",
-    ]
+    """
+    add_cross_attention architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample
+    dropout dtype early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_factor initializer_range
+    is_decoder is_encoder_decoder label2id length_penalty logit_scale_init_value max_length min_length
+    model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype
+    torchscript transformers_version typical_p use_bfloat16 use_cache
+    """.split()  # noqa: SIM905  (a list would have a line for each)
 )
-_TOWER = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "layer_norm_eps",
-)
-_TEXT = (*_TOWER, "vocab_size", "max_position_embeddings", "eos_token_id", "projection_dim")
-_VISION = (*_TOWER, "image_size", "patch_size", "projection_dim")
-_ACTIVATIONS = ("quick_gelu", "gelu")
+_FIXED: dict[str, tuple[object, ...]] = {"hidden_act": ("quick_gelu", "gelu")}
 TIME_EMBEDDING_DIM = 256
 
 
@@ -133,10 +72,9 @@ class CLIPTextTransformer(nn.Module):
     remat: bool = False
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], dtype: jnp.dtype = jnp.float32, **kwargs) -> CLIPTextTransformer:
+    def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32, **kwargs) -> CLIPTextTransformer:
         """Builds the tower from a parsed transformers text config; an unsupported field raises UserError."""
-        fields = check_fields("CLIP text", config, used=_TEXT, fixed={}, inert=_INERT)
-        _check_activation("CLIP text", fields)
+        fields = check_fields("CLIP text", config, used=fields_of(cls), fixed=_FIXED, inert=_INERT)
         return cls(dtype=dtype, **fields, **kwargs)
 
     @nn.compact
@@ -146,7 +84,7 @@ class CLIPTextTransformer(nn.Module):
             self.vocab_size, self.max_position_embeddings, self.hidden_size, self.dtype, name="embeddings"
         )(tokens)
         causal = jnp.tril(jnp.ones((length, length), dtype=bool))[None, None]
-        x, penultimate = _Encoder(**_tower_fields(self), name="encoder")(x, mask=causal)
+        x, penultimate = _encoder(self)(x, mask=causal)
         x = _layer_norm(self, "final_layer_norm")(x)
         # transformers treats eos_token_id = 2 as "the largest id", because old configs carry that wrong value.
         end = tokens if self.eos_token_id == 2 else (tokens == self.eos_token_id).astype(jnp.int32)
@@ -170,19 +108,17 @@ class CLIPVisionTransformer(nn.Module):
     remat: bool = False
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], dtype: jnp.dtype = jnp.float32, **kwargs) -> CLIPVisionTransformer:
+    def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32, **kwargs) -> CLIPVisionTransformer:
         """Builds the tower from a parsed transformers vision config; an unsupported field raises UserError."""
-        fields = check_fields(
-            "CLIP vision", config, used=_VISION, fixed={"num_channels": (3,)}, inert=_INERT | {"eos_token_id"}
-        )
-        _check_activation("CLIP vision", fields)
+        fixed, inert = _FIXED | {"num_channels": (3,)}, _INERT | {"eos_token_id"}
+        fields = check_fields("CLIP vision", config, used=fields_of(cls), fixed=fixed, inert=inert)
         return cls(dtype=dtype, **fields, **kwargs)
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "b H W 3"], time: Float[Array, "b d"] | None = None) -> Float[Array, "b d"]:
         x = _VisionEmbeddings(self.hidden_size, self.patch_size, self.dtype, name="embeddings")(pixels)
         x = _layer_norm(self, "pre_layrnorm")(x)  # transformers' own spelling, kept because it is the key
-        x, _ = _Encoder(**_tower_fields(self), name="encoder")(x, time=time)
+        x, _ = _encoder(self)(x, time=time)
         x = _layer_norm(self, "post_layernorm")(x[:, 0])
         if time is not None:
             x = _modulate(x, *_Modulation(2, (), self.dtype, name="adaLN_modulation_1")(time))
@@ -192,11 +128,11 @@ class CLIPVisionTransformer(nn.Module):
 class CLIPTextModel(nn.Module):
     """The text encoder of a diffusion pipeline (``text_encoder/``); see ``CLIPTextTransformer``."""
 
-    config: Any
+    config: flax.core.FrozenDict
     dtype: jnp.dtype = jnp.float32
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], dtype: jnp.dtype = jnp.float32) -> CLIPTextModel:
+    def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32) -> CLIPTextModel:
         """Builds the model from a parsed ``text_encoder/config.json``; an unsupported field raises UserError."""
         CLIPTextTransformer.from_config(config)
         return cls(config=flax.core.freeze(dict(config)), dtype=dtype)
@@ -238,23 +174,22 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 class CLIPModel(nn.Module):
     """Both towers with their projections. ``step_aware`` adds the time conditioning of the preference model.
 
-    ``remat`` computes each layer again on the way back instead of keeping what is inside it: less memory, a third more
-    time; ``clip.clone(remat=True)`` switches it on.
+    ``remat`` recomputes each layer in the backward pass instead of keeping what is inside it: less memory, a third more
+    time. ``clip.clone(remat=True)`` switches it on.
     """
 
-    text_config: Any
-    vision_config: Any
+    text_config: flax.core.FrozenDict
+    vision_config: flax.core.FrozenDict
     projection_dim: int = 512
     step_aware: bool = False
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], *, step_aware: bool, dtype: jnp.dtype = jnp.float32) -> CLIPModel:
+    def from_config(cls, config: Json, *, step_aware: bool, dtype: jnp.dtype = jnp.float32) -> CLIPModel:
         """Builds the model from a parsed transformers ``CLIPConfig``; an unsupported field raises UserError."""
-        used = ("text_config", "vision_config", "projection_dim")
         inert = _INERT | {"text_config_dict", "vision_config_dict", "eos_token_id"}
-        fields = check_fields("CLIP", config, used=used, fixed={}, inert=inert)
+        fields = check_fields("CLIP", config, used=fields_of(cls), fixed={}, inert=inert)
         CLIPTextTransformer.from_config(fields["text_config"])
         CLIPVisionTransformer.from_config(fields["vision_config"])
         for tower in ("text_config", "vision_config"):
@@ -309,7 +244,13 @@ def is_time_layer(path: tuple[str, ...]) -> bool:
     return "t_embedder" in path or "adaLN_modulation_1" in path
 
 
-def with_identity_time_layers(clip: CLIPModel, plain: Any, key: jax.Array, *, sharding: Any = None) -> Any:
+def with_identity_time_layers(
+    clip: CLIPModel,
+    plain: PyTree,
+    key: jax.Array,
+    *,
+    sharding: Sharding | Callable[[tuple[str, ...], tuple[int, ...]], Sharding] | None = None,
+) -> PyTree:
     """Parameters of a step-aware CLIP that scores as the plain one does, at every timestep.
 
     Args:
@@ -325,10 +266,11 @@ def with_identity_time_layers(clip: CLIPModel, plain: Any, key: jax.Array, *, sh
         flat = flax.traverse_util.flatten_dict(params)
         return {path: value.astype(clip.dtype) for path, value in flat.items() if is_time_layer(path)}
 
-    shardings = sharding
     if callable(sharding):
-        shardings = {path: sharding(path, leaf.shape) for path, leaf in jax.eval_shape(fresh, key).items()}
-    layers = jax.jit(fresh, out_shardings=shardings)(key)  # the compiler drops what is not returned
+        places = {path: sharding(path, leaf.shape) for path, leaf in jax.eval_shape(fresh, key).items()}
+    layers = jax.jit(fresh, out_shardings=places if callable(sharding) else sharding)(
+        key
+    )  # computes only what it returns
     return flax.traverse_util.unflatten_dict({**flax.traverse_util.flatten_dict(plain), **layers})
 
 
@@ -476,18 +418,14 @@ def _layer_norm(module, name: str) -> LayerNorm:
     return LayerNorm(epsilon=module.layer_norm_eps, dtype=module.dtype, name=name)
 
 
-def _tower_fields(tower) -> dict[str, Any]:
-    return {
-        "num_layers": tower.num_hidden_layers,
-        "num_heads": tower.num_attention_heads,
-        "intermediate_size": tower.intermediate_size,
-        "hidden_act": tower.hidden_act,
-        "layer_norm_eps": tower.layer_norm_eps,
-        "dtype": tower.dtype,
-        "remat": tower.remat,
-    }
-
-
-def _check_activation(component: str, fields: Mapping[str, Any]) -> None:
-    fixed: dict[str, tuple[Any, ...]] = {"hidden_act": _ACTIVATIONS}
-    check_fields(component, {k: v for k, v in fields.items() if k in fixed}, used=(), fixed=fixed)
+def _encoder(tower: CLIPTextTransformer | CLIPVisionTransformer) -> _Encoder:
+    return _Encoder(
+        tower.num_hidden_layers,
+        tower.num_attention_heads,
+        tower.intermediate_size,
+        tower.hidden_act,
+        tower.layer_norm_eps,
+        tower.dtype,
+        tower.remat,
+        name="encoder",
+    )

@@ -1,20 +1,30 @@
-"""Checking the fields of a published ``config.json``: what is not supported is refused by name, never ignored."""
+"""Checks the fields of a published ``config.json``: what is not supported is refused by name, never ignored."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import flax.linen as nn
+
 from spo_jax.errors import UserError
+
+Json = Mapping[str, Any]  # a parsed config.json
+
+
+def fields_of(module: type[nn.Module]) -> set[str]:
+    """The attributes of a network that are fields of its config: all but flax's own and those that we add."""
+    return {field.name for field in dataclasses.fields(module)} - {"parent", "name", "dtype", "remat", "step_aware"}
 
 
 def check_fields(
     component: str,
-    config: Mapping[str, Any],
+    config: Json,
     *,
     used: Collection[str],
-    fixed: Mapping[str, tuple[Any, ...]],
+    fixed: Mapping[str, tuple[object, ...]],
     inert: Collection[str] = (),
 ) -> dict[str, Any]:
     """Returns the ``used`` fields that ``config`` has, after refusing whatever the model would have to ignore.
@@ -23,7 +33,7 @@ def check_fields(
       component: name of the model for messages, for example ``"UNet2DConditionModel"``.
       config: the parsed ``config.json``.
       used: fields that the model reads.
-      fixed: fields of which only the listed values are implemented.
+      fixed: fields of which only the listed values are implemented, whether the model reads them or not.
       inert: fields that do not change what the model computes. Names that start with ``_`` are inert too, and so are
         unknown switches that are off (False, None), which newer versions write.
 
@@ -32,16 +42,15 @@ def check_fields(
     """
     taken = {}
     for name, value in config.items():
+        allowed = fixed.get(name, (value,))
+        if value not in allowed and not (_is_off(value) and any(map(_is_off, allowed))):
+            raise UserError(
+                f"{component} config: {name} = {value!r} is not supported (only {' or '.join(map(repr, allowed))}); "
+                "use a checkpoint without this feature."
+            )
         if name in used:
             taken[name] = tuple(value) if isinstance(value, list) else value
-        elif name in fixed:
-            if value not in fixed[name] and not (_is_off(value) and any(map(_is_off, fixed[name]))):
-                allowed = " or ".join(repr(v) for v in fixed[name])
-                raise UserError(
-                    f"{component} config: {name} = {value!r} is not supported (only {allowed}); "
-                    "use a checkpoint without this feature."
-                )
-        elif not name.startswith("_") and name not in inert and not _is_off(value):
+        elif name not in fixed and not name.startswith("_") and name not in inert and not _is_off(value):
             raise UserError(
                 f"{component} config: the field {name!r} (= {value!r}) is not known to this version; "
                 "it is refused because ignoring it could change the model."
@@ -49,15 +58,13 @@ def check_fields(
     return taken
 
 
-def _is_off(value: Any) -> bool:
-    return (
-        value is None
-        or value is False
-        or (isinstance(value, list | tuple) and bool(value) and all(map(_is_off, value)))
-    )
+def _is_off(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(_is_off, value))
+    return value is None or value is False
 
 
-def check_positive(component: str, name: str, value: Any) -> None:
+def check_positive(component: str, name: str, value: object) -> None:
     """Raises UserError if the value of a field is no finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UserError(f"{component} config: {name} = {value!r} must be a finite number above 0.")

@@ -9,12 +9,11 @@ part of ``B``.
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from spo_jax import rng
 
@@ -22,7 +21,7 @@ from spo_jax import rng
 TARGETS = ("to_q", "to_k", "to_v", "to_out_0")
 
 
-def init_lora(key: jax.Array, params: Any, rank: int) -> Any:
+def init_lora(key: jax.Array, params: PyTree, rank: int) -> PyTree:
     """Fresh adapters for every attention projection of ``params``: A ~ N(0, 1/rank^2), B = 0, float32.
 
     Args:
@@ -43,7 +42,7 @@ def init_lora(key: jax.Array, params: Any, rank: int) -> Any:
     return flax.traverse_util.unflatten_dict(lora)
 
 
-def merge_lora(params: Any, lora: Any) -> Any:
+def merge_lora(params: PyTree, lora: PyTree) -> PyTree:
     """Parameters of the network that needs no adapters any more: ``W + A B``, summed in float32.
 
     Args:

@@ -1,16 +1,18 @@
 """The values of the published ``config.json`` files, so that a model can be planned for without having it.
 
-Bookkeeping fields are left out where they are long.
+Bookkeeping fields are left out where they are long, and towers that are repeated.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+Config = dict[str, Any]
+
 _SD_DOWN = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
 _SD_UP = ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
 
-UNET_SD15: dict[str, Any] = {
+UNET_SD15: Config = {
     "_class_name": "UNet2DConditionModel",
     "_diffusers_version": "0.6.0",
     "act_fn": "silu",
@@ -31,7 +33,7 @@ UNET_SD15: dict[str, Any] = {
     "sample_size": 64,
     "up_block_types": _SD_UP,
 }
-UNET_SD21: dict[str, Any] = UNET_SD15 | {
+UNET_SD21: Config = UNET_SD15 | {
     "_diffusers_version": "0.10.0.dev0",
     "attention_head_dim": [5, 10, 20, 20],
     "cross_attention_dim": 1024,
@@ -42,7 +44,7 @@ UNET_SD21: dict[str, Any] = UNET_SD15 | {
     "use_linear_projection": True,
     "upcast_attention": True,
 }
-UNET_SDXL: dict[str, Any] = {
+UNET_SDXL: Config = {
     "_class_name": "UNet2DConditionModel",
     "_diffusers_version": "0.19.0.dev0",
     "act_fn": "silu",
@@ -92,7 +94,7 @@ UNET_SDXL: dict[str, Any] = {
     "use_linear_projection": True,
 }
 
-VAE_SD: dict[str, Any] = {
+VAE_SD: Config = {
     "_class_name": "AutoencoderKL",
     "_diffusers_version": "0.6.0",
     "act_fn": "silu",
@@ -106,14 +108,14 @@ VAE_SD: dict[str, Any] = {
     "sample_size": 512,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
-VAE_SDXL_FP16_FIX: dict[str, Any] = VAE_SD | {
+VAE_SDXL_FP16_FIX: Config = VAE_SD | {
     "_diffusers_version": "0.18.0.dev0",
     "_name_or_path": ".",
     "force_upcast": False,
     "scaling_factor": 0.13025,
 }
 
-TEXT_VIT_L: dict[str, Any] = {
+TEXT_VIT_L: Config = {
     "architectures": ["CLIPTextModel"],
     "attention_dropout": 0.0,
     "bos_token_id": 0,
@@ -135,7 +137,7 @@ TEXT_VIT_L: dict[str, Any] = {
     "transformers_version": "4.22.0.dev0",
     "vocab_size": 49408,
 }
-TEXT_SD21: dict[str, Any] = TEXT_VIT_L | {
+TEXT_SD21: Config = TEXT_VIT_L | {
     "hidden_act": "gelu",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -144,7 +146,7 @@ TEXT_SD21: dict[str, Any] = TEXT_VIT_L | {
     "projection_dim": 512,
     "transformers_version": "4.25.0.dev0",
 }
-TEXT_BIG_G: dict[str, Any] = TEXT_VIT_L | {
+TEXT_BIG_G: Config = TEXT_VIT_L | {
     "architectures": ["CLIPTextModelWithProjection"],
     "hidden_act": "gelu",
     "hidden_size": 1280,
@@ -155,7 +157,7 @@ TEXT_BIG_G: dict[str, Any] = TEXT_VIT_L | {
     "torch_dtype": "float16",
     "transformers_version": "4.32.0.dev0",
 }
-CLIP_VIT_H: dict[str, Any] = {
+CLIP_VIT_H: Config = {
     "architectures": ["CLIPModel"],
     "initializer_factor": 1.0,
     "logit_scale_init_value": 2.6592,
@@ -178,13 +180,6 @@ CLIP_VIT_H: dict[str, Any] = {
         "torch_dtype": None,
         "use_bfloat16": False,
     },
-    "text_config_dict": {
-        "hidden_act": "gelu",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-    },
     "torch_dtype": "float32",
     "transformers_version": None,
     "vision_config": {
@@ -202,16 +197,8 @@ CLIP_VIT_H: dict[str, Any] = {
         "patch_size": 14,
         "torch_dtype": None,
     },
-    "vision_config_dict": {
-        "hidden_act": "gelu",
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 32,
-        "patch_size": 14,
-    },
 }
-SCHEDULER_SDXL: dict[str, Any] = {
+SCHEDULER_SDXL: Config = {
     "_class_name": "EulerDiscreteScheduler",
     "_diffusers_version": "0.19.0.dev0",
     "beta_end": 0.012,
@@ -229,7 +216,7 @@ SCHEDULER_SDXL: dict[str, Any] = {
     "trained_betas": None,
     "use_karras_sigmas": False,
 }
-SCHEDULER_SD15: dict[str, Any] = {
+SCHEDULER_SD15: Config = {
     "_class_name": "PNDMScheduler",
     "_diffusers_version": "0.6.0",
     "beta_end": 0.012,
@@ -242,14 +229,14 @@ SCHEDULER_SD15: dict[str, Any] = {
     "steps_offset": 1,
     "trained_betas": None,
 }
-SCHEDULER_SD21: dict[str, Any] = SCHEDULER_SD15 | {
+SCHEDULER_SD21: Config = SCHEDULER_SD15 | {
     "_class_name": "DDIMScheduler",
     "_diffusers_version": "0.8.0",
     "prediction_type": "v_prediction",
 }
 
-# The judge of alignment; its text tower is SD1.5's text encoder.
-CLIP_VIT_L: dict[str, Any] = {
+# Measures alignment; its text tower is SD1.5's text encoder.
+CLIP_VIT_L: Config = {
     "architectures": ["CLIPModel"],
     "logit_scale_init_value": 2.6592,
     "model_type": "clip",
@@ -291,13 +278,13 @@ _SDXL_PARTS = {
     "scheduler": SCHEDULER_SDXL,
 }
 # By repository of the hub: the parts of a pipeline, a CLIP, or an autoencoder.
-PIPELINES: dict[str, dict[str, Any]] = {
+PIPELINES: dict[str, Config] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD15_PARTS,
     "stabilityai/stable-diffusion-2-1": _SD21_PARTS,
     "stabilityai/stable-diffusion-xl-base-1.0": _SDXL_PARTS,
 }
-CLIPS: dict[str, dict[str, Any]] = {
+CLIPS: dict[str, Config] = {
     "openai/clip-vit-large-patch14": CLIP_VIT_L,
     "yuvalkirstain/PickScore_v1": CLIP_VIT_H,
 }
-VAES: dict[str, dict[str, Any]] = {"madebyollin/sdxl-vae-fp16-fix": VAE_SDXL_FP16_FIX}
+VAES: dict[str, Config] = {"madebyollin/sdxl-vae-fp16-fix": VAE_SDXL_FP16_FIX}

@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from spo_jax.errors import UserError
 from spo_jax.models.attention import Transformer2DModel
-from spo_jax.models.config import check_fields, check_positive, per_block
+from spo_jax.models.compiler import call
+from spo_jax.models.config import Json, check_fields, check_positive, fields_of, per_block
 from spo_jax.models.layers import (
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
-    call,
     conv3x3,
     timestep_embedding,
 )
 from spo_jax.types import AddedConditions
 
-_USED = [
-    "in_channels",
-    "out_channels",
-    "block_out_channels",
-    "down_block_types",
-    "up_block_types",
-    "layers_per_block",
-    "attention_head_dim",
-    "num_attention_heads",
-    "cross_attention_dim",
-    "transformer_layers_per_block",
-    "use_linear_projection",
-    "norm_num_groups",
-    "norm_eps",
-    "flip_sin_to_cos",
-    "freq_shift",
-    "sample_size",
-    "addition_embed_type",
-    "addition_time_embed_dim",
-    "projection_class_embeddings_input_dim",
-]
-_FIXED: dict[str, tuple[Any, ...]] = {
+_FIXED: dict[str, tuple[object, ...]] = {
     "act_fn": ("silu", "swish"),
     "attention_type": ("default",),
     "center_input_sample": (False,),
@@ -89,9 +65,9 @@ class UNet2DConditionModel(nn.Module):
     """Predicts the noise (or v, or x0: see the scheduler's ``prediction_type``) in latents at a timestep.
 
     Attributes are the fields of ``config.json``; per-block fields are already expanded. Build it with ``from_config``.
-    ``remat`` (gradient checkpointing) computes each resnet and transformer (of several blocks: each block) again on the
-    way back instead of keeping what is inside it: less memory, a third more time; ``unet.clone(remat=True)`` switches
-    it on.
+    ``remat`` (gradient checkpointing) recomputes each resnet and transformer (of several blocks: each block) in the
+    backward pass instead of keeping what is inside it: less memory, a third more time. ``unet.clone(remat=True)``
+    switches it on.
     """
 
     in_channels: int = 4
@@ -116,14 +92,14 @@ class UNet2DConditionModel(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], dtype: jnp.dtype = jnp.float32) -> UNet2DConditionModel:
+    def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32) -> UNet2DConditionModel:
         """Builds the module from a parsed diffusers ``unet/config.json``.
 
         Raises:
           UserError: a field or block type that is not implemented, or lists of unequal length.
         """
         name = "UNet2DConditionModel"
-        fields = check_fields(name, config, used=_USED, fixed=_FIXED, inert=_INERT)
+        fields = check_fields(name, config, used=fields_of(cls) | {"attention_head_dim"}, fixed=_FIXED, inert=_INERT)
         if fields.get("sample_size") is None:
             fields.pop("sample_size", None)
         num_blocks = len(fields.get("block_out_channels", cls.block_out_channels))
@@ -171,7 +147,7 @@ class UNet2DConditionModel(nn.Module):
             up, as in diffusers.
           timesteps: [B], any real dtype.
           encoder_hidden_states: [B, L, cross_attention_dim] text embeddings.
-          added: pooled text and time ids of B pictures, where ``addition_embed_type`` is "text_time" (SDXL).
+          added: pooled text and time ids of B images, where ``addition_embed_type`` is "text_time" (SDXL).
 
         Returns:
           The prediction, [B, h, w, out_channels], in the module's dtype.
@@ -245,7 +221,7 @@ class UNet2DConditionModel(nn.Module):
         )
 
 
-def _addition_sizes(name: str, fields: Mapping[str, Any]) -> dict[str, int]:
+def _addition_sizes(name: str, fields: Json) -> dict[str, int]:
     """Sizes of SDXL's additional conditions, 0 where there are none; refuses other kinds and missing sizes."""
     kind = fields.get("addition_embed_type")
     if kind not in (None, "text_time"):
@@ -267,9 +243,9 @@ def _addition_sizes(name: str, fields: Mapping[str, Any]) -> dict[str, int]:
 class _Block(nn.Module):
     """One level of the UNet: ``num_layers`` resnets, each followed by attention if ``num_heads`` > 0; then resampling.
 
-    With ``skips`` (on the way up) one of them is concatenated before each resnet. ``extra_resnet`` closes the middle
-    block. ``size`` is that of the next level's skips. Returns the result and every intermediate output that the way up
-    will want as a skip.
+    With ``skips`` (in the up blocks) one of them is concatenated before each resnet. ``extra_resnet`` closes the middle
+    block. ``size`` is that of the next level's skips. Returns the result and all intermediate outputs, the skips of the
+    up blocks.
     """
 
     channels: int
@@ -286,7 +262,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, time, context, skips=None, size=None):
-        # What is inside ten transformer blocks at once (SDXL) is more than the rest of the network keeps.
+        # Ten transformer blocks at once (SDXL) would keep more inside them than the rest of the network does.
         remat_blocks = self.remat and self.transformer_layers > 1
         resnet = ResnetBlock2D(self.channels, self.num_groups, self.epsilon, self.dtype, parent=None)
         transformer = Transformer2DModel(

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from spo_jax.models.attention import multi_head_attention
-from spo_jax.models.config import check_fields, check_positive
+from spo_jax.models.config import Json, check_fields, check_positive, fields_of
 from spo_jax.models.layers import Conv, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv3x3
 
-_USED = [
-    "in_channels",
-    "out_channels",
-    "latent_channels",
-    "block_out_channels",
-    "layers_per_block",
-    "norm_num_groups",
-    "scaling_factor",
-    "use_quant_conv",
-    "use_post_quant_conv",
-    "sample_size",
-]
-_FIXED: dict[str, tuple[Any, ...]] = {
+_FIXED: dict[str, tuple[object, ...]] = {
     "act_fn": ("silu", "swish"),
     "latents_mean": (None,),
     "latents_std": (None,),
     "mid_block_add_attention": (True,),
     "shift_factor": (None,),
 }
-_INERT = ("force_upcast", "down_block_types", "up_block_types")  # the block types are checked in from_config
 
 
 class AutoencoderKL(nn.Module):
@@ -54,16 +38,14 @@ class AutoencoderKL(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], dtype: jnp.dtype = jnp.float32) -> AutoencoderKL:
+    def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32) -> AutoencoderKL:
         """Builds the module from a parsed diffusers ``vae/config.json``; an unsupported field raises UserError."""
         blocks = len(config.get("block_out_channels", cls.block_out_channels))
-        fixed = {
+        fixed = _FIXED | {
             "down_block_types": (["DownEncoderBlock2D"] * blocks,),
             "up_block_types": (["UpDecoderBlock2D"] * blocks,),
         }
-        lists = {k: list(config[k]) for k in fixed if k in config}
-        check_fields("AutoencoderKL", lists, used=(), fixed=fixed)
-        fields = check_fields("AutoencoderKL", config, used=_USED, fixed=_FIXED, inert=_INERT)
+        fields = check_fields("AutoencoderKL", config, used=fields_of(cls), fixed=fixed, inert=("force_upcast",))
         check_positive("AutoencoderKL", "scaling_factor", fields.get("scaling_factor", cls.scaling_factor))
         return cls(dtype=dtype, **fields)
 

@@ -1,11 +1,13 @@
-"""How much the devices talk: the collectives of a compiled program, counted in its text (``compiled.as_text()``)."""
+"""What the devices send each other: the collectives of a compiled program, counted in ``compiled.as_text()``."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
+from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -18,9 +20,6 @@ _INSTRUCTION = re.compile(
 _ARRAY = re.compile(r"\b([a-z]+\d*)\w*\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%?[\w.-]+))")
-_CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
-_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
-_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +27,10 @@ class Traffic:
     """The collectives that one execution of a program performs on each device.
 
     Attributes:
-      counts: how often, by kind (one of ``KINDS``; those that do not occur are left out).
-      bytes: by kind, of the larger of what a device gives and what it gets: the whole array that an all-gather makes
-        or a reduce-scatter takes, otherwise the device's own. What a link carries depends on the algorithm; a ring
-        moves up to once that, and in an all-reduce up to twice.
+      counts: how often, by kind (one of ``KINDS``; kinds that do not occur are left out).
+      bytes: by kind, the larger of what a device gives and what it gets: the whole array that an all-gather makes or a
+        reduce-scatter takes, otherwise the device's own. What a link carries depends on the algorithm: a ring moves up
+        to once that, and for an all-reduce up to twice.
       unknown_loops: loops with collectives whose number of rounds is not in the text; they count as one round.
     """
 
@@ -45,82 +44,62 @@ class Traffic:
         return sum(self.bytes.values())
 
 
-@dataclasses.dataclass
-class _Instruction:
-    name: str
+class _Instruction(NamedTuple):
     type: str
     opcode: str
     operands: list[str]
+    is_root: bool
     text: str
 
 
-@dataclasses.dataclass
-class _Computation:
-    name: str = ""
-    instructions: dict[str, _Instruction] = dataclasses.field(default_factory=dict)
-    root: str = ""
+_Computation = dict[str, _Instruction]  # by name
 
 
 def collectives(hlo: str) -> Traffic:
     """Counts the collectives in the text of a compiled program, of any backend.
 
-    - An asynchronous pair ``-start``, ``-done`` counts once. So do the pieces, in several fusions and of one channel,
-      that a TPU makes of a collective to overlap it with computation: where it starts, also if it goes on in a loop.
+    - An asynchronous pair ``-start``, ``-done`` counts once. A TPU may cut a collective into pieces, in several fusions
+      and of one channel, to overlap it with computation: these count once too, where the collective starts.
     - An all-reduce of which each device keeps its part (a TPU's fusion ``all-reduce-scatter``) is a reduce-scatter.
-    - What is in a loop counts as often as the loop turns. The number is XLA's ``known_trip_count``, or is read from a
-      condition that compares a counter with a constant: the form of ``scan`` and ``map``, whose counter starts at 0.
+    - What is in a loop counts once for each round. The number of rounds is XLA's ``known_trip_count``, or is read from
+      a condition that compares a counter with a constant: the form of ``scan`` and ``map``, whose counter starts at 0.
     - Of a conditional the branch with the most bytes counts.
     """
     computations, entry = _parse(hlo)
+    instructions = [i for computation in computations.values() for i in computation.values()]
+    fused = {name for i in instructions if i.opcode == "fusion" for name in _CALLED.findall(i.text)}
     starts = _starts(computations)
-    known: dict[str, Counter] = {}
 
+    @functools.cache
     def cost(name: str) -> Counter:
-        """Keys are (kind, "count"), (kind, "bytes") and ("loop", "unknown")."""
-        if name not in known:
-            total: Counter = Counter()
-            for instruction in computations.get(name, _Computation()).instructions.values():
-                total.update(cost_of(computations[name], instruction))
-            known[name] = total
-        return known[name]
+        """Of a computation; keys are (kind, "count"), (kind, "bytes") and ("loop", "unknown")."""
+        total: Counter = Counter()
+        for instruction in computations.get(name, {}).values():
+            total.update(cost_of(name, instruction))
+        return total
 
-    def cost_of(computation: _Computation, instruction: _Instruction) -> Counter:
+    def cost_of(computation: str, instruction: _Instruction) -> Counter:
         opcode, text = instruction.opcode, instruction.text
         if opcode.endswith(("-done", "-update")):
             return Counter()
         if (kind := opcode.removesuffix("-start")) in KINDS:
-            return _one(kind, computation, instruction)
-        if opcode == "fusion":
-            return fused(_CALLED.findall(text))
+            if computation in fused and computation not in starts.get(_channel(text), {computation}):
+                return Counter()  # goes on here, and started elsewhere
+            if computation.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
+            return Counter({(kind, "count"): 1, (kind, "bytes"): _bytes(computations[computation], instruction)})
         if opcode == "conditional":
-            names = re.findall(
-                r"[\w.-]+", " ".join(filter(None, (name for m in _BRANCHES.findall(text) for name in m)))
-            )
+            names = re.findall(r"[\w.-]+", " ".join(name for found in _BRANCHES.findall(text) for name in found))
             return max(map(cost, names), key=lambda c: sum(n for (_, what), n in c.items() if what == "bytes"))
         total: Counter = Counter()
         for name in _CALLED.findall(text):
             total.update(cost(name))
         if opcode == "while" and total:
-            condition = _CONDITION.search(text)
-            rounds = _rounds(text, computations.get(condition[1]) if condition else None)
+            rounds = _rounds(text, computations)
             if rounds is None:
                 total["loop", "unknown"] += 1
             else:
                 total = Counter({key: n if key[0] == "loop" else n * rounds for key, n in total.items()})
-        return total
-
-    def fused(names: list[str]) -> Counter:
-        """Collectives inside a fusion, but for those that have started in another."""
-        total: Counter = Counter()
-        for computation in (computations[name] for name in names if name in computations):
-            scatters = computation.name.startswith("all-reduce-scatter")
-            for instruction in computation.instructions.values():
-                if instruction.opcode == "fusion":
-                    total.update(fused(_CALLED.findall(instruction.text)))
-                    continue
-                kind = instruction.opcode.removesuffix("-start")
-                if kind in KINDS and computation.name in starts.get(_channel(instruction), {computation.name}):
-                    total.update(_one("reduce-scatter" if scatters else kind, computation, instruction))
         return total
 
     total = cost(entry)
@@ -131,51 +110,45 @@ def collectives(hlo: str) -> Traffic:
 def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
     """The computations of a module by name, and the name of the one that is run."""
     computations: dict[str, _Computation] = {}
-    entry, current = "", _Computation()
+    entry, current = "", {}
     for line in hlo.splitlines():
         if header := _HEADER.match(line):
-            current = computations[header["name"]] = _Computation(header["name"])
+            current = computations[header["name"]] = {}
             entry = header["name"] if header["entry"] else entry
         elif match := _INSTRUCTION.match(line):
             operands = re.findall(r"%([\w.-]+)", match["operands"])
-            instruction = _Instruction(match["name"], match["type"], match["opcode"], operands, line)
-            current.instructions[instruction.name] = instruction
-            if match["root"]:
-                current.root = instruction.name
+            current[match["name"]] = _Instruction(match["type"], match["opcode"], operands, bool(match["root"]), line)
     return computations, entry
 
 
 def _starts(computations: dict[str, _Computation]) -> dict[str, set[str]]:
-    """In which computations the collectives of a channel start, for those that a TPU takes to pieces.
+    """In which computations the collectives of a channel start, for those that a TPU cuts into pieces.
 
-    They are several where layers are traced once for all of them: each has the channels of the first.
+    Layers that are traced once share the channels of the first layer, so a channel may start in several computations.
     """
     starts: dict[str, set[str]] = {}
-    for computation in computations.values():
-        if any('"AsyncCollectiveStart"' in instruction.text for instruction in computation.instructions.values()):
-            for instruction in computation.instructions.values():
+    for name, computation in computations.items():
+        if any('"AsyncCollectiveStart"' in instruction.text for instruction in computation.values()):
+            for instruction in computation.values():
                 if instruction.opcode in KINDS:
-                    starts.setdefault(_channel(instruction), set()).add(computation.name)
+                    starts.setdefault(_channel(instruction.text), set()).add(name)
     return starts
 
 
-def _channel(instruction: _Instruction) -> str:
-    match = _CHANNEL.search(instruction.text)
+def _channel(text: str) -> str:
+    match = re.search(r"\bchannel_id=(\d+)", text)
     return match[1] if match else ""
 
 
-def _one(kind: str, computation: _Computation, instruction: _Instruction) -> Counter:
-    operands = sum(
-        _num_bytes(computation.instructions[name].type)
-        for name in instruction.operands
-        if name in computation.instructions
-    )
+def _bytes(computation: _Computation, instruction: _Instruction) -> int:
+    """The larger of what a collective takes and what it gives."""
+    operands = sum(_num_bytes(computation[name].type) for name in instruction.operands if name in computation)
     results = _num_bytes(instruction.type)
     if instruction.opcode == "all-gather-start":
         results -= operands  # a tuple of both
     elif instruction.opcode == "collective-permute-start":
         results = operands  # a tuple of both and of some words of bookkeeping
-    return Counter({(kind, "count"): 1, (kind, "bytes"): max(operands, results)})
+    return max(operands, results)
 
 
 def _num_bytes(type_text: str) -> int:
@@ -187,15 +160,15 @@ def _num_bytes(type_text: str) -> int:
     return total
 
 
-def _rounds(text: str, condition: _Computation | None) -> int | None:
-    """How often a loop turns, if that is written anywhere."""
-    if match := _TRIP_COUNT.search(text):
+def _rounds(text: str, computations: dict[str, _Computation]) -> int | None:
+    """The number of rounds of a loop, if the text says it."""
+    if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', text):
         return int(match[1])
-    if condition is None or not condition.root:
+    name = re.search(r"\bcondition=%?([\w.-]+)", text)
+    condition = computations.get(name[1], {}) if name else {}
+    root = next((instruction for instruction in condition.values() if instruction.is_root), None)
+    if root is None or root.opcode != "compare" or "direction=LT" not in root.text or not root.operands:
         return None
-    root = condition.instructions[condition.root]
-    limit = condition.instructions.get(root.operands[-1]) if root.operands else None
-    if root.opcode != "compare" or "direction=LT" not in root.text or limit is None:
-        return None
-    match = re.search(r" = s32\[\]\S* constant\((\d+)\)", limit.text)
+    limit = condition.get(root.operands[-1])
+    match = re.search(r" = s32\[\]\S* constant\((\d+)\)", limit.text) if limit else None
     return int(match[1]) if match else None

@@ -2,8 +2,8 @@
 
     python -m spo_jax.planning.compile < request.json
 
-The answer is the last line of standard output, as JSON. Answers are kept by the program's text and by the code that
-reads them from the compiler, so that the same program is compiled once for a target.
+The answer is the last line of standard output, as JSON. Answers are kept on disk (``cache_folder``) by the program's
+text and by the code that reads them from the compiler, so that a program is compiled once for a target.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from ml_collections import ConfigDict
 
 from spo_jax.distributed.mesh import make_mesh
 from spo_jax.files import cache_folder, write_text
+from spo_jax.planning import collectives as counting
 from spo_jax.planning.collectives import Traffic, collectives
 from spo_jax.planning.programs import extra_bytes, make_run
 from spo_jax.planning.targets import ENVIRONMENT, Target, devices_of, parse_target
 
+# How much memory a compiler says that a program needs that is too large.
 _NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of|(?:allocate|allocating) (\d+)( )bytes")
-# Without a GPU nothing can be tried out, and the first choice of tiles for its own kernels of matrix products can
-# fail ("Couldn't find output tile sizes"); cuBLAS needs none, and is what most products end up with.
-_OPTIONS: dict[str, Any] = {"cuda": {"xla_gpu_enable_triton_gemm": False}}
-# What an answer depends on beside the program: with other code it is another.
-_ANSWERED_BY = ("compile.py", "collectives.py")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, " ": 1}
+# Without a GPU no tiles can be tried out for XLA's own kernels of matrix products, and the first choice can fail
+# ("Couldn't find output tile sizes"). Most products end up in cuBLAS, which needs none.
+_OPTIONS: dict[str, dict[str, bool | str]] = {"cuda": {"xla_gpu_enable_triton_gemm": False}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +47,18 @@ class Compiled:
 
     Attributes:
       status: "compiled", "too large" (for the device: the compiler gave up), or "failed".
-      extra: bytes of its arguments that are not there all the time.
-      temp: bytes of its temporary arrays; if it is too large, all that the compiler says it needs.
-      output: bytes of results that do not take the place of an argument.
-      code: bytes of the program itself.
+      own: bytes beside what is resident: arguments, temporary arrays, code, and results that do not take the place of
+        an argument; if it is too large, all that the compiler says it needs, or 0.
       traffic: its collectives; None where it was not compiled, or JAX cannot read the text of the program.
       seconds: that compiling took.
       message: of the compiler, where it did not succeed.
-      date: when it was compiled.
     """
 
     status: str
-    extra: int = 0
-    temp: int = 0
-    output: int = 0
-    code: int = 0
+    own: int = 0
     traffic: Traffic | None = None
     seconds: float = 0.0
     message: str = ""
-    date: str = ""
 
 
 def compile_program(config: ConfigDict, target: str, program: str) -> Compiled:
@@ -102,68 +95,60 @@ def _main() -> None:
     if target.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", target.num_devices)
     config = ConfigDict(json.loads(request["config"]))
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices_of(target))
-    run = make_run(config, mesh)
+    run = make_run(config, make_mesh(config.mesh.data, config.mesh.fsdp, devices_of(target)))
     program = run.programs[request["program"]]
     lowered = program.function.lower(*program.arguments)
-    answer = _kept(
-        f"{_key(target, lowered.as_text())}.json", lambda: dataclasses.asdict(_compile(lowered, target.platform))
-    )
-    print(json.dumps(answer | {"extra": extra_bytes(program, run)}))
+    answer = _kept(key_of(target, lowered.as_text()), lambda: compile_lowered(lowered, target.platform))
+    if answer["status"] == "compiled":
+        answer["own"] += extra_bytes(program, run)
+    print(json.dumps(answer))
 
 
-def _compile(lowered: Any, platform: str) -> Compiled:
+def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> Compiled:
+    """What the compiler says of a program, but for its arguments; an error other than too little memory is raised."""
     start = time.time()
-    date = time.strftime("%Y-%m-%d")
     try:
         compiled = lowered.compile(compiler_options=_OPTIONS.get(platform))
     except Exception as error:  # of the compiler, as XlaRuntimeError or JaxRuntimeError
         message = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" not in message:
             raise
-        numbers = next((match for match in _NEEDED.finditer(str(error))), None)
-        value, unit = [group for group in numbers.groups() if group] if numbers else ("0", " ")
-        needed = int(float(value) * _UNITS[unit])
-        return Compiled("too large", temp=needed, seconds=time.time() - start, message=message, date=date)
-    memory = compiled.memory_analysis()
-    return Compiled(
-        "compiled",
-        temp=memory.temp_size_in_bytes,
-        output=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
-        code=memory.generated_code_size_in_bytes,
-        traffic=_traffic(compiled),
-        seconds=time.time() - start,
-        date=date,
-    )
+        numbers = _NEEDED.search(str(error))
+        value, unit = filter(None, numbers.groups()) if numbers else ("0", " ")
+        return Compiled("too large", int(float(value) * _UNITS[unit]), seconds=time.time() - start, message=message)
+    memory: Any = compiled.memory_analysis()
+    results = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    own = memory.temp_size_in_bytes + results + memory.generated_code_size_in_bytes
+    return Compiled("compiled", own, traffic_of(compiled), time.time() - start)
 
 
-def _traffic(compiled: Any) -> Traffic | None:
-    """The collectives of a program, if its text can be read: some of libtpu 0.0.52 for v6e cannot, by this JAX."""
+def traffic_of(compiled: jax.stages.Compiled) -> Traffic | None:
+    """The collectives of a program, if its text can be read: JAX 0.10.2 cannot read some of libtpu 0.0.52 for v6e."""
     try:
-        return collectives(compiled.as_text())
+        return collectives(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError as error:
         if "RET_CHECK failure" not in str(error):
             raise
         return None
 
 
-def _key(target: Target, program: str) -> str:
-    code = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _ANSWERED_BY)
+def key_of(target: Target, program: str) -> str:
+    """What an answer is kept by."""
+    code = "".join(Path(file).read_text(encoding="utf-8") for file in (__file__, counting.__file__))
     return hashlib.sha256(f"{target.name} {versions(target.platform)} {code} {program}".encode()).hexdigest()
 
 
-def _kept(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was made before under the name, or is made now and kept, where there is a place to keep it."""
+def _kept(key: str, make: Callable[[], Compiled]) -> dict[str, Any]:
+    """The answer that was made before under the key, or is made now and kept, where there is a place to keep it."""
     folder = cache_folder()
-    if folder is None:
-        return make()
-    path = folder / "plan" / name
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        answer = make()
+    path = folder and folder / "plan" / f"{key}.json"
+    with contextlib.suppress(OSError, ValueError):
+        if path:
+            return json.loads(path.read_text(encoding="utf-8"))
+    answer = dataclasses.asdict(make())
     with contextlib.suppress(OSError):
-        write_text(path, json.dumps(answer))
+        if path:
+            write_text(path, json.dumps(answer))
     return answer
 
 

@@ -1,22 +1,53 @@
-"""Whether a run fits a target: exactly, by compiling its programs, or by an estimate."""
+"""Whether a run fits a target, exactly (by compiling its programs) or by an estimate; if not, a setting that does."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
 from spo_jax import methods
-from spo_jax.distributed.mesh import mesh_sizes
+from spo_jax.distributed.mesh import mesh_sizes, round_up
+from spo_jax.distributed.pieces import piece_size
 from spo_jax.errors import UserError
+from spo_jax.planning.collectives import Traffic
 from spo_jax.planning.compile import compile_program, versions
 from spo_jax.planning.estimate import abstract_run, estimate_program, resident_bytes
-from spo_jax.planning.remedies import search
-from spo_jax.planning.report import Need
+from spo_jax.planning.shapes import num_parameters
 from spo_jax.planning.targets import GIB, Target, check_installed
 from spo_jax.runs.assembly import Assembly
+
+_MAX_TURNS = 40
+_LARGE_REST = 75  # percent; with so little left for programs, weights are split before anything else is given up
+Turn = dict[str, object]  # keys of the config and their values
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What one program needs on each device.
+
+    Attributes:
+      program: its name.
+      flops: of matrix products and convolutions, all rounds of its loops.
+      own: bytes beside what is resident: arguments, temporary arrays, results, code.
+      peak: bytes in all; of a program that the compiler gave up, at least that.
+      fits: whether that is within the limit.
+      traffic: its collectives; None if it was not compiled, or its text cannot be read.
+      seconds: that compiling took; None if it was not compiled.
+      problem: what the compiler said, if it gave no numbers.
+    """
+
+    program: str
+    flops: float
+    own: int
+    peak: int
+    fits: bool
+    traffic: Traffic | None = None
+    seconds: float | None = None
+    problem: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +56,7 @@ class Plan:
 
     run: Assembly
     resident: dict[str, int]
-    needs: list[Need]
-    exact: bool
+    needs: Sequence[Need]
 
     @property
     def fits(self) -> bool:
@@ -36,14 +66,14 @@ class Plan:
 
 def check(config: ConfigDict, target: Target) -> None:
     """Raises UserError for a config that no run can use, or not on so many devices."""
-    methods.config_of(config.method).check(config)
+    methods.module_of(config.method, "config").check(config, target.num_devices)
     count = target.num_devices
     mesh_sizes(config.mesh.data, config.mesh.fsdp, count)
     keys = ["prompts_per_batch", "train.minibatch_size"]
     if config.method == "spm":
         keys = ["train.batch_size", "validation.batch_size", "chunk"]
     for key in keys:
-        size = _value(config, key)
+        size = functools.reduce(getattr, key.split("."), config)
         if size % count:
             raise UserError(
                 f"config.{key} = {size} cannot be split over the {count} devices of {target.name}; it counts for all "
@@ -51,78 +81,68 @@ def check(config: ConfigDict, target: Target) -> None:
             )
 
 
-def estimate(config: ConfigDict, target: Target) -> Plan:
-    """The plan without compiling."""
+def make_plan(config: ConfigDict, target: Target, *, exact: bool) -> Plan:
+    """Estimates every program or, if ``exact``, compiles it.
+
+    Raises:
+      UserError: the target's compiler is needed and not installed, or a model has no config.
+    """
+    if exact:
+        check_installed(target)
     run = abstract_run(config, target)
     resident = resident_bytes(run)
-    needs = []
-    for name in run.programs:
-        flops, extra, own = estimate_program(config, target, name)
-        needs.append(_need(name, flops, extra + own, resident, target))
-    return Plan(run, resident, needs, exact=False)
+    need = _compiled if exact else _estimated
+    return Plan(run, resident, [need(config, target, name, sum(resident.values())) for name in run.programs])
 
 
-def compile_all(config: ConfigDict, target: Target) -> Plan:
-    """The plan from the compiled programs; UserError if the target's compiler is not installed."""
-    check_installed(target)
-    run = abstract_run(config, target)
-    resident = resident_bytes(run)
-    needs = []
-    for name in run.programs:
-        print(f"spo_jax: compiling the program {name!r} for {target.name} ...", file=sys.stderr, flush=True)
-        answer = compile_program(config, target.name, name)
-        flops, _, _ = estimate_program(config, target, name)
-        own = answer.extra + answer.temp + answer.output + answer.code
-        if answer.status == "compiled":
-            need = _need(name, flops, own, resident, target)
-            need = dataclasses.replace(need, traffic=answer.traffic, seconds=answer.seconds)
-        elif answer.status == "too large":
-            # What the compiler says it needs has the arguments in it, and not what is resident beside them.
-            need = Need(name, flops, own, answer.temp, False, seconds=answer.seconds)
-        else:
-            need = Need(name, flops, 0, 0, False, problem=f"not known: {answer.message}")
-        needs.append(need)
-    return Plan(run, resident, needs, exact=True)
+def _estimated(config: ConfigDict, target: Target, name: str, stays: int) -> Need:
+    flops, extra, own = estimate_program(config, target, name)
+    peak = stays + extra + own
+    return Need(name, flops, extra + own, peak, target.limit is None or peak <= target.limit)
 
 
-def smaller(config: ConfigDict, target: Target, *, exact: bool) -> tuple[Plan, dict[str, Any]] | None:
-    """A setting that fits, and the keys of it that differ; found by estimates, and compiled if ``exact``."""
-    margin = 1.0
-    while margin > 0.7:
-
-        def worst(setting: ConfigDict, margin: float = margin) -> tuple[str, bool, int]:
-            plan = estimate(setting, target)
-            need = max(plan.needs, key=lambda need: need.peak)
-            limit = target.limit or need.peak + 1
-            return need.program, need.peak <= margin * limit, 100 * sum(plan.resident.values()) // limit
-
-        found = search(config, target.num_devices, worst)
-        if found is None:
-            return None
-        setting, changed = found
-        plan = compile_all(setting, target) if exact else estimate(setting, target)
-        if plan.fits:
-            return plan, changed
-        margin -= 0.08  # the estimate was too low here
-    return None
+def _compiled(config: ConfigDict, target: Target, name: str, stays: int) -> Need:
+    print(f"spo_jax: compiling the program {name!r} for {target.name} ...", file=sys.stderr, flush=True)
+    answer = compile_program(config, target.name, name)
+    flops, _, _ = estimate_program(config, target, name)
+    if answer.status == "failed":
+        return Need(name, flops, 0, 0, False, problem=f"not known: {answer.message}")
+    # Of a program that is too large the compiler says what it needs in all, with arguments.
+    peak = answer.own + (stays if answer.status == "compiled" else 0)
+    fits = answer.status == "compiled" and (target.limit is None or peak <= target.limit)
+    return Need(name, flops, answer.own, peak, fits, answer.traffic, answer.seconds)
 
 
+# ------------------------------------------------------------------------------------------------- what a plan says
 def heading(config: ConfigDict, target: Target, *, exact: bool) -> str:
     """What is planned for what, and how."""
     data, fsdp = mesh_sizes(config.mesh.data, config.mesh.fsdp, target.num_devices)
     count = target.num_devices
-    devices = f"{count} device{'s' if count > 1 else ''}"
-    memory = f" of {target.limit / GIB:.2f} GiB" if target.limit else ""
+    devices = f"{count} device{'s' if count > 1 else ''}{_limit(target)}"
     how = f"compiled ({versions(target.platform)})" if exact else "estimated"
     if config.method == "spo":
         kind = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "full fine-tuning"
         share = f"{config.prompts_per_batch // count} prompts and {config.train.minibatch_size // count} pairs"
     else:
         kind, share = "preference model", f"{config.train.batch_size // count} pairs"
-    return (
-        f"{config.model}: {kind}, {how}\n"
-        f"{target.name}: {devices}{memory}, mesh data {data} x fsdp {fsdp}, {share} on each"
-    )
+    return f"{config.model}: {kind}, {how}\n{target.name}: {devices}, mesh data {data} x fsdp {fsdp}, {share} on each"
+
+
+def table(plan: Plan, target: Target) -> str:
+    """The plan as text: what stays on a device, then a row for each program."""
+    rows = [["stays on each device", "parameters", "GiB"]]
+    for name, size in plan.resident.items():
+        if size:
+            rows.append([name, f"{num_parameters(plan.run.resident[name]) / 1e6:,.1f} M", _gib(size)])
+    rows.append(["together", "", _gib(sum(plan.resident.values()))])
+    programs = [["program", "own GiB", f"peak GiB{_limit(target)}", "TFLOP", "collectives", "compiled in"]]
+    for need in plan.needs:
+        share = f" ({100 * need.peak / target.limit:.0f} %)" if target.limit else ""
+        peak = need.problem or f"{_gib(need.peak)}{share}{'' if need.fits else ', does not fit'}"
+        seconds = "-" if need.seconds is None else f"{need.seconds:.0f} s"
+        flops = f"{need.flops / 1e12:,.2f}"
+        programs.append([need.program, _gib(need.own), peak, flops, _words(need.traffic), seconds])
+    return f"{_aligned(rows)}\n\n{_aligned(programs)}"
 
 
 def verdict(plan: Plan, target: Target) -> str:
@@ -130,21 +150,145 @@ def verdict(plan: Plan, target: Target) -> str:
     worst = max(plan.needs, key=lambda need: (not need.fits, need.peak))
     if worst.problem:
         return f"Not known: the program {worst.program!r} could not be compiled ({worst.problem})."
-    need = f"{worst.program!r} needs {worst.peak / GIB:.2f}"
+    need = f"{worst.program!r} needs {_gib(worst.peak)}"
     if target.limit is None:
         return f"The program {need} GiB, the most of all; {target.name} has no fixed limit to compare with."
-    limit = f"{target.limit / GIB:.2f} GiB"
-    return (
-        f"Fits: the program {need} of {limit}, the most of all." if plan.fits else f"Does not fit: {need} of {limit}."
-    )
+    need += f" of {_gib(target.limit)} GiB"
+    return f"Fits: the program {need}, the most of all." if plan.fits else f"Does not fit: {need}."
 
 
-def _need(name: str, flops: float, own: int, resident: dict[str, int], target: Target) -> Need:
-    peak = sum(resident.values()) + own
-    return Need(name, flops, own, peak, target.limit is None or peak <= target.limit)
+def overrides(changed: Mapping[str, object]) -> str:
+    """Keys and values as they are written on a command line."""
+    return " ".join(f"--config.{key}={value}" for key, value in changed.items())
 
 
-def _value(config: ConfigDict, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
+def _words(traffic: Traffic | None) -> str:
+    if traffic is None:
+        return "-"
+    words = [f"{count:,} {kind} {_size(traffic.bytes[kind])}" for kind, count in traffic.counts.items()]
+    return ", ".join(words + ["and loops of unknown length"] * bool(traffic.unknown_loops)) or "none"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def _limit(target: Target) -> str:
+    return f" of {_gib(target.limit)} GiB" if target.limit else ""
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# ------------------------------------------------------------------------------------------ a smaller setting that fits
+def smaller(config: ConfigDict, target: Target, *, exact: bool) -> tuple[Plan, Turn] | None:
+    """A setting that fits, and the keys of it that differ; found by estimates, and compiled if ``exact``."""
+    for part in (1.0, 0.92, 0.84, 0.76):  # of the limit: less where the estimate was too low
+
+        def worst(setting: ConfigDict, part: float = part) -> tuple[str, bool, int]:
+            plan = make_plan(setting, target, exact=False)
+            need = max(plan.needs, key=lambda need: need.peak)
+            limit = target.limit or need.peak + 1
+            return need.program, need.peak <= part * limit, 100 * sum(plan.resident.values()) // limit
+
+        found = search(config, target.num_devices, worst)
+        if found is None:
+            return None
+        setting, changed = found
+        plan = make_plan(setting, target, exact=exact)
+        if plan.fits:
+            return plan, changed
+    return None
+
+
+def search(
+    config: ConfigDict, num_devices: int, worst: Callable[[ConfigDict], tuple[str, bool, int]]
+) -> tuple[ConfigDict, Turn] | None:
+    """Turns knobs until everything fits.
+
+    Args:
+      config: the setting that does not fit; it is not changed.
+      num_devices: of the target.
+      worst: ``(config) -> (program, fits, percent of the limit that is resident)``, of the program that needs most.
+
+    Returns:
+      The config that fits and the keys that differ; None if no knob is left.
+    """
+    setting = config.copy_and_resolve_references()
+    changed: Turn = {}
+    for _ in range(_MAX_TURNS):
+        program, fits, resident_share = worst(setting)
+        if fits:
+            return setting, changed
+        turn = next(_turns(setting, program, num_devices, resident_share), None)
+        if turn is None:
+            return None
+        with setting.unlocked():
+            setting.update_from_flattened_dict(turn)
+        changed |= turn
+    return None
+
+
+def _turns(config: ConfigDict, program: str, count: int, resident_share: int) -> Iterator[Turn]:
+    """Possible next turns for a program; those that cost the least time, and then those that learn the same, first."""
+    split: Turn = {"mesh.fsdp": count, "mesh.data": 1}
+    can_split = config.mesh.fsdp not in (-1, count) and count > 1
+    if can_split and resident_share > _LARGE_REST:
+        yield split
+    yield from (_spo_turns if config.method == "spo" else _spm_turns)(config, program, count)
+    if can_split:
+        yield split
+
+
+def _spo_turns(config: ConfigDict, program: str, count: int) -> Iterator[Turn]:
+    train, evaluation = config.train, config.evaluation
+    images = {
+        "pool": config.prompts_per_batch * config.sampling.num_candidates,
+        "evaluation": round_up(evaluation.batch_size, count),
+    }
+    if program in images:
+        size = piece_size(images[program], count, config.scorer.chunk) // count
+        if size > 1:
+            yield {"scorer.chunk": piece_size(images[program], count, size - 1) // count}
+    if program == "update" and not config.remat:
+        yield {"remat": True}
+    if program != "encode" and not config.offload:
+        yield {"offload": True}
+    if program == "update" and train.minibatch_size > count and (half := _smaller(train.minibatch_size, count)):
+        more = train.accumulation_steps * train.minibatch_size // half
+        yield {"train.minibatch_size": half, "train.accumulation_steps": more}
+    if program == "evaluation" and evaluation.batch_size > count:
+        yield {"evaluation.batch_size": evaluation.batch_size // 2}
+    if program in ("encode", "pool") and (half := _smaller(config.prompts_per_batch, count)):
+        yield {"prompts_per_batch": half, "num_batches": config.num_batches * config.prompts_per_batch // half}
+
+
+def _spm_turns(config: ConfigDict, program: str, count: int) -> Iterator[Turn]:
+    train, validation = config.train, config.validation
+    if program == "update":
+        if not config.remat:
+            yield {"remat": True}
+        chunk = config.chunk or train.batch_size
+        pieces = [n for n in range(count, chunk, count) if train.batch_size % n == validation.batch_size % n == 0]
+        if pieces:
+            yield {"chunk": pieces[-1]}
+        if half := _smaller(train.batch_size, count):
+            more = train.accumulation_steps * train.batch_size // half
+            yield {"train.batch_size": half, "train.accumulation_steps": more, "chunk": min(config.chunk, half)}
+    elif half := _smaller(validation.batch_size, count):
+        yield {"validation.batch_size": half, "chunk": min(config.chunk, half)}
+
+
+def _smaller(size: int, count: int) -> int | None:
+    """The largest divisor below a global batch size that ``count`` devices can split."""
+    return next((n for n in range(size - 1, 0, -1) if size % n == 0 and n % count == 0), None)

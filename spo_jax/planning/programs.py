@@ -17,7 +17,7 @@ def make_run(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Assembly:
     Raises:
       UserError: there is no config of a model.
     """
-    return methods.assemble_of(config.method).assemble(config, mesh, Shapes())
+    return methods.module_of(config.method, "assemble").assemble(config, mesh, Shapes())
 
 
 def extra_bytes(program: Program, run: Assembly) -> int:

@@ -7,7 +7,6 @@ import importlib.util
 import math
 import os
 import re
-from typing import Any
 
 import jax
 
@@ -61,16 +60,16 @@ class Target:
     Attributes:
       name: as the user writes it, such as "v5e:2x4", "h100:8" or "cpu".
       platform: "tpu", "cuda" or "cpu".
-      kind: of the devices: "v5e", "v6e", "v5p", "h100" or "cpu".
       num_devices: how many.
       limit: bytes that programs can have on one; None if there is no fixed number (cpu).
+      topology: as the compiler names it.
     """
 
     name: str
     platform: str
-    kind: str
     num_devices: int
     limit: int | None
+    topology: str = ""
 
 
 def parse_target(text: str, memory: float | None = None) -> Target:
@@ -78,7 +77,7 @@ def parse_target(text: str, memory: float | None = None) -> Target:
 
     Args:
       text: as the user writes it.
-      memory: GiB that a GPU has, for an estimate of another one than an h100.
+      memory: GiB of a GPU that is not an h100, for an estimate.
 
     Raises:
       UserError: it names none, or a topology that its devices are not built in; or ``memory`` is not of a GPU.
@@ -86,17 +85,19 @@ def parse_target(text: str, memory: float | None = None) -> Target:
     if memory is not None and not text.startswith("h100"):
         raise UserError(f"--memory={memory:g} is for GPUs, with --target=h100; --target={text} has what it has.")
     kind, _, size = text.partition(":")
-    if kind in _TPU_GIB and re.fullmatch(r"\d+(x\d+)*", size or "1x1"):
-        dimensions = [int(n) for n in (size or ("1x1x1" if kind == "v5p" else "1x1")).split("x")]
-        if len(dimensions) != (3 if kind == "v5p" else 2) or 0 in dimensions:
-            example = "v5p:2x2x1" if kind == "v5p" else f"{kind}:2x4"
+    if kind in _TPU_GIB and re.fullmatch(r"\d+(x\d+)*|", size):
+        one, example = ("1x1x1", "v5p:2x2x1") if kind == "v5p" else ("1x1", f"{kind}:2x4")
+        dimensions = [int(n) for n in (size or one).split("x")]
+        if len(dimensions) != len(one.split("x")) or 0 in dimensions:
             raise UserError(f"--target={text} is no topology of {kind} devices; write it as {example}.")
-        return Target(text, "tpu", kind, math.prod(dimensions), int(_TPU_GIB[kind] * GIB))
-    if kind in ("h100", "cpu") and re.fullmatch(r"[1-9]\d*", size or "1"):
+        return Target(text, "tpu", math.prod(dimensions), int(_TPU_GIB[kind] * GIB), f"{kind}:{size or one}")
+    if kind in ("h100", "cpu") and re.fullmatch(r"[1-9]\d*|", size):
+        count = int(size or 1)
+        if kind == "cpu":
+            return Target(text, "cpu", count, None)
         fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _GPU_FRACTION))
-        size_of_gpu = _H100_BYTES if memory is None else memory * GIB
-        limit = int(size_of_gpu * fraction) if kind == "h100" else None
-        return Target(text, "cuda" if kind == "h100" else "cpu", kind, int(size or 1), limit)
+        limit = int((_H100_BYTES if memory is None else memory * GIB) * fraction)
+        return Target(text, "cuda", count, limit, f"1x1x{count}")
     raise UserError(
         f"--target={text} is not known; use v5e, v6e or v5p with a topology (v5e:2x4, v5p:2x2x1), h100, h100:8, or cpu."
     )
@@ -112,7 +113,7 @@ def check_installed(target: Target) -> None:
         )
 
 
-def devices_of(target: Target) -> list[Any]:
+def devices_of(target: Target) -> list[jax.Device]:
     """The devices of a target, for the compiler; ``ENVIRONMENT`` must be set.
 
     Raises:
@@ -123,20 +124,12 @@ def devices_of(target: Target) -> list[Any]:
         return jax.devices("cpu")[: target.num_devices]
     from jax.experimental import topologies
 
+    gpu = {"topology": target.topology, "target_config": _H100}
+    options = gpu | {"topology_name": "h100"} if target.platform == "cuda" else {"topology_name": target.topology}
     try:
-        if target.platform == "tpu":
-            topology = topologies.get_topology_desc(platform="tpu", topology_name=_topology(target))
-        else:
-            topology = topologies.get_topology_desc(
-                platform="cuda", topology_name="h100", topology=f"1x1x{target.num_devices}", target_config=_H100
-            )
+        return list(topologies.get_topology_desc(platform=target.platform, **options).devices)
     except Exception as error:  # of the plugin, which has no class of its own for it
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--target={target.name} is refused by its compiler ({reason}); use another topology."
         ) from error
-    return list(topology.devices)
-
-
-def _topology(target: Target) -> str:
-    return target.name if ":" in target.name else f"{target.kind}:{'1x1x1' if target.kind == 'v5p' else '1x1'}"

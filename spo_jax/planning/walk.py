@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.extend import core
 
-# What makes an array of its own. XLA computes everything else where it is used: elementwise work and changes of shape.
+# What makes an array of its own, by how its name begins. XLA computes everything else where it is used: elementwise
+# work and changes of shape.
 _MADE = (
-    "argm",
-    "concatenate",
-    "cond",
-    "conv_general",
-    "cum",
-    "custom_call",
-    "dot_general",
-    "dynamic_",
-    "ffi_call",
-    "gather",
-    "pallas_call",
-    "random_bits",
-    "reduce_",
-    "scan",
-    "scatter",
-    "sort",
-    "stack",
-    "top_k",
-    "while",
+    *("argm", "concatenate", "cond", "conv_general", "cum", "custom_call", "dot_general", "dynamic_", "ffi_call"),
+    *("gather", "pallas_call", "random_bits", "reduce_", "scan", "scatter", "sort", "stack", "top_k", "while"),
 )
-_INLINED = ("pjit", "jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-_REMAT = ("remat", "remat2", "checkpoint")
+_CALLS = (
+    *("pjit", "jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+    *("remat", "remat2", "checkpoint"),
+)
+_IN_PLACE = ("dynamic_update_slice", "scatter", "scatter-add")
+_SMALL = 2**16  # bytes; smaller arrays are not followed where elementwise work joins them
+
+Aval = Any  # jax.core.ShapedArray, which jaxprs declare as an AbstractValue without shape and dtype
+SizeOf = Callable[[Aval], int]
+Buffers = frozenset[int]  # the arrays that a value is computed from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +32,9 @@ class Cost:
     """What a program costs.
 
     Attributes:
-      flops: of matrix products and convolutions.
+      flops: of matrix products and convolutions, with all rounds of scans.
       peak: the most bytes of its own arrays at one time.
-      products: products and convolutions in its text, those in loops once.
+      products: matrix products and convolutions in its text; those in loops count once.
     """
 
     flops: float
@@ -50,158 +42,149 @@ class Cost:
     products: int = 0
 
 
+def walk(jaxpr: core.Jaxpr, size_of: SizeOf, *, fuses_operands: bool = True, num_donated: int = 0) -> Cost:
+    """Adds up FLOPs and follows which arrays are live.
+
+    Products, convolutions, reductions and loops make their results. Elementwise work and changes of shape make no array
+    of their own, except where they join two large arrays (a residual connection): then the sum takes the place of one
+    of them. An array lives from where it is made to its last use, in the order of the jaxpr.
+
+    Args:
+      jaxpr: of one device's share of the work.
+      size_of: bytes of an array, from its ``aval``.
+      fuses_operands: whether elementwise work is fused into the operands of products and convolutions (TPU), or must be
+        written out for them (GPU, CPU).
+      num_donated: so many results, the first ones, take the place of arguments.
+    """
+    program = _Program(size_of, fuses_operands)
+    results = program.visit(jaxpr, [frozenset()] * len(jaxpr.invars))
+    chosen = {out for eqn in jaxpr.eqns if eqn.primitive.name == "cond" for out in eqn.outvars}
+    for atom, buffers in zip(jaxpr.outvars[:num_donated], results, strict=False):
+        if atom in chosen:  # both branches write over the argument
+            program.sizes[min(buffers)] = 0
+    return Cost(program.flops, program.peak(frozenset().union(*results[num_donated:])), program.products)
+
+
 @dataclasses.dataclass
 class _Step:
-    """What one equation does to memory: buffers it reads and makes, and bytes that it needs only meanwhile."""
+    """What one equation does to memory: the buffers it reads and makes, and bytes that it needs only meanwhile."""
 
-    reads: frozenset[int]
+    reads: Buffers
     makes: list[int]
     meanwhile: int = 0
     in_place: bool = False
 
 
-def walk(
-    jaxpr: core.Jaxpr, size_of: Callable[[Any], int], *, fuses_operands: bool = True, num_donated: int = 0
-) -> Cost:
-    """Adds up FLOPs and follows what is live.
+@dataclasses.dataclass
+class _Program:
+    """What the walk has found so far: bytes of each buffer, and steps in their order."""
 
-    Elementwise work and changes of shape make no array of their own, but where they bring two large arrays together (a
-    residual connection): the sum then takes the place of one of them. Products, convolutions, reductions and everything
-    else make their result. Arrays live from where they are made to where they are used last, in the order of the jaxpr.
+    size_of: SizeOf
+    fuses_operands: bool
+    sizes: list[int] = dataclasses.field(default_factory=list)
+    steps: list[_Step] = dataclasses.field(default_factory=list)
+    flops: float = 0.0
+    products: int = 0
 
-    Args:
-      jaxpr: of one device's share of the work.
-      size_of: bytes of an array, from its ``aval``.
-      num_donated: the first so many results take the place of arguments.
-      fuses_operands: whether elementwise work is fused into the operands of products and convolutions (TPU), or has to
-        be written out for them (GPU, CPU).
-    """
-    sizes: list[int] = []
-    steps: list[_Step] = []
-    flops, products = 0.0, 0
+    def visit(self, jaxpr: core.Jaxpr, arguments: Sequence[Buffers]) -> list[Buffers]:
+        """Follows the equations, those of calls in their place; returns what the results are computed from."""
+        env = dict(zip(jaxpr.invars, arguments, strict=True))
+        written = set(jaxpr.invars)  # variables that are arrays in memory as they are
+        users = _users(jaxpr)
 
-    def buffer(aval: Any) -> int:
-        sizes.append(size_of(aval))
-        return len(sizes) - 1
-
-    def visit(jaxpr: core.Jaxpr, arguments: Iterable[frozenset[int]]) -> list[frozenset[int]]:
-        nonlocal flops, products
-        env: dict[Any, frozenset[int]] = dict(zip(jaxpr.invars, arguments, strict=True))
-        written: set[Any] = set(jaxpr.invars)  # variables that are arrays in memory as they are
-
-        users: dict[Any, list[str]] = {}
-        for eqn in jaxpr.eqns:
-            for atom in eqn.invars:
-                if isinstance(atom, core.Var):
-                    users.setdefault(atom, []).append(eqn.primitive.name)
-        for atom in jaxpr.outvars:
-            if isinstance(atom, core.Var):
-                users.setdefault(atom, []).append("return")
-
-        def read(atom: Any) -> frozenset[int]:
+        def read(atom: core.Var | core.Literal) -> Buffers:
             return env.get(atom, frozenset()) if isinstance(atom, core.Var) else frozenset()
 
-        def unwritten(eqn: Any, roots: list[frozenset[int]]) -> int:
-            """Bytes of operands that would be computed where they are used, and have to be written out for it."""
-            operands = zip(eqn.invars, roots, strict=True)
-            return sum(size_of(atom.aval) for atom, root in operands if root and atom not in written)
-
         for eqn in jaxpr.eqns:
-            name = eqn.primitive.name
-            roots = [read(atom) for atom in eqn.invars]
-            reads = frozenset().union(*roots)
-            inner = _inlined(eqn)
-            if inner is not None:
-                results = visit(inner, roots)
-                env.update(zip(eqn.outvars, results, strict=True))
-                continue
-            if name == "optimization_barrier":
-                env.update(zip(eqn.outvars, roots, strict=True))
-                continue
-            if _fuses(name):
-                for out in eqn.outvars:
-                    size = size_of(out.aval)
-                    large = [r for r in reads if 2 * sizes[r] >= size]
-                    repeats = name == "broadcast_in_dim" and any(size > sizes[r] > _SMALL for r in reads)
-                    waits = len(users.get(out, [])) == 1 and _fuses(users[out][0])
-                    if (len(large) > 1 or repeats) and not waits and len(eqn.outvars) == 1 and size > _SMALL:
-                        made = buffer(out.aval)
-                        steps.append(_Step(reads, [made], in_place=not repeats))
-                        env[out] = frozenset([made])
-                        written.add(out)
-                    else:
-                        env[out] = reads
-                continue
-            meanwhile = 0
-            if name == "scan":
-                body = eqn.params["jaxpr"].jaxpr
-                cost = walk(body, size_of, fuses_operands=fuses_operands)
-                flops, products = flops + cost.flops * eqn.params["length"], products + cost.products
-                meanwhile = cost.peak
-            elif name == "while":
-                cost = walk(eqn.params["body_jaxpr"].jaxpr, size_of, fuses_operands=fuses_operands)
-                flops, products = flops + cost.flops, products + cost.products
-                meanwhile = cost.peak
-            elif name == "cond":
-                costs = [walk(b.jaxpr, size_of, fuses_operands=fuses_operands) for b in eqn.params["branches"]]
-                flops += max(c.flops for c in costs)
-                products += sum(c.products for c in costs)
-                meanwhile = max(c.peak for c in costs) + unwritten(eqn, roots)
-            elif name in ("dot_general", "conv_general_dilated"):
-                flops, products = flops + _flops(eqn), products + 1
-                if not fuses_operands:
-                    meanwhile = unwritten(eqn, roots)
-            made_here = []
-            for out in eqn.outvars:
-                made_here.append(buffer(out.aval))
-                env[out] = frozenset(made_here[-1:])
-                written.add(out)
-            steps.append(_Step(reads, made_here, meanwhile, in_place=name in _IN_PLACE))
+            operands = [read(atom) for atom in eqn.invars]
+            if (inner := _inlined(eqn)) is not None:
+                results = self.visit(inner, operands)
+            elif eqn.primitive.name == "optimization_barrier":
+                results = operands
+            elif _fuses(eqn.primitive.name):
+                results, made = self.fuse(eqn, frozenset().union(*operands), users)
+                written.update(made)
+            else:
+                # Operands that would be computed where they are used, and have to be written out for this.
+                fused = [atom for atom, of in zip(eqn.invars, operands, strict=True) if of and atom not in written]
+                meanwhile = self.work(eqn, sum(self.size_of(atom.aval) for atom in fused))
+                in_place = eqn.primitive.name in _IN_PLACE
+                results = self.make(eqn, frozenset().union(*operands), meanwhile, in_place=in_place)
+                written.update(eqn.outvars)
+            env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    results = visit(jaxpr, [frozenset()] * len(jaxpr.invars))
-    chosen = {out for eqn in jaxpr.eqns if eqn.primitive.name == "cond" for out in eqn.outvars}
-    for atom, roots in zip(jaxpr.outvars[:num_donated], results, strict=False):
-        if atom in chosen:  # both branches write over the argument
-            sizes[min(roots)] = 0
-    peak = _peak(steps, sizes, frozenset().union(*results[num_donated:]))
-    return Cost(flops, peak, products)
+    def make(self, eqn: core.JaxprEqn, reads: Buffers, meanwhile: int = 0, *, in_place: bool) -> list[Buffers]:
+        """A new buffer for each result of an equation."""
+        makes = list(range(len(self.sizes), len(self.sizes) + len(eqn.outvars)))
+        self.sizes += [self.size_of(out.aval) for out in eqn.outvars]
+        self.steps.append(_Step(reads, makes, meanwhile, in_place))
+        return [frozenset([buffer]) for buffer in makes]
+
+    def fuse(
+        self, eqn: core.JaxprEqn, reads: Buffers, users: dict[core.Var, list[str]]
+    ) -> tuple[list[Buffers], list[core.Var]]:
+        """Elementwise work, or a change of shape: the buffers of each result, and the results that are written."""
+        if len(eqn.outvars) == 1:
+            out = eqn.outvars[0]
+            size, sizes = self.size_of(out.aval), [self.sizes[buffer] for buffer in reads]
+            joins = sum(2 * other >= size for other in sizes) > 1
+            repeats = eqn.primitive.name == "broadcast_in_dim" and any(size > other > _SMALL for other in sizes)
+            goes_on = len(users.get(out, [])) == 1 and _fuses(users[out][0])
+            if size > _SMALL and (joins or repeats) and not goes_on:
+                return self.make(eqn, reads, in_place=not repeats), [out]
+        return [reads] * len(eqn.outvars), []
+
+    def work(self, eqn: core.JaxprEqn, unwritten: int) -> int:
+        """Counts the work of an equation; returns the bytes that it needs only meanwhile."""
+        name = eqn.primitive.name
+        if name in ("dot_general", "conv_general_dilated"):
+            self.flops, self.products = self.flops + _flops(eqn), self.products + 1
+            return 0 if self.fuses_operands else unwritten
+        if name not in ("scan", "while", "cond"):
+            return 0
+        body = {"scan": "jaxpr", "while": "body_jaxpr"}.get(name)
+        bodies = [eqn.params[body]] if body else eqn.params["branches"]
+        costs = [walk(body.jaxpr, self.size_of, fuses_operands=self.fuses_operands) for body in bodies]
+        self.flops += max(cost.flops for cost in costs) * eqn.params.get("length", 1)
+        self.products += sum(cost.products for cost in costs)
+        return max(cost.peak for cost in costs) + (unwritten if name == "cond" else 0)
+
+    def peak(self, kept: Buffers) -> int:
+        """The most bytes at one time; ``kept`` live to the end."""
+        last = {buffer: i for i, step in enumerate(self.steps) for buffer in (*step.reads, *step.makes)}
+        last.update(dict.fromkeys(kept, len(self.steps)))
+        dying: dict[int, list[int]] = {}
+        for buffer, i in last.items():
+            dying.setdefault(i, []).append(buffer)
+        live = most = 0
+        for i, step in enumerate(self.steps):
+            made = sum(self.sizes[buffer] for buffer in step.makes)
+            dies = dying.get(i, [])
+            replaced = sum(self.sizes[buffer] for buffer in dies if buffer not in step.makes) if step.in_place else 0
+            most = max(most, live + max(0, made - replaced) + step.meanwhile)
+            live += made - sum(self.sizes[buffer] for buffer in dies)
+        return most
 
 
-_SMALL = 2**16
-_IN_PLACE = ("dynamic_update_slice", "scatter", "scatter-add")
-
-
-def _peak(steps: list[_Step], sizes: list[int], kept: frozenset[int]) -> int:
-    last = {}
-    for i, step in enumerate(steps):
-        for b in (*step.reads, *step.makes):
-            last[b] = i
-    last.update(dict.fromkeys(kept, len(steps)))
-    dying: dict[int, list[int]] = {}
-    for b, i in last.items():
-        dying.setdefault(i, []).append(b)
-    live = peak = 0
-    for i, step in enumerate(steps):
-        made = sum(sizes[b] for b in step.makes)
-        freed = sum(sizes[b] for b in dying.get(i, []))
-        if step.in_place:
-            old = sum(sizes[b] for b in dying.get(i, []) if b not in step.makes)
-            peak = max(peak, live + max(0, made - old) + step.meanwhile)
-        else:
-            peak = max(peak, live + made + step.meanwhile)
-        live += made - freed
-    return peak
+def _users(jaxpr: core.Jaxpr) -> dict[core.Var, list[str]]:
+    """The names of the operations that read each variable, "return" for the end."""
+    users: dict[core.Var, list[str]] = {}
+    for name, atoms in (*((eqn.primitive.name, eqn.invars) for eqn in jaxpr.eqns), ("return", jaxpr.outvars)):
+        for atom in atoms:
+            if isinstance(atom, core.Var):
+                users.setdefault(atom, []).append(name)
+    return users
 
 
 def _fuses(name: str) -> bool:
     """Whether an operation is computed where its result is used."""
-    return name == "reduce_precision" or not name.startswith((*_MADE, *_INLINED, *_REMAT, "return"))
+    return name == "reduce_precision" or not name.startswith((*_MADE, *_CALLS, "return"))
 
 
-def _inlined(eqn: Any) -> core.Jaxpr | None:
+def _inlined(eqn: core.JaxprEqn) -> core.Jaxpr | None:
     """The jaxpr that an equation stands for, if it is a call."""
-    if eqn.primitive.name in (*_INLINED, *_REMAT):
+    if eqn.primitive.name in _CALLS:
         for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
             if key in eqn.params:
                 inner = eqn.params[key]
@@ -209,12 +192,12 @@ def _inlined(eqn: Any) -> core.Jaxpr | None:
     return None
 
 
-def _flops(eqn: Any) -> float:
+def _flops(eqn: core.JaxprEqn) -> float:
     """Of a matrix product or a convolution: two for each multiplication and addition."""
-    out = eqn.outvars[0].aval
+    avals: list[Aval] = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
+    x, kernel, out = avals
     if eqn.primitive.name == "dot_general":
         (contracting, _), _ = eqn.params["dimension_numbers"]
-        return 2.0 * out.size * math.prod(eqn.invars[0].aval.shape[d] for d in contracting)
-    kernel = eqn.invars[1].aval
+        return 2.0 * out.size * math.prod(x.shape[d] for d in contracting)
     out_features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
     return 2.0 * out.size * kernel.size / out_features

@@ -21,7 +21,7 @@ from spo_jax.distributed.mesh import batch_sharding, replicated
 from spo_jax.distributed.offload import in_host_memory
 from spo_jax.formats.base import Base
 from spo_jax.formats.pipeline import Pipeline
-from spo_jax.models.clip import CLIPModel
+from spo_jax.models.clip import CLIPModel, CLIPTextTransformer
 from spo_jax.runs.state import TrainState
 from spo_jax.types import Tokenizer
 
@@ -55,8 +55,8 @@ class Load(Protocol):
           step_aware: whether it takes timesteps; None: as its weights tell.
         """
 
-    def tokenizer(self, name: str, default: Tokenizer) -> Tokenizer:
-        """A tokenizer by its name; the default if that is empty."""
+    def tokenizer(self, name: str, default: Tokenizer, tower: CLIPTextTransformer | None) -> Tokenizer:
+        """A tokenizer by its name, or the default if that is empty, fitted to the text tower that reads its ids."""
 
     def prompts(self, name: str, limit: int | None = None) -> list[str]:
         """The prompts of a file or data set, at most ``limit`` of them."""

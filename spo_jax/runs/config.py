@@ -118,7 +118,7 @@ BASE_RANGES = {
 }
 
 
-def check_base(config: ConfigDict, ranges: Mapping[str, Range]) -> None:
+def check_base(config: ConfigDict, ranges: Mapping[str, Range], batches: Iterable[str], num_devices: int) -> None:
     """Refuses numbers that are out of their range, and what no method can use.
 
     Types and unknown keys are refused by ml_collections already.
@@ -126,6 +126,8 @@ def check_base(config: ConfigDict, ranges: Mapping[str, Range]) -> None:
     Args:
       config: of a method.
       ranges: of all of its numbers, by their full names.
+      batches: keys of batch sizes that the devices split.
+      num_devices: of the run.
 
     Raises:
       UserError: with the key, what it must be, and its value.
@@ -142,6 +144,10 @@ def check_base(config: ConfigDict, ranges: Mapping[str, Range]) -> None:
         [
             ("dtype", config.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
             ("train.optimizer", config.train.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
+            *(
+                (key, _value(config, key) % num_devices == 0, f"a multiple of {num_devices}, the number of devices")
+                for key in batches
+            ),
         ],
     )
 

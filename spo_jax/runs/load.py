@@ -12,9 +12,10 @@ from jaxtyping import PyTree
 from spo_jax.data.prompts import read_prompts
 from spo_jax.distributed.sharding import weight_shardings
 from spo_jax.formats.base import Base, read_base
+from spo_jax.formats.lora import check_lora_files
 from spo_jax.formats.pipeline import Pipeline, read_clip
-from spo_jax.formats.tokenizers import read_tokenizer
-from spo_jax.models.clip import CLIPModel
+from spo_jax.formats.tokenizers import fitted, read_tokenizer
+from spo_jax.models.clip import CLIPModel, CLIPTextTransformer
 from spo_jax.runs.assembly import Place
 from spo_jax.runs.state import TrainState
 from spo_jax.types import Tokenizer
@@ -45,16 +46,18 @@ class Weights:
         clip, params = read_clip(name, step_aware=step_aware, dtype=params_dtype or dtype, sharding=below)
         return clip.clone(dtype=dtype), params
 
-    def tokenizer(self, name: str, default: Tokenizer) -> Tokenizer:
+    def tokenizer(self, name: str, default: Tokenizer, tower: CLIPTextTransformer | None) -> Tokenizer:
         """Reads a tokenizer."""
-        return read_tokenizer(name) if name else default
+        tokenizer = read_tokenizer(name) if name else default
+        return tokenizer if tower is None else fitted(tokenizer, tower)
 
     def prompts(self, name: str, limit: int | None = None) -> list[str]:
         """Reads prompts."""
         return read_prompts(name)[:limit]
 
     def adapters(self, name: str) -> str:
-        """The same name."""
+        """The same name, whose file can be read."""
+        check_lora_files([name] if name else [])
         return name
 
     def state(self, make: Callable[[PyTree], TrainState], params: PyTree, mesh: Mesh) -> TrainState:

@@ -32,6 +32,14 @@ PROFILE_FOLDER = "profile"
 T = TypeVar("T")
 
 
+class RunFolder(NamedTuple):
+    """Where a run lives: its config, its --workdir, and the commits that were looked up (see ``artifacts.ready``)."""
+
+    config: ConfigDict
+    path: Path
+    pins: dict[str, str]
+
+
 class Unit(NamedTuple):
     """What the loop counts: its title on the progress bar, the name of one step ("batch", "step"), and how many."""
 
@@ -54,9 +62,7 @@ class Loop:
 
     def __init__(
         self,
-        config: ConfigDict,
-        workdir: Path,
-        pins: dict[str, str],
+        folder: RunFolder,
         state: TrainState,
         unit: Unit,
         extra: Mapping[str, Any] | None = None,
@@ -64,9 +70,7 @@ class Loop:
         """Restores the last checkpoint.
 
         Args:
-          config: of the run; recorded in the workdir, or compared with what is recorded there.
-          workdir: of the run.
-          pins: commits that were looked up, see ``artifacts.ready``.
+          folder: of the run; its config is recorded there, or compared with what is recorded.
           state: before the first step.
           unit: what is counted.
           extra: what ``Loop.extra`` is before the first step.
@@ -74,6 +78,7 @@ class Loop:
         Raises:
           UserError: the workdir is that of another run, or its checkpoints are damaged.
         """
+        config, workdir, pins = folder
         checkpoint.check_workdir(workdir, config.to_dict(), pins)
         self._config, self._workdir, self._unit = config, workdir, unit
         self._manager = checkpoint.make_manager(workdir / "checkpoints", config.checkpoint.keep)

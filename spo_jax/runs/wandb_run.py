@@ -6,13 +6,13 @@ variables (``WANDB_MODE=offline``, ``WANDB_API_KEY``, ``WANDB_BASE_URL``) hold; 
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import re
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -24,8 +24,6 @@ from spo_jax.runs.metrics import METRICS_FILE, read_metrics
 
 ID_FILE = "wandb_run_id.txt"
 _FINISH_SECONDS = 60  # at the end, for the last rows; without network W&B would wait for it without an end
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class WandbRun:
@@ -100,20 +98,15 @@ def start(config: ConfigDict, workdir: Path, resume_step: int) -> WandbRun:
     return opened
 
 
-def finished(train: Callable[P, T]) -> Callable[P, T]:
-    """Decorates the function that trains: however it ends, W&B is told so and gets the last rows."""
-
-    @functools.wraps(train)
-    def train_and_finish(*args: P.args, **kwargs: P.kwargs) -> T:
-        exit_code = 1
-        try:
-            result = train(*args, **kwargs)
-            exit_code = 0
-            return result
-        finally:
-            _finish(exit_code)
-
-    return train_and_finish
+@contextlib.contextmanager
+def finished() -> Iterator[None]:
+    """Around what trains: however it ends, W&B is told so and gets the last rows."""
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        _finish(exit_code)
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces

@@ -34,7 +34,6 @@ from spo_jax.evaluation.pair_accuracy import (
 )
 from spo_jax.formats.base import base_of_config
 from spo_jax.formats.pipeline import Pipeline, with_image_size
-from spo_jax.formats.scorers import fitted_to
 from spo_jax.models.clip import CLIPModel
 from spo_jax.preference.scorers import ImageScorer, make_clip_scorer, score_pairs
 from spo_jax.runs.assembly import Load, Program, key_shape, on_all, shapes_of, sharded, split
@@ -135,24 +134,26 @@ def assemble(config: ConfigDict, mesh: Mesh, load: Load) -> SPM:
         params_dtype=jnp.float32,
         step_aware=config.scorer.step_aware,
     )
-    clip = clip.clone(remat=config.remat)
-    scorer = make_clip_scorer(clip)
-    tokenizer = fitted_to(scorer, load.tokenizer(config.scorer.tokenizer, pipeline.tokenizer))
-    tokenizers, frozen, relabel = Tokenizers(pipeline, tokenizer), dict(pipeline.params), None
+    frozen, fixed = dict(pipeline.params), {}
     if config.labels.judge:
         labeller_clip, frozen["labeller"] = load.clip(config.labels.judge, "labeller", place, dtype=dtype)
-        # It sees the images themselves, as CLIP's own image processor would show them.
-        labeller = make_clip_scorer(labeller_clip, antialias=True)
-        relabel = make_relabel(labeller, config.labels.threshold)
-        reads = fitted_to(labeller, load.tokenizer(config.labels.tokenizer, pipeline.tokenizer))
+    if config.validation.plain:
+        plain_clip, fixed[PLAIN] = load.clip(config.validation.plain, "plain", place, dtype=dtype)
+    clip = clip.clone(remat=config.remat)
+    tokenizer = load.tokenizer(config.scorer.tokenizer, pipeline.tokenizer, clip.tower)
+    tokenizers, relabel = Tokenizers(pipeline, tokenizer), None
+    if config.labels.judge:
+        reads = load.tokenizer(config.labels.tokenizer, pipeline.tokenizer, labeller_clip.tower)
         tokenizers = tokenizers._replace(labeller=reads)
-    asked, fixed = {SCORER: AskedScorer(scorer, tokenizer)}, {}
+        # It sees the images themselves, as CLIP's own image processor would show them.
+        relabel = make_relabel(make_clip_scorer(labeller_clip, antialias=True), config.labels.threshold)
+    scorer = make_clip_scorer(clip)
+    asked = {SCORER: AskedScorer(scorer, tokenizer)}
     if config.scorer.step_aware:
         asked[TOLD_0] = AskedScorer(scorer, tokenizer, step_aware=False)
     if config.validation.plain:
-        plain_clip, fixed[PLAIN] = load.clip(config.validation.plain, "plain", place, dtype=dtype)
-        plain = make_clip_scorer(plain_clip)
-        asked[PLAIN] = AskedScorer(plain, fitted_to(plain, tokenizer), step_aware=False)
+        reads = load.tokenizer("", tokenizer, plain_clip.tower)
+        asked[PLAIN] = AskedScorer(make_clip_scorer(plain_clip), reads, step_aware=False)
     # Only the timesteps of training matter; the number of sampling steps plays no part.
     process = make_schedule(pipeline.scheduler_config, num_steps=1)
     check_timesteps(config, process.num_train_timesteps)

@@ -84,9 +84,11 @@ RANGES = BASE_RANGES | {
 }
 
 
-def check(config: ConfigDict) -> None:
-    """Raises UserError for a value that no run can use, by its key."""
-    check_base(config, RANGES)
+def check(config: ConfigDict, num_devices: int = 1) -> None:
+    """Raises UserError for a value that no run on so many devices can use, by its key."""
+    from spo_jax.data.preferences import open_pairs  # which imports more than a config file needs
+
+    check_base(config, RANGES, ("train.batch_size", "validation.batch_size", "chunk"), num_devices)
     chunk, timesteps, validation = config.chunk, config.timesteps, config.validation
     refuse(
         config,
@@ -102,3 +104,5 @@ def check(config: ConfigDict) -> None:
             ("validation.timesteps", len(validation.timesteps) > 0, "at least one timestep"),
         ],
     )
+    for name in (config.data.train, config.data.validation):
+        open_pairs(name)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from spo_jax import rng
-from spo_jax.data.preferences import PairLoader, total_state
+from spo_jax.data.preferences import PairLoader, open_pairs, total_state
 from spo_jax.data.records import FAULTS
 from spo_jax.distributed.mesh import fetch
 from spo_jax.distributed.processes import is_main_process
@@ -27,14 +27,13 @@ from spo_jax.spm.update import SPMMetrics, metrics_to_json, spm_metrics
 class Training(NamedTuple):
     """A run that is going on.
 
-    ``window`` are the metrics of minibatches since the last row of the log; ``held_out`` the validation pairs.
+    ``window`` are the metrics of minibatches since the last row of the log.
     """
 
     spm: SPM
     loop: Loop
     loader: PairLoader
     window: list[SPMMetrics]
-    held_out: Any
     workdir: Path
 
     @property
@@ -48,22 +47,23 @@ class Training(NamedTuple):
         return rng.stream(jax.random.key(self.spm.config.seed), "validation")
 
 
-def training_pairs(spm: SPM, source: Any, state: dict[str, Any] | None) -> PairLoader:
+def training_pairs(spm: SPM, state: dict[str, Any] | None) -> PairLoader:
     """The endless stream of this process's share of the minibatches, from a saved state on."""
-    config, data = spm.config, spm.config.data
-    return _loader(spm, source, config.train.batch_size, state=state, keep_only_with_label=data.keep_only_with_label)
+    data, size = spm.config.data, spm.config.train.batch_size
+    return _loader(spm, data.train, size, state=state, keep_only_with_label=data.keep_only_with_label)
 
 
 def validation_pairs(run: Training) -> PairLoader:
     """This process's share of the validation pairs, once and in order."""
     options = {"shuffle": False, "num_epochs": 1, "keep_only_with_label": True}
-    return _loader(run.spm, run.held_out, run.spm.config.validation.batch_size, **options)
+    config = run.spm.config
+    return _loader(run.spm, config.data.validation, config.validation.batch_size, **options)
 
 
-def _loader(spm: SPM, source: Any, batch_size: int, **options: Any) -> PairLoader:
+def _loader(spm: SPM, name: str, batch_size: int, **options: Any) -> PairLoader:
     data = spm.config.data
     return PairLoader(
-        source,
+        open_pairs(name),
         batch_size=batch_size // jax.process_count(),
         size=spm.pipeline.image_size,
         num_workers=data.num_workers,

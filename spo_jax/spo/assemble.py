@@ -28,7 +28,7 @@ from spo_jax.evaluation.metrics import METRICS, EncodeText, Metric, MetricSetup,
 from spo_jax.formats.base import base_of_config
 from spo_jax.formats.lora import starting_lora
 from spo_jax.formats.pipeline import Pipeline, with_image_size
-from spo_jax.formats.scorers import check_function, fitted_to, load_function
+from spo_jax.formats.scorers import function_scorer
 from spo_jax.formats.tokenizers import tokenize
 from spo_jax.preference.losses import OBJECTIVES, LossOptions, Objective
 from spo_jax.preference.scorers import (
@@ -37,7 +37,6 @@ from spo_jax.preference.scorers import (
     Scorer,
     ScorerSetup,
     make_clip_scorer,
-    make_function_scorer,
 )
 from spo_jax.runs.assembly import (
     Load,
@@ -148,15 +147,16 @@ def assemble(config: ConfigDict, mesh: Mesh, load: Load) -> SPO:
     place = weight_placement(mesh, offload=config.offload)
     prompts = load.prompts(config.prompts)
     held_out = load.prompts(config.evaluation.prompts, config.evaluation.num_prompts)
+    adapters = load.adapters(config.lora.init)
     pipeline = load.pipeline(base_of_config(config), jnp.dtype(config.dtype), place)
     pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
     pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
     process = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
     check_trainable(process)
     params = dict(pipeline.params)
-    tokenizer = load.tokenizer(config.scorer.tokenizer, pipeline.tokenizer)
-    image_scorer = _image_scorer(config, pipeline, params, mesh, load, tokenizer)
-    tokenizer = tokenizer if image_scorer is None else fitted_to(image_scorer, tokenizer)
+    image_scorer = _image_scorer(config, pipeline, params, mesh, load)
+    tower = None if image_scorer is None else image_scorer.tower
+    tokenizer = load.tokenizer(config.scorer.tokenizer, pipeline.tokenizer, tower)
     setup = ScorerSetup(config.scorer, image_scorer, make_decode(pipeline), mesh.size)
     scorer = SCORERS[config.scorer.kind](setup)
     preference = None if image_scorer is None else NamedScorer(image_scorer, "scorer", tokenizer)
@@ -167,8 +167,8 @@ def assemble(config: ConfigDict, mesh: Mesh, load: Load) -> SPO:
         """Adapters, or with rank 0 a float32 copy of the whole UNet."""
         if config.lora.rank == 0:
             return TrainState.create({"params": jax.tree.map(lambda x: jnp.array(x, jnp.float32), unet)}, optimizer)
-        key, name = rng.stream(jax.random.key(config.seed), "lora"), load.adapters(config.lora.init)
-        return TrainState.create({"lora": starting_lora(key, unet, config.lora.rank, name or None)}, optimizer)
+        key = rng.stream(jax.random.key(config.seed), "lora")
+        return TrainState.create({"lora": starting_lora(key, unet, config.lora.rank, adapters or None)}, optimizer)
 
     return SPO(
         config=config,
@@ -194,16 +194,15 @@ def _image_scorer(
     params: dict[str, PyTree],
     mesh: Mesh,
     load: Load,
-    tokenizer: Tokenizer,
 ) -> ImageScorer | None:
     """The scorer of images behind SPO's, if it has one; adds its parameters."""
     settings = config.scorer
     if settings.fn:
         count = config.prompts_per_batch * config.sampling.num_candidates
         size = piece_size(count, mesh.size, settings.chunk)
-        check_function(settings.fn, num_images=size, image_size=pipeline.image_size, tokenizer=tokenizer)
+        tokenizer = load.tokenizer(settings.tokenizer, pipeline.tokenizer, None)
         params["scorer"] = {}
-        return make_function_scorer(load_function(settings.fn))
+        return function_scorer(settings.fn, num_images=size, image_size=pipeline.image_size, tokenizer=tokenizer)
     if settings.kind != "image":
         return None
     place = weight_placement(mesh, offload=config.offload)
@@ -234,7 +233,7 @@ def _open_metrics(
         place, dtype = weight_placement(mesh, offload=config.offload), jnp.dtype(config.dtype)
         clip, params[CLIP] = load.clip(config.evaluation.judge, CLIP, place, dtype=dtype, step_aware=False)
         scorer = make_clip_scorer(clip)
-        return NamedScorer(scorer, CLIP, fitted_to(scorer, pipeline.tokenizer))
+        return NamedScorer(scorer, CLIP, load.tokenizer("", pipeline.tokenizer, clip.tower))
 
     setup = MetricSetup(of_preference, of_clip)
     return {name: METRICS[name](setup) for name in config.evaluation.metrics}

@@ -121,15 +121,15 @@ RANGES = BASE_RANGES | {
 }
 
 
-def check(config: ConfigDict) -> None:
-    """Raises UserError for a value that no run can use, by its key."""
+def check(config: ConfigDict, num_devices: int = 1) -> None:
+    """Raises UserError for a value that no run on so many devices can use, by its key."""
     # These import the networks; a config file is read without them.
     from spo_jax.evaluation.metrics import METRICS
     from spo_jax.formats.scorers import load_function
     from spo_jax.preference.losses import OBJECTIVES
     from spo_jax.preference.scorers import SCORERS
 
-    check_base(config, RANGES)
+    check_base(config, RANGES, ("prompts_per_batch", "train.minibatch_size"), num_devices)
     metrics = config.evaluation.metrics
     sampling, num_pool_steps = config.sampling, config.sampling.num_steps - config.sampling.num_plain_steps
     refuse(

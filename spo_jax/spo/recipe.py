@@ -3,65 +3,46 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spo_jax import rng
 from spo_jax.data.prompts import num_batches
-from spo_jax.distributed.mesh import check_divisible, make_mesh
 from spo_jax.distributed.processes import is_main_process
 from spo_jax.errors import notice
-from spo_jax.formats.lora import check_lora_files
 from spo_jax.formats.tokenizers import cut_warning, tokenizers_of
-from spo_jax.runs import wandb_run
-from spo_jax.runs.artifacts import ready
 from spo_jax.runs.load import Weights
-from spo_jax.runs.loop import Loop, Unit
+from spo_jax.runs.loop import Loop, RunFolder, Unit
 from spo_jax.spo.assemble import SPO, assemble
-from spo_jax.spo.config import check
 from spo_jax.spo.evaluation import encode_held_out, finish, show_validation, write_result
 from spo_jax.spo.rollout import rollout_metrics
 from spo_jax.spo.steps import collect, next_prompts, run_updates
 from spo_jax.spo.update import clipped_warning, update_metrics
 
 
-@wandb_run.finished
-def train(config: ConfigDict, workdir: Path) -> dict[str, object] | None:
-    """Trains adapters and measures them; goes on where an interrupted run of the same command stopped.
+def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object] | None:
+    """Trains adapters and measures them, see ``methods.train``.
 
     Args:
-      config: see ``spo/config.py`` and ``runs/config.py`` for every key.
-      workdir: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``validation/``,
+      config: checked; what it names is on this machine.
+      mesh: the devices.
+      folder: gets ``config.json``, ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``validation/``,
         ``pytorch_lora_weights.safetensors`` (diffusers' format) and ``kohya_lora_weights.safetensors`` (that of most
         other programs), or after full fine-tuning a pipeline folder, ``model``; ``summary.json``, ``evaluation.csv``,
         ``report.html`` and a model card, ``README.md``.
-
-    Returns:
-      What ``summary.json`` holds; None if SIGTERM has stopped the run, whose state is then saved.
-
-    Raises:
-      UserError: a mistake in config, files or workdir (before anything is written), or a loss that is not finite.
     """
     began = time.time()
-    check(config)
-    wandb_run.check(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    check_divisible("config.prompts_per_batch", config.prompts_per_batch, mesh)
-    check_divisible("config.train.minibatch_size", config.train.minibatch_size, mesh)
-    config, pins = ready(config, workdir)
-    check_lora_files([config.lora.init] if config.lora.init else [])
     spo = assemble(config, mesh, Weights())
     say(cut_texts(spo, spo.prompts, "training prompts"), cut_texts(spo, spo.held_out, "held-out prompts"))
 
     root, rows = jax.random.key(config.seed), []
     evaluation_key = rng.stream(root, "evaluation")
     unit = Unit("SPO", "batch", config.num_batches)
-
-    with Loop(config, workdir, pins, spo.state, unit) as loop:
+    with Loop(folder, spo.state, unit) as loop:
         if config.lora.rank:
-            loop.on_save = lambda state: write_result(workdir, spo, state.result)
+            loop.on_save = lambda state: write_result(folder.path, spo, state.result)
         held_out = encode_held_out(spo)
         for batch in loop.steps():
             start = time.time()
@@ -88,8 +69,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, object] | None:
             if loop.due(config.checkpoint.every):
                 loop.save()
             if loop.due(config.validation.every):
-                show_validation(spo, loop, workdir, held_out, evaluation_key)
-    return None if loop.preempted() else finish(spo, loop, workdir, held_out, evaluation_key, began)
+                show_validation(spo, loop, folder.path, held_out, evaluation_key)
+    return None if loop.preempted() else finish(spo, loop, folder.path, held_out, evaluation_key, began)
 
 
 def cut_texts(spo: SPO, texts: list[str], what: str) -> str | None:

@@ -35,27 +35,27 @@ def small(**overrides):
 @pytest.mark.parametrize(
     "target, program, overrides",
     [
-        pytest.param("v5e:1x1", "score", {"prompts_per_batch": 4}, marks=needs_libtpu),
+        pytest.param("v5e:1x1", "evaluation", {"evaluation.batch_size": 4}, marks=needs_libtpu),
         pytest.param("v5e:1x1", "update", {"remat": False}, marks=needs_libtpu),
-        pytest.param("h100", "score", {"prompts_per_batch": 4}, marks=needs_cuda),
+        pytest.param("h100", "evaluation", {"evaluation.batch_size": 4}, marks=needs_cuda),
     ],
 )
-def test_estimated_peak_memory_is_within_15_percent(target, program, overrides):
+def test_estimated_peak_memory_is_within_20_percent(target, program, overrides):
     config, target = small(**overrides), parse_target(target)
     answer = compile_program(config, target.name, program)
     assert answer.status == "compiled", answer.message
     _, extra, own = estimate_program(config, target, program)
     stays = sum(resident_bytes(abstract_run(config, target)).values())
-    exact = stays + answer.extra + answer.temp + answer.output + answer.code
+    exact = stays + answer.own
     print(f"{target.name} {program}: {exact / 2**30:.2f} GiB, estimated {(stays + extra + own) / 2**30:.2f}")
-    assert stays + extra + own == pytest.approx(exact, rel=0.15)
+    assert stays + extra + own == pytest.approx(exact, rel=0.2)
 
 
 @needs_libtpu
 def test_what_does_not_fit_is_said_by_the_compiler():
-    answer = compile_program(small(prompts_per_batch=40, **{"scorer.chunk": 0}), "v5e:1x1", "score")
+    answer = compile_program(small(prompts_per_batch=40, **{"scorer.chunk": 0}), "v5e:1x1", "pool")
     assert answer.status == "too large"
-    assert answer.temp > parse_target("v5e:1x1").limit
+    assert answer.own > parse_target("v5e:1x1").limit
 
 
 @needs_libtpu

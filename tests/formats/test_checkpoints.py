@@ -18,10 +18,12 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 from spo_jax.errors import UserError
 from spo_jax.formats import names
+from spo_jax.formats.json_files import read_json
 from spo_jax.formats.lora import FILE_NAME, read_lora
 from spo_jax.formats.lora_write import write_lora
-from spo_jax.formats.pipeline import read_clip, read_json, read_text_encoder, read_unet, read_vae
-from spo_jax.formats.safetensors_io import param_shapes, read_tensors, write_params, write_tensors
+from spo_jax.formats.networks import network_shapes
+from spo_jax.formats.pipeline import read_clip, read_text_encoder, read_unet, read_vae
+from spo_jax.formats.safetensors_io import read_tensors, write_params, write_tensors
 from spo_jax.formats.weights import read_params
 from spo_jax.models import CLIPModel, CLIPTextModel, UNet2DConditionModel
 from spo_jax.models.clip import CLIPTextTransformer, CLIPVisionTransformer
@@ -249,7 +251,7 @@ def test_a_network_with_fresh_adapters_is_the_network_without():
 
     generator = np.random.default_rng(0)
     spread = 0.3 * generator.standard_normal(2**14).astype(np.float32)
-    params = jax.tree.map(lambda x: np.resize(spread, x.shape), param_shapes(unet, *inputs))
+    params = jax.tree.map(lambda x: np.resize(spread, x.shape), network_shapes(unet))
     lora = init_lora(jax.random.key(0), params, rank=2)
     moved = jax.tree.map(lambda x: x + 0.1, lora)
     plain, fresh, other = (unet.apply({"params": params} | x, *inputs) for x in ({}, {"lora": lora}, {"lora": moved}))

@@ -135,6 +135,11 @@ def test_missing_file_outside_the_cache_has_no_command(tmp_path):
     assert missing(tmp_path / "a") == f"File {tmp_path / 'a'} does not exist; is {tmp_path} a complete model folder?"
 
 
+def test_a_link_to_nothing_is_told(tmp_path):
+    (tmp_path / "vocab.json").symlink_to("elsewhere/vocab.json")
+    assert "is a link to elsewhere/vocab.json, which does not exist" in missing(tmp_path / "vocab.json")
+
+
 @pytest.mark.parametrize(
     "name, expected",
     [

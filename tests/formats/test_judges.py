@@ -14,11 +14,12 @@ from spo_jax.distributed.mesh import make_mesh
 from spo_jax.errors import UserError
 from spo_jax.formats.hub import local
 from spo_jax.formats.pipeline import read_clip, read_pipeline
-from spo_jax.formats.scorers import check_function, load_function, make_scorer
+from spo_jax.formats.scorers import function_scorer, load_function
 from spo_jax.formats.write_scorer import write_scorer
 from spo_jax.models.clip import is_time_layer
-from spo_jax.preference.scorers import make_clip_scorer, make_function_scorer
+from spo_jax.preference.scorers import ScorerSetup, image_candidates_scorer, make_clip_scorer, make_function_scorer
 from spo_jax.sampling.encode import encode_prompts, make_encode
+from spo_jax.sampling.generate import make_decode
 from spo_jax.spo.config import check as check_config
 from spo_jax.spo.rollout import make_pool
 from tests.golden_data import FOLDER
@@ -62,7 +63,8 @@ def test_a_step_aware_model_is_told_the_timestep_and_a_plain_clip_has_no_time_la
     plain = flax.traverse_util.unflatten_dict({path: x for path, x in flat.items() if not is_time_layer(path)})
     write_scorer(tmp_path, clip.clone(step_aware=False), plain)
     for path, moves in ((FOLDER / "spm", True), (tmp_path, False)):
-        scorer, params = make_scorer(str(path))
+        clip, params = read_clip(path, step_aware=None)
+        scorer = make_clip_scorer(clip)
         assert any(is_time_layer(path) for path in flax.traverse_util.flatten_dict(params)) == moves
         score = score_of(scorer)
         first, second = (score(params, images, tokens, jnp.full(3, t)) for t in (0, 951))
@@ -76,7 +78,7 @@ def test_a_step_aware_model_is_told_the_timestep_and_a_plain_clip_has_no_time_la
 def test_a_function_gets_pictures_tokens_and_timesteps_as_promised(module):
     name = module("def score(images, tokens, timesteps):\n    seen.append((images, tokens, timesteps))\n"
                   "    return images.mean((1, 2, 3)) + tokens.sum(1) + timesteps\nseen = []")  # fmt: skip
-    scorer, params = make_scorer("no/such/folder", f"{name}:score")
+    scorer, params = make_function_scorer(load_function(f"{name}:score")), {}
     images, tokens = inputs()
     text = scorer.encode_text(params, np.asarray(tokens))
     np.testing.assert_array_equal(text, tokens)
@@ -140,17 +142,16 @@ def test_a_module_that_is_not_there_is_refused():
 def test_a_function_that_training_could_not_use_is_refused(module, body, words):
     name = module(f"def score(images, tokens, timesteps):\n    {body}")
     with pytest.raises(UserError) as caught:
-        check_function(f"{name}:score", num_images=4, image_size=(8, 12), tokenizer=Tokenizer)
+        function_scorer(f"{name}:score", num_images=4, image_size=(8, 12), tokenizer=Tokenizer)
     assert words in str(caught.value) and f"config.scorer.fn={name}:score" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_good_function_is_traced_on_the_shapes_of_the_run_and_not_computed(module):
-    check_function("", num_images=4, image_size=(8, 12), tokenizer=Tokenizer)
     name = module("shapes = []\ndef score(images, tokens, timesteps):\n"
                   "    shapes.append([x.shape for x in (images, tokens, timesteps)])\n"
                   "    assert isinstance(images, jax.core.Tracer)\n    return images.mean((1, 2, 3))")  # fmt: skip
-    check_function(f"{name}:score", num_images=4, image_size=(8, 12), tokenizer=Tokenizer)
+    function_scorer(f"{name}:score", num_images=4, image_size=(8, 12), tokenizer=Tokenizer)
     assert __import__(name).shapes == [[(4, 8, 12, 3), (4, 6), (4,)]]
 
 
@@ -166,7 +167,8 @@ def test_a_plain_clip_fits_into_the_sampling_program():
     config = tiny.get_config()
     config.sampling.num_steps = 4
     pipeline = read_pipeline(local(config.model))
-    scorer, scorer_params = make_scorer("emoji:model/clip")
+    clip, scorer_params = read_clip("emoji:model/clip", step_aware=None)
+    scorer = image_candidates_scorer(ScorerSetup(config.scorer, make_clip_scorer(clip), make_decode(pipeline), 8))
     params = {**pipeline.params, "scorer": scorer_params}
     encode = make_encode(pipeline, scorer)
     prompts = encode_prompts(

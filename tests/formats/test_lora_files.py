@@ -24,7 +24,7 @@ from spo_jax.errors import UserError
 from spo_jax.formats.hub import local
 from spo_jax.formats.lora import read_lora
 from spo_jax.formats.lora_write import write_kohya, write_lora
-from spo_jax.formats.pipeline import text_encoder_shapes, unet_shapes
+from spo_jax.formats.networks import network_shapes
 from spo_jax.formats.safetensors_io import write_tensors
 from spo_jax.models.lora import TARGETS
 from tests import lora_files, pictures
@@ -72,9 +72,9 @@ def params(request):
         text | {"hidden_size": 16, "intermediate_size": 24, "projection_dim": 10}
     )
     shapes = {
-        "unet": unet_shapes(unet),
-        "text_encoder": text_encoder_shapes(first),
-        "text_encoder_2": text_encoder_shapes(second),
+        "unet": network_shapes(unet),
+        "text_encoder": network_shapes(first),
+        "text_encoder_2": network_shapes(second),
     }
     return jax.tree.map(lambda x: np.resize(np.float32([0.1, -0.2, 0.3]), x.shape), shapes)
 

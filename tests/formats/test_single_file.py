@@ -4,6 +4,7 @@ import functools
 import json
 import pickle
 import zipfile
+from types import SimpleNamespace
 
 import chex
 import flax.traverse_util
@@ -16,19 +17,19 @@ import torch
 
 from configs import tiny
 from spo_jax.errors import UserError
-from spo_jax.formats import pipeline as reading
 from spo_jax.formats.base import Base
 from spo_jax.formats.hub import local
 from spo_jax.formats.names import torch_shape
+from spo_jax.formats.networks import PARTS, network_shapes
 from spo_jax.formats.original_layout import LAYOUTS, originals
-from spo_jax.formats.pipeline import read_pipeline
+from spo_jax.formats.pipeline import open_pipeline, read_pipeline
 from spo_jax.formats.single_file import config_folder, open_single_file
 from spo_jax.formats.write_checkpoint import write_checkpoint
 from spo_jax.formats.write_pipeline import write_pipeline
-from spo_jax.models import AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel, published
+from spo_jax.models import published
 from spo_jax.planning.shapes import pipeline_shapes
 from spo_jax.runs.artifacts import artifacts_of, take_stock
-from spo_jax.spo.recipe import write_result
+from spo_jax.spo.evaluation import write_result
 from tests.small_pipeline import small_pipeline
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
@@ -51,17 +52,10 @@ def zeros(kind):
     vae = {"block_out_channels": [32], "layers_per_block": 1, "down_block_types": ["DownEncoderBlock2D"]}
     text = dict(hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, projection_dim=64)
     changes = {"unet": unet, "vae": vae | {"up_block_types": ["UpDecoderBlock2D"]}}
-    build = {
-        "unet": (UNet2DConditionModel, reading.unet_shapes),
-        "vae": (AutoencoderKL, reading.vae_shapes),
-        "text_encoder": (CLIPTextModel, reading.text_encoder_shapes),
-        "text_encoder_2": (CLIPTextModelWithProjection, reading.text_encoder_shapes),
-    }
     configs = list(published.PIPELINES.values())[["SD1", "SD2", "SDXL"].index(kind)]
     tensors = {}
     for part in LAYOUTS[kind]:
-        model, shapes_of = build[part]
-        shapes = shapes_of(model.from_config(configs[part] | changes.get(part, text)))
+        shapes = network_shapes(PARTS[part].model.from_config(configs[part] | changes.get(part, text)))
         flat = flax.traverse_util.flatten_dict(shapes)
         for path, original in originals(kind, part, shapes).items():
             tensors[original.key] = np.zeros(original.shape(torch_shape(path, flat[path].shape)), np.float16)
@@ -249,7 +243,7 @@ def test_what_the_unet_predicts(tmp_path, capsys, kind, metadata, keys, beside, 
         torch.save({"state_dict": {k: torch.from_numpy(v) for k, v in tensors.items()}, **beside}, path)
     else:
         path = write(path.with_suffix(".safetensors"), tensors, metadata)
-    files = open_single_file(path, quiet=False)
+    files = open_single_file(path)
     assert files.scheduler["prediction_type"] == expected
     assert files.configs["unet"]["sample_size"] == {"SD1": 64, "SDXL": 128}.get(
         kind, 64 if expected == "epsilon" else 96
@@ -262,9 +256,9 @@ def test_what_the_unet_predicts(tmp_path, capsys, kind, metadata, keys, beside, 
 def test_markers_and_averages_are_known(tmp_path, capsys):
     ema = {"model_ema.decay": np.zeros(1, np.float32), "model_ema.diffusion_modelout2bias": np.zeros(4, np.float32)}
     markers = {"v_pred": np.zeros(0, np.float32), "ztsnr": np.zeros(0, np.float32)}
-    files = open_single_file(write(tmp_path / "a.safetensors", {**zeros("SDXL"), **markers, **ema}), quiet=False)
+    files = open_single_file(write(tmp_path / "a.safetensors", {**zeros("SDXL"), **markers, **ema}))
     assert files.scheduler["rescale_betas_zero_snr"] is True
-    files.find("unet", files.shapes("unet", jnp.float32))
+    files.weights("unet", files.network("unet", jnp.float32)[1])
     assert "averaged weights" in capsys.readouterr().err
     unknown = write(tmp_path / "b.safetensors", zeros("SD1"), {"modelspec.prediction_type": "flow"})
     assert "'flow'" in sentence(open_single_file, unknown)
@@ -276,7 +270,7 @@ def test_a_config_folder_comes_first(tmp_path, capsys):
     (folder / "scheduler").mkdir(parents=True)
     fields = published.SCHEDULER_SD21 | {"prediction_type": "epsilon", "steps_offset": 0}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(fields))
-    files = open_single_file(path, quiet=False)
+    files = open_single_file(path)
     assert files.scheduler == fields and files.configs["unet"]["sample_size"] == 64
     said = capsys.readouterr().err
     assert str(folder) in said and "does not say" not in said
@@ -286,7 +280,7 @@ def test_a_config_folder_comes_first(tmp_path, capsys):
 
 def test_sizes_that_tell_no_heads_are_refused_with_what_to_do(tmp_path):
     emoji = tmp_path / "emoji.safetensors"
-    write_checkpoint(emoji, local("emoji:model"), {}, dtype=np.float16)
+    write_checkpoint(emoji, open_pipeline("emoji:model"), {}, dtype=np.float16)
     alone = tmp_path / "alone.safetensors"
     alone.symlink_to(emoji)
     said = sentence(read_pipeline, alone)
@@ -348,7 +342,7 @@ def test_a_text_encoder_of_another_vocabulary_needs_its_tokenizer(tmp_path):
 @pytest.mark.parametrize("kind", ["SD1", "SD2", "SDXL"])
 def test_of_a_published_kind_the_file_alone_is_written(tmp_path, kind):
     source, out = write(tmp_path / "a.safetensors", zeros(kind)), tmp_path / "b.safetensors"
-    assert write_checkpoint(out, source, {}, dtype=np.float16) is None
+    assert write_checkpoint(out, open_pipeline(source), {}, dtype=np.float16) is None
     assert set(safetensors.numpy.load_file(out)) == {*zeros(kind), *(["v_pred"] if kind == "SD2" else [])}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
     again = open_single_file(out)
@@ -357,35 +351,30 @@ def test_of_a_published_kind_the_file_alone_is_written(tmp_path, kind):
 
 def test_values_beyond_float16_and_not_finite_are_refused_by_name(tmp_path):
     params = read_pipeline(small_pipeline()).params["unet"]
-    out = tmp_path / "out.safetensors"
+    out, files = tmp_path / "out.safetensors", open_pipeline(small_pipeline())
     for value, words in ((1e5, ["float16", "--dtype=bfloat16 or float32"]), (np.nan, ["not finite"])):
         bad = {**params, "conv_in": {**params["conv_in"], "bias": np.full(64, value, np.float32)}}
-        said = sentence(write_checkpoint, out, small_pipeline(), {"unet": lambda bad=bad: bad}, dtype=np.float16)
+        said = sentence(write_checkpoint, out, files, {"unet": lambda bad=bad: bad}, dtype=np.float16)
         assert "model.diffusion_model.input_blocks.0.0.bias" in said and all(word in said for word in words)
         assert list(tmp_path.iterdir()) == []
-    write_checkpoint(out, small_pipeline(), {"unet": lambda: params}, dtype=jnp.bfloat16)
-    said = sentence(write_checkpoint, out, small_pipeline(), {"unet": lambda: pytest.fail("read")}, dtype=np.float16)
+    write_checkpoint(out, files, {"unet": lambda: params}, dtype=jnp.bfloat16)
+    said = sentence(write_checkpoint, out, files, {"unet": lambda: pytest.fail("read")}, dtype=np.float16)
     assert str(config_folder(out)) in said
 
 
-def test_a_pipeline_without_a_place_in_the_layout_is_refused(tmp_path):
-    folder = tmp_path / "model"
-    folder.symlink_to(small_pipeline())
-    for name, words in (("StableDiffusionInpaintPipeline", "has no place in a single file"),):
-        copy = tmp_path / name
-        copy.mkdir()
-        for path in folder.iterdir():
-            (copy / path.name).symlink_to(path)
-        (copy / "model_index.json").unlink()
-        (copy / "model_index.json").write_text(json.dumps({"_class_name": name}))
-        assert words in sentence(write_checkpoint, tmp_path / "o.safetensors", copy, {}, dtype=np.float32)
+def test_a_pipeline_of_another_kind_is_refused(tmp_path):
+    for path in small_pipeline().iterdir():
+        if path.name != "model_index.json":
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionInpaintPipeline"}')
+    assert "only StableDiffusionPipeline and StableDiffusionXLPipeline" in sentence(open_pipeline, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def small_file(tmp_path_factory):
     """A small pipeline in one file of float16, and what is read of it."""
     path = tmp_path_factory.mktemp("one") / "small.safetensors"
-    write_checkpoint(path, small_pipeline(), {}, dtype=np.float16)
+    write_checkpoint(path, open_pipeline(small_pipeline()), {}, dtype=np.float16)
     return path, read_pipeline(path)
 
 
@@ -394,7 +383,7 @@ def test_a_folder_can_be_made_of_a_file_and_the_other_way_round(tmp_path, small_
     folder, again = tmp_path / "model", tmp_path / "again.safetensors"
     write_pipeline(folder, path, pipeline.params["unet"], dtype=np.float16)
     chex.assert_trees_all_equal(read_pipeline(folder).params, pipeline.params)
-    write_checkpoint(again, folder, {}, dtype=np.float16)
+    write_checkpoint(again, open_pipeline(folder), {}, dtype=np.float16)
     assert safetensors.numpy.load_file(again).keys() == safetensors.numpy.load_file(path).keys()
     chex.assert_trees_all_equal(read_pipeline(again).params, pipeline.params)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again.config", "again.safetensors", "model"]
@@ -402,7 +391,7 @@ def test_a_folder_can_be_made_of_a_file_and_the_other_way_round(tmp_path, small_
 
 def test_training_the_whole_unet_of_a_file_leaves_a_folder(tmp_path, small_file):
     _, pipeline = small_file
-    write_result(tmp_path, {"params": pipeline.params["unet"]}, pipeline)
+    write_result(tmp_path, SimpleNamespace(pipeline=pipeline), {"params": pipeline.params["unet"]})
     found = read_pipeline(tmp_path / "model")
     chex.assert_trees_all_equal(found.params, pipeline.params)
     assert found.unet == pipeline.unet and found.image_size == pipeline.image_size

@@ -15,7 +15,7 @@ from spo_jax.formats.pipeline import read_pipeline
 from spo_jax.formats.scorers import fitted_to
 from spo_jax.formats.tokenizers import check_lengths, cut_off, cut_warning, read_tokenizer, tokenize, tokenize_prompts
 from spo_jax.models import CLIPTextModel
-from spo_jax.preference.scorers import Scorer
+from spo_jax.preference.scorers import ImageScorer
 from spo_jax.sampling.encode import encode_prompts, make_encode
 from tests.small_pipeline import small_pipeline
 
@@ -84,6 +84,14 @@ def test_a_damaged_file_is_told(changed, file, content):
         read_tokenizer(folder)
 
 
+def test_a_pipeline_without_its_tokenizer_is_told(tmp_path):
+    folder = shutil.copytree(small_pipeline(), tmp_path / "model")
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(UserError) as error:
+        read_pipeline(folder)
+    assert str(error.value) == f"Tokenizer {folder / 'tokenizer'} does not exist; is {folder} a complete model folder?"
+
+
 def test_a_pipeline_with_a_tokenizer_without_a_length_encodes_as_with_one(tmp_path):
     folder = shutil.copytree(small_pipeline(), tmp_path / "model")
     file = folder / "tokenizer" / "tokenizer_config.json"
@@ -107,14 +115,14 @@ def test_tokenizers_of_different_lengths_do_not_make_a_pipeline(changed):
         check_lengths({"tokenizer": first, "tokenizer_2": second})
 
 
-def test_a_judge_with_fewer_positions_has_a_tokenizer_of_its_own():
+def test_a_scorer_with_fewer_positions_has_a_tokenizer_of_its_own():
     tokenizer = read_tokenizer(EMOJI)
-    judge = Scorer(lambda *_: None, lambda *_: None, TOWER.clone(max_position_embeddings=8))
-    assert fitted_to(judge, tokenizer).model_max_length == 8
+    scorer = ImageScorer(lambda *_: None, lambda *_: None, TOWER.clone(max_position_embeddings=8))
+    assert fitted_to(scorer, tokenizer).model_max_length == 8
     assert tokenizer.model_max_length == 16
-    assert fitted_to(judge._replace(tower=None), tokenizer) is tokenizer
+    assert fitted_to(scorer._replace(tower=None), tokenizer) is tokenizer
     with pytest.raises(UserError, match="knows ids up to 99 only"):
-        fitted_to(judge._replace(tower=TOWER.clone(vocab_size=100)), tokenizer)
+        fitted_to(scorer._replace(tower=TOWER.clone(vocab_size=100)), tokenizer)
 
 
 def test_what_is_cut_off_is_what_diffusers_names(caplog):

@@ -23,7 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from spo_jax.distributed.mesh import make_mesh, replicated
 from spo_jax.errors import UserError
 from spo_jax.formats.hub import local
-from spo_jax.formats.pipeline import clip_shapes, read_clip, read_pipeline, read_text_encoder, read_unet, read_vae
+from spo_jax.formats.networks import network_shapes
+from spo_jax.formats.pipeline import read_clip, read_pipeline, read_text_encoder, read_unet, read_vae
 from spo_jax.formats.safetensors_io import index_safetensors, read_tensors, write_tensors
 from spo_jax.formats.weights import open_weights, read_params
 from spo_jax.models import CLIPModel
@@ -121,6 +122,13 @@ def test_missing_shard_is_named(tmp_path, kind):
     shard = tmp_path / "m" / f"diffusion_pytorch_model-00002-of-00003.{kind}"
     shard.unlink()
     with pytest.raises(UserError, match=re.escape(f"{shard} does not exist")):
+        read_unet(tmp_path / "m")
+
+
+def test_shards_without_their_index_are_told(tmp_path):
+    lay_out("unet", tmp_path / "m", "safetensors shards", None)
+    (tmp_path / "m" / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=r"shards \(.*not their index, diffusion_pytorch_model\.safetensors\.index"):
         read_unet(tmp_path / "m")
 
 
@@ -334,5 +342,5 @@ def test_released_preference_model_is_read_from_its_file(tmp_path, config_beside
 
 def test_clip_without_a_config_has_the_size_of_vit_h_14():
     clip = CLIPModel.from_config(CLIP_VIT_H, step_aware=False)
-    assert sum(x.size for x in jax.tree.leaves(clip_shapes(clip))) == 986_109_441
+    assert sum(x.size for x in jax.tree.leaves(network_shapes(clip))) == 986_109_441
     assert clip.image_size == 224

@@ -21,7 +21,6 @@ from spo_jax.errors import UserError
 from spo_jax.formats.hub import local
 from spo_jax.formats.pipeline import read_clip
 from spo_jax.formats.safetensors_io import index_safetensors, write_params
-from spo_jax.formats.scorers import make_scorer
 from spo_jax.formats.write_scorer import write_scorer
 from tests.golden_data import FOLDER
 from tests.system.commands import ROOT, environment
@@ -65,7 +64,6 @@ def test_what_was_written_is_read_by_path_from_folder_and_file(tmp_path, dtype):
         again, read = read_clip(path, step_aware=None)
         assert again == clip
         chex.assert_trees_all_equal(read, rounded)
-        chex.assert_trees_all_equal(make_scorer(str(path))[1], rounded)
 
 
 def test_transformers_loads_a_plain_model_and_scores_alike(tmp_path):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, call, low_rank
+from spo_jax.models.compiler import call
+from spo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, low_rank
 from spo_jax.models.lora import init_lora
 
 

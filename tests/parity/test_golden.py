@@ -12,8 +12,9 @@ from spo_jax.diffusion.pool import PoolOptions, sample_pool
 from spo_jax.diffusion.process import Gaussian, log_prob
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.formats import names
+from spo_jax.formats.json_files import read_json
 from spo_jax.formats.lora import read_lora
-from spo_jax.formats.pipeline import read_clip, read_json, read_text_encoder, read_unet, read_vae
+from spo_jax.formats.pipeline import read_clip, read_text_encoder, read_unet, read_vae
 from spo_jax.preference.losses import OBJECTIVES, LossOptions, PairOutputs, preference_loss
 from spo_jax.preference.pairs import compare, constant_threshold, make_pairs
 from spo_jax.preference.scorers import make_clip_scorer

@@ -9,8 +9,9 @@ from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.pool import PoolOptions, sample_pool
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.formats import names
+from spo_jax.formats.json_files import read_json
 from spo_jax.formats.lora import read_lora
-from spo_jax.formats.pipeline import read_clip, read_json, read_text_encoder, read_unet, read_vae
+from spo_jax.formats.pipeline import read_clip, read_part, read_unet, read_vae
 from spo_jax.preference.losses import OBJECTIVES, LossOptions, PairOutputs
 from spo_jax.preference.pairs import constant_threshold, make_pairs
 from spo_jax.preference.scorers import make_clip_scorer
@@ -35,7 +36,7 @@ def hidden_states():
 
 
 def test_second_text_encoder():
-    model, params = read_text_encoder(FOLDER / "text_encoder_2", with_projection=True)
+    model, params = read_part("text_encoder_2", FOLDER / "text_encoder_2")
     output = model.apply({"params": params}, jnp.asarray(GOLDEN["ids"]))
     close(output.penultimate_hidden_state, GOLDEN["text2_penultimate"], 1e-4)
     close(output.pooled, GOLDEN["text2_pooled"], 1e-4)

@@ -16,7 +16,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 
 from spo_jax.formats.lora import read_lora
 from spo_jax.formats.names import torch_key
-from spo_jax.formats.pipeline import clip_shapes, read_clip, read_text_encoder, read_unet, read_vae
+from spo_jax.formats.networks import network_shapes
+from spo_jax.formats.pipeline import read_clip, read_part, read_text_encoder, read_unet, read_vae
 from spo_jax.models import CLIPModel as OurCLIPModel
 from spo_jax.types import AddedConditions
 
@@ -254,7 +255,7 @@ def test_text_encoder(name, tmp_path):
 def test_text_encoder_with_projection(tmp_path):
     theirs = randomize(CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=20, **TEXTS["legacy eos"])), seed=1)
     theirs.save_pretrained(tmp_path)
-    model, params = read_text_encoder(tmp_path, with_projection=True)
+    model, params = read_part("text_encoder_2", tmp_path)
     first_weight_agrees(params, theirs.state_dict())
     tokens = np.random.default_rng(4).integers(3, 58, (3, 7))
     tokens[:, 5:] = 59  # padded as Stable Diffusion does: the first end of text counts
@@ -305,7 +306,7 @@ def test_fresh_time_layers_are_the_identity_at_every_timestep(plain_clip):
     fresh = step_aware.init(jax.random.key(0), pixels, first, method=step_aware.image_features)["params"]
     flat = flax.traverse_util.flatten_dict(fresh) | flax.traverse_util.flatten_dict(params)
     merged = flax.traverse_util.unflatten_dict(flat)
-    assert jax.tree.structure(merged) == jax.tree.structure(clip_shapes(step_aware))
+    assert jax.tree.structure(merged) == jax.tree.structure(network_shapes(step_aware))
     plain = clip.apply({"params": params}, pixels, method=clip.image_features)
     features = jax.jit(lambda times: step_aware.apply({"params": merged}, pixels, times, method="image_features"))
 

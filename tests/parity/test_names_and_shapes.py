@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from spo_jax.diffusion.schedule import make_schedule
-from spo_jax.formats import pipeline as reading
 from spo_jax.formats.names import torch_key, torch_shape
+from spo_jax.formats.networks import network_shapes
 from spo_jax.models import (
     AutoencoderKL,
     CLIPModel,
@@ -21,22 +21,21 @@ from spo_jax.models import (
     published,
 )
 
-UNET = (UNet2DConditionModel.from_config, reading.unet_shapes, diffusers.UNet2DConditionModel.from_config)
-VAE = (AutoencoderKL.from_config, reading.vae_shapes, diffusers.AutoencoderKL.from_config)
+UNET = (UNet2DConditionModel.from_config, diffusers.UNet2DConditionModel.from_config)
+VAE = (AutoencoderKL.from_config, diffusers.AutoencoderKL.from_config)
 
 
 def text(ours, theirs):
     def build(config):
         return theirs(transformers.CLIPTextConfig(**config))
 
-    return ours.from_config, reading.text_encoder_shapes, build
+    return ours.from_config, build
 
 
 TEXT = text(CLIPTextModel, transformers.CLIPTextModel)
 TEXT_WITH_PROJECTION = text(CLIPTextModelWithProjection, transformers.CLIPTextModelWithProjection)
 CLIP = (
     lambda config: CLIPModel.from_config(config, step_aware=False),
-    reading.clip_shapes,
     lambda config: transformers.CLIPModel(transformers.CLIPConfig(**config)),
 )
 
@@ -60,8 +59,8 @@ def count(shapes):
     ],
 )
 def test_every_key_and_shape_is_that_of_the_pytorch_module(model, config, parameters):
-    build, shapes_of, build_theirs = model
-    shapes = shapes_of(build(config))
+    build, build_theirs = model
+    shapes = network_shapes(build(config))
     ours = {torch_key(p): torch_shape(p, s.shape) for p, s in flax.traverse_util.flatten_dict(shapes).items()}
     with torch.device("meta"):
         theirs = {key: tuple(value.shape) for key, value in build_theirs(config).state_dict().items()}
@@ -74,7 +73,7 @@ def test_every_key_and_shape_is_that_of_the_pytorch_module(model, config, parame
 
 def test_step_aware_clip_has_its_time_layers_and_nothing_else_beside():
     plain, step_aware = (
-        flax.traverse_util.flatten_dict(reading.clip_shapes(CLIPModel.from_config(published.CLIP_VIT_H, step_aware=s)))
+        flax.traverse_util.flatten_dict(network_shapes(CLIPModel.from_config(published.CLIP_VIT_H, step_aware=s)))
         for s in (False, True)
     )
     new = {torch_key(path): leaf.shape for path, leaf in step_aware.items() if path not in plain}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from spo_jax.spo.programs import collect, compile_programs, run_updates
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from configs import sdxl, spm_sdxl
@@ -26,6 +27,7 @@ from spo_jax.formats.lora import read_lora
 from spo_jax.formats.lora_write import write_kohya, write_lora
 from spo_jax.formats.pipeline import read_clip, read_pipeline, read_unet, with_image_size
 from spo_jax.formats.write_pipeline import write_pipeline
+from spo_jax.methods import train
 from spo_jax.models import CLIPTextModel as OurCLIPTextModel
 from spo_jax.models.lora import init_lora, merge_lora
 from spo_jax.preference.scorers import Scorer
@@ -33,9 +35,6 @@ from spo_jax.runs.metrics import read_metrics
 from spo_jax.runs.optimizer import make_optimizer
 from spo_jax.sampling.encode import encode_prompts, make_encode, shard_prompts
 from spo_jax.sampling.generate import make_generate
-from spo_jax.spm import recipe as spm
-from spo_jax.spo.programs import collect, compile_programs, run_updates
-from spo_jax.spo.recipe import train
 from spo_jax.types import TrainState
 from tests.lora_files import random_adapters
 from tests.parity.test_live_pytorch import randomize
@@ -262,7 +261,7 @@ def test_the_recipe_of_its_preference_model_runs_from_pairs_to_the_model(small, 
     config.num_steps, config.train.warmup_steps, config.log_every, config.data.num_workers = 2, 1, 1, 0
     config.train.batch_size, config.validation.batch_size = 8, 8
     config.checkpoint.every = config.validation.every = 2
-    summary = spm.train(config, tmp_path / "w")
+    summary = train(config, tmp_path / "w")
     rows = read_metrics(tmp_path / "w" / "metrics.jsonl")
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
     # Of the eight records six have a preference of people, whose labels validation keeps.

@@ -18,8 +18,9 @@ from spo_jax.diffusion.schedule import FILE, make_schedule
 from spo_jax.formats import original_configs
 from spo_jax.formats.hub import local
 from spo_jax.formats.names import torch_key, torch_shape
+from spo_jax.formats.networks import network_shapes
 from spo_jax.formats.original_layout import LAYOUTS, originals
-from spo_jax.formats.pipeline import read_pipeline, text_encoder_shapes, unet_shapes, vae_shapes
+from spo_jax.formats.pipeline import open_pipeline, read_pipeline
 from spo_jax.formats.single_file import config_folder
 from spo_jax.formats.stored import StoredArray
 from spo_jax.formats.write_checkpoint import write_checkpoint
@@ -31,10 +32,10 @@ from tests.parity.test_live_pytorch import randomize
 KINDS = ("SD1", "SD2", "SDXL")
 REPOSITORIES = dict(zip(KINDS, published.PIPELINES, strict=True))
 MODELS = {
-    "unet": (OurUNet, unet_shapes),
-    "vae": (OurAutoencoderKL, vae_shapes),
-    "text_encoder": (CLIPTextModel, text_encoder_shapes),
-    "text_encoder_2": (CLIPTextModelWithProjection, text_encoder_shapes),
+    "unet": OurUNet,
+    "vae": OurAutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
 }
 BUFFERS = ("betas", "alphas_cumprod", "model_ema.num_updates", "model_ema.diffusion_modelinput_blocks00weight")
 
@@ -44,8 +45,7 @@ def real_size(kind):
     """Shapes of a kind of model of real size: by part and our PyTorch key, and in a single file by its keys."""
     parts, single = {}, {}
     for part in LAYOUTS[kind]:
-        build, shapes_of = MODELS[part]
-        shapes = shapes_of(build.from_config(published.PIPELINES[REPOSITORIES[kind]][part]))
+        shapes = network_shapes(MODELS[part].from_config(published.PIPELINES[REPOSITORIES[kind]][part]))
         flat = flax.traverse_util.flatten_dict(shapes)
         parts[part] = {torch_key(path): torch_shape(path, leaf.shape) for path, leaf in flat.items()}
         for path, original in originals(kind, part, shapes).items():
@@ -79,7 +79,7 @@ def test_diffusers_finds_every_key_and_shape_of_a_real_model(kind):
 def test_configs_of_a_real_model_are_the_published_ones(kind, tmp_path):
     path = tmp_path / "real.safetensors"
     arrays = {key: StoredArray(path, 0, np.dtype(np.float16), shape) for key, shape in real_size(kind)[1].items()}
-    for part, (build, _) in MODELS.items():
+    for part, build in MODELS.items():
         if part in LAYOUTS[kind]:
             config = original_configs.part_config(path, kind, part, arrays)
             assert build.from_config(config) == build.from_config(published.PIPELINES[REPOSITORIES[kind]][part])
@@ -166,7 +166,9 @@ def small(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("small") / "model"
     pipeline = save_pipeline(request.param, folder)
     path = folder.with_name("small.safetensors")
-    assert write_checkpoint(path, folder, {}, dtype=np.float32) == config_folder(path), "its tokenizer is not CLIP's"
+    assert write_checkpoint(path, open_pipeline(folder), {}, dtype=np.float32) == config_folder(path), (
+        "its tokenizer is not CLIP's"
+    )
     return request.param, pipeline, folder, path
 
 

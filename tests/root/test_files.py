@@ -6,10 +6,9 @@ import stat
 
 import numpy as np
 import pytest
-import safetensors
 
 from spo_jax.errors import UserError
-from spo_jax.files import atomic_write, check_place, saying_where, write_text
+from spo_jax.files import atomic_write, check_place, write_text
 from spo_jax.formats.safetensors_io import write_params, write_tensors
 from spo_jax.images import write_png
 
@@ -59,12 +58,3 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_bytes", forbidden)
     with pytest.raises(UserError, match=r"--to=.*x cannot be written \(Permission denied\); choose another place"):
         check_place(tmp_path / "x", "--to")
-
-
-def test_what_fails_in_a_writer_of_another_language_is_an_error_of_the_system(tmp_path, monkeypatch):
-    def full(*_arguments, **_options):
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
-
-    monkeypatch.setattr("safetensors.numpy.save_file", full)
-    with pytest.raises(UserError, match="No space left on device"), saying_where("x"):
-        write_tensors(tmp_path / "x", {"a": np.ones(2)})

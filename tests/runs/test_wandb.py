@@ -10,11 +10,11 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
+from spo_jax import methods
 from spo_jax.errors import UserError
 from spo_jax.runs import wandb_run
 from spo_jax.runs.metrics import MetricsWriter, read_metrics
 from spo_jax.spo import config as spo_config
-from spo_jax.spo import recipe as spo
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_resumed_run_is_the_same_and_its_last_folder_has_all_rows(alone, confi
 def test_nobody_is_logged_in(alone, config, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(UserError, match="nobody is logged in to W&B; run `wandb login`, set WANDB_MODE=offline"):
-        spo.train(config, alone)
+        methods.train(config, alone)
     assert not alone.exists()
 
 
@@ -128,7 +128,7 @@ def test_without_a_project_wandb_is_not_imported(tmp_path, config, monkeypatch):
 def test_a_missing_package_is_found_before_anything_is_written(tmp_path, config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="wandb is not installed; install it with `pip install wandb`, or leave the"):
-        spo.train(config, tmp_path / "w")
+        methods.train(config, tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
 

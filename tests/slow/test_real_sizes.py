@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from spo_jax.formats import pipeline as reading
 from spo_jax.formats.hub import local
+from spo_jax.formats.networks import network_shapes
 from spo_jax.formats.safetensors_io import write_params
 from spo_jax.models import AutoencoderKL, CLIPModel, CLIPTextModel, UNet2DConditionModel, published
 from spo_jax.runs.metrics import read_metrics
@@ -52,12 +52,12 @@ def write_model(folder, weights, config, shapes, prefix=""):
 def write_sd15(folder):
     """A pipeline folder in the published layout; its tokenizer is the emoji one, at CLIP's length."""
     parts = {
-        "unet": (DIFFUSERS, published.UNET_SD15, UNet2DConditionModel, reading.unet_shapes),
-        "vae": (DIFFUSERS, published.VAE_SD, AutoencoderKL, reading.vae_shapes),
-        "text_encoder": (TRANSFORMERS, published.TEXT_VIT_L, CLIPTextModel, reading.text_encoder_shapes),
+        "unet": (DIFFUSERS, published.UNET_SD15, UNet2DConditionModel),
+        "vae": (DIFFUSERS, published.VAE_SD, AutoencoderKL),
+        "text_encoder": (TRANSFORMERS, published.TEXT_VIT_L, CLIPTextModel),
     }
-    for name, (weights, config, model, shapes_of) in parts.items():
-        write_model(folder / name, weights, config, shapes_of(model.from_config(config)))
+    for name, (weights, config, model) in parts.items():
+        write_model(folder / name, weights, config, network_shapes(model.from_config(config)))
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(local("emoji:model") / name, folder / name)
     shutil.copy(local("emoji:model") / "model_index.json", folder)
@@ -81,12 +81,12 @@ def test_one_iteration_of_sd15(tmp_path):
     """``configs/sd15.py`` from the prompts to the report: 256 pixels, 1 prompt, k = 2, 4 steps."""
     write_sd15(tmp_path / "sd15")
     config = published.CLIP_VIT_H
-    shapes = reading.clip_shapes(CLIPModel.from_config(config, step_aware=True))
+    shapes = network_shapes(CLIPModel.from_config(config, step_aware=True))
     write_model(tmp_path / "scorer", TRANSFORMERS, config, shapes, prefix="model.")
     config = json.loads((local("emoji:model") / "clip" / "config.json").read_text(encoding="utf-8"))
     config["text_config"]["max_position_embeddings"] = 77
     write_model(
-        tmp_path / "judge", TRANSFORMERS, config, reading.clip_shapes(CLIPModel.from_config(config, step_aware=False))
+        tmp_path / "judge", TRANSFORMERS, config, network_shapes(CLIPModel.from_config(config, step_aware=False))
     )
     (tmp_path / "prompts.json").write_text(json.dumps([{"caption": "a red apple"}]), encoding="utf-8")
 
@@ -142,7 +142,7 @@ np.save(folder / "ours.npy", y)
 def test_forward_pass_of_the_sdxl_unet_is_that_of_pytorch(tmp_path):
     """float32 computation with float16 weights, 256 pixels; tolerance 1e-4 of the output's spread."""
     config = published.UNET_SDXL
-    shapes = reading.unet_shapes(UNet2DConditionModel.from_config(config))
+    shapes = network_shapes(UNet2DConditionModel.from_config(config))
     write_model(tmp_path / "unet", DIFFUSERS, config, shapes)
     generator = np.random.default_rng(0)
     inputs = {"latents": (1, 32, 32, 4), "context": (1, 77, 2048), "pooled": (1, 1280)}

@@ -22,7 +22,8 @@ from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import batch_sharding, make_mesh
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
 from spo_jax.formats.hub import local
-from spo_jax.formats.pipeline import clip_shapes, read_clip, read_pipeline
+from spo_jax.formats.networks import network_shapes
+from spo_jax.formats.pipeline import read_clip, read_pipeline
 from spo_jax.formats.tokenizers import tokenize, tokenize_prompts
 from spo_jax.models import CLIPModel
 from spo_jax.models.published import CLIP_VIT_H
@@ -294,7 +295,7 @@ def test_eight_devices_give_the_losses_of_one_and_each_holds_an_eighth_of_the_st
 def test_of_the_published_model_each_of_eight_devices_holds_an_eighth():
     """CLIP ViT-H/14 with its time layers, from the shardings alone: 21 GB of weights, moments and gradients in all."""
     clip = CLIPModel.from_config(CLIP_VIT_H, step_aware=True)
-    params = clip_shapes(clip)
+    params = network_shapes(clip)
     assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(1.306e9, rel=1e-3)
     optimizer = make_optimizer(spm_config.get_config().train, warmup_linear_decay(3e-6, 500, 8000))
     state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)

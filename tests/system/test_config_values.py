@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from configs import tiny
+from spo_jax import methods
 from spo_jax.errors import UserError
 from spo_jax.formats.lora import FILE_NAME
 from spo_jax.formats.safetensors_io import read_tensors
-from spo_jax.spo import recipe as spo
 from spo_jax.spo.config import RANGES
 from tests.small_pipeline import small_pipeline
 
@@ -28,7 +28,7 @@ def small_config(values):
 
 def lora_of(values, workdir):
     """The B of all adapters after a run."""
-    spo.train(small_config(values), workdir)
+    methods.train(small_config(values), workdir)
     tensors = read_tensors(workdir / FILE_NAME)
     assert all(np.isfinite(tensor).all() for tensor in tensors.values())
     return np.concatenate([tensor.ravel() for key, tensor in tensors.items() if "lora_B" in key])

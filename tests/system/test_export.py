@@ -14,7 +14,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from spo_jax.diffusion.schedule import FILE
 from spo_jax.formats.lora_write import write_kohya, write_lora
-from spo_jax.formats.pipeline import read_pipeline
+from spo_jax.formats.pipeline import open_pipeline, read_pipeline
 from spo_jax.formats.write_checkpoint import write_checkpoint
 from spo_jax.models.lora import merge_lora
 from tests import pictures
@@ -72,7 +72,7 @@ def test_diffusers_makes_our_picture(workdir, with_adapters, tmp_path, form):
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 0), ("float16", 2)])
 def test_the_same_picture_from_one_file(tmp_path, dtype, tolerance):
     path, emoji = tmp_path / "emoji.safetensors", pictures.emoji_pipeline()
-    write_checkpoint(path, MODEL, {}, dtype=np.dtype(dtype))
+    write_checkpoint(path, open_pipeline(MODEL), {}, dtype=np.dtype(dtype))
     pipeline = read_pipeline(path)
     for part in ("unet", "vae", "text_encoder", "image_size"):
         assert getattr(pipeline, part) == getattr(emoji, part), part
@@ -91,12 +91,12 @@ def test_kohya_to_diffusers_is_bit_exact(workdir, tmp_path):
 
 def test_a_single_file_takes_the_place_of_a_folder(workdir, merged, tmp_path):
     model, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
-    write_checkpoint(model, MODEL, {}, dtype=np.dtype(np.float32))
+    write_checkpoint(model, open_pipeline(MODEL), {}, dtype=np.dtype(np.float32))
     result = export(lora=workdir, model=model, format="checkpoint", dtype="float32", out=out)
     assert result.returncode == 0 and f"Wrote {out}." in result.stdout, result.stderr
     theirs = safetensors.numpy.load_file(out)
     parts = {part: functools.partial(merged.get, part) for part in merged}
-    write_checkpoint(tmp_path / "ours.safetensors", MODEL, parts, dtype=np.dtype(np.float32))
+    write_checkpoint(tmp_path / "ours.safetensors", open_pipeline(MODEL), parts, dtype=np.dtype(np.float32))
     for key, value in safetensors.numpy.load_file(tmp_path / "ours.safetensors").items():
         np.testing.assert_array_equal(theirs[key], value)
 

@@ -6,8 +6,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from spo_jax.evaluation.metrics import colorfulness
 
+from spo_jax.evaluation.metrics import colorfulness
 from tests.small_pipeline import small_pipeline
 from tests.system.commands import ROOT, command, environment
 from tests.system.forks import run_forked
