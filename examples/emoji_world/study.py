@@ -32,8 +32,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 SEEDS = (0, 1, 2)
 RUNS = {f"{name}, seed {seed}": {"seed": seed, **changes} for name, changes in RECIPES.items() for seed in SEEDS}
 COLUMNS = {
-    "win rate": lambda s: s["win_rate"],
-    "win rate by score": lambda s: s["win_rate_preference_score"],
+    "win rate": lambda s: s["win_rate"]["colorfulness"],
+    "win rate by score": lambda s: s["win_rate"]["preference_score"],
     "colourfulness, base": lambda s: s["base"]["colorfulness"],
     "tuned": lambda s: s["tuned"]["colorfulness"],
     "gain in base std": lambda s: (

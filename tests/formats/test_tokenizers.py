@@ -12,10 +12,16 @@ from diffusers.utils import logging as diffusers_logging
 from spo_jax.errors import UserError
 from spo_jax.formats.hub import local
 from spo_jax.formats.pipeline import read_pipeline
-from spo_jax.formats.scorers import fitted_to
-from spo_jax.formats.tokenizers import check_lengths, cut_off, cut_warning, read_tokenizer, tokenize, tokenize_prompts
+from spo_jax.formats.tokenizers import (
+    check_lengths,
+    cut_off,
+    cut_warning,
+    fitted,
+    read_tokenizer,
+    tokenize,
+    tokenize_prompts,
+)
 from spo_jax.models import CLIPTextModel
-from spo_jax.preference.scorers import ImageScorer
 from spo_jax.sampling.encode import encode_prompts, make_encode
 from tests.small_pipeline import small_pipeline
 
@@ -117,12 +123,10 @@ def test_tokenizers_of_different_lengths_do_not_make_a_pipeline(changed):
 
 def test_a_scorer_with_fewer_positions_has_a_tokenizer_of_its_own():
     tokenizer = read_tokenizer(EMOJI)
-    scorer = ImageScorer(lambda *_: None, lambda *_: None, TOWER.clone(max_position_embeddings=8))
-    assert fitted_to(scorer, tokenizer).model_max_length == 8
+    assert fitted(tokenizer, TOWER.clone(max_position_embeddings=8)).model_max_length == 8
     assert tokenizer.model_max_length == 16
-    assert fitted_to(scorer._replace(tower=None), tokenizer) is tokenizer
     with pytest.raises(UserError, match="knows ids up to 99 only"):
-        fitted_to(scorer._replace(tower=TOWER.clone(vocab_size=100)), tokenizer)
+        fitted(tokenizer, TOWER.clone(vocab_size=100))
 
 
 def test_what_is_cut_off_is_what_diffusers_names(caplog):

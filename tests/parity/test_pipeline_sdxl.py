@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from spo_jax.spo.programs import collect, compile_programs, run_updates
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from configs import sdxl, spm_sdxl
@@ -29,13 +28,13 @@ from spo_jax.formats.pipeline import read_clip, read_pipeline, read_unet, with_i
 from spo_jax.formats.write_pipeline import write_pipeline
 from spo_jax.methods import train
 from spo_jax.models import CLIPTextModel as OurCLIPTextModel
-from spo_jax.models.lora import init_lora, merge_lora
-from spo_jax.preference.scorers import Scorer
+from spo_jax.models.lora import merge_lora
+from spo_jax.runs.load import Weights
 from spo_jax.runs.metrics import read_metrics
-from spo_jax.runs.optimizer import make_optimizer
 from spo_jax.sampling.encode import encode_prompts, make_encode, shard_prompts
-from spo_jax.sampling.generate import make_generate
-from spo_jax.types import TrainState
+from spo_jax.sampling.generate import SamplingOptions, make_generate
+from spo_jax.spo.assemble import assemble
+from spo_jax.spo.steps import collect, encode_texts, run_updates
 from tests.lora_files import random_adapters
 from tests.parity.test_live_pytorch import randomize
 from tests.preference_data import record
@@ -173,7 +172,8 @@ def check_pictures(theirs, pipeline, height, width, lora=None):
     latents = np.random.default_rng(0).standard_normal((2, *pipeline.latent_shape)).astype(np.float32)
     params = pipeline.params | {"lora": lora or {}}
     batch = encode_prompts(make_encode(pipeline, scorer=None), params, pipeline, None, PROMPTS)
-    generate = make_generate(pipeline, make_schedule(pipeline.scheduler_config, steps), guidance_scale=5.0, eta=0.0)
+    schedule = make_schedule(pipeline.scheduler_config, steps)
+    generate = make_generate(pipeline, schedule, SamplingOptions(5.0))
     images = jax.jit(generate)(pipeline.params, variables, batch, jnp.asarray(latents))
     expected = theirs(
         PROMPTS,
@@ -196,32 +196,21 @@ def test_one_batch_of_training_with_inner_steps(small):
     config.prompts_per_batch, config.train.minibatch_size, config.pairs.threshold = 8, 24, 0.0
     sizes = dict(num_steps=6, num_plain_steps=1, num_candidates=2, num_inner_steps=1, height=16, width=24)
     config.sampling.update(sizes)
-    pipeline = with_image_size(read_pipeline(small), config.sampling.height, config.sampling.width)
-    mesh = make_mesh(-1, 1)
-    scorer = Scorer(
-        encode_text=lambda params, tokens: jnp.ones((len(tokens), 3)),
-        score=lambda params, images, text, timesteps: 10 * images.mean((1, 2, 3)) + text[:, 0] + timesteps,
-    )
-    params = pipeline.params | {"scorer": {}}
-    encode = jax.jit(make_encode(pipeline, scorer))
-    prompts = encode_prompts(encode, params, pipeline, pipeline.tokenizer, PROMPTS * 4)
-    prompts = shard_prompts(prompts, mesh)
+    config.model, config.scorer.fn = str(small), "tests.scorers:brightness"
+    config.evaluation.metrics, config.lora.rank = ("colorfulness",), 2
+    spo = assemble(config, make_mesh(-1, 1), Weights())
+    prompts = shard_prompts(encode_texts(spo, PROMPTS * 4), spo.mesh)
     assert len(prompts.added.pooled.sharding.device_set) == 8
-    schedule = make_schedule(pipeline.scheduler_config, 6)
-    optimizer = make_optimizer(config.train)
-    trained = {"lora": init_lora(jax.random.key(1), params["unet"], 2)}
-    state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
-    programs = compile_programs(config, pipeline, scorer, schedule, optimizer, mesh, state)
 
-    rollout = collect(programs, params, trained, prompts, jax.random.key(2))
+    rollout, num_valid = collect(spo, spo.state, prompts, jax.random.key(2))
     pairs, order = rollout.pairs, rollout.order
     assert pairs.win.shape == pairs.lose_latents.shape == (5, 8, 8, 12, 4)
-    assert rollout.num_valid == order.shape[0] == 5 * 8
+    assert num_valid == order.shape[0] == 5 * 8
     shared = (pairs.latents == pairs.lose_latents).all((2, 3, 4))
     np.testing.assert_array_equal(shared, np.array([True, False, True, False, True])[:, None].repeat(8, axis=1))
 
-    before = jax.device_get(trained)
-    state, updates = run_updates(config, programs, state, params["unet"], prompts, rollout, int(rollout.num_valid))
+    before = jax.device_get(spo.state.trained)
+    state, updates = run_updates(spo, spo.state, prompts, rollout, num_valid)
     assert [int(u.num_pairs) for u in updates] == [24, 16]
     np.testing.assert_allclose(updates[0].sums.loss / 24, math.log(2), rtol=1e-5)
     np.testing.assert_allclose([updates[0].sums.win_ratio, updates[0].sums.lose_ratio], 24, rtol=1e-5)
@@ -250,7 +239,7 @@ def test_the_recipe_runs_from_prompts_to_adapters_and_report(small, tmp_path):
 
 
 def test_the_recipe_of_its_preference_model_runs_from_pairs_to_the_model(small, tmp_path):
-    """``configs/spm_sdxl.py``: guided prediction by two text encoders with time ids, labels of a judge."""
+    """``configs/spm_sdxl.py``: guided prediction by two text encoders with time ids, labels of a labeller."""
     write_split(tmp_path / "data", "train", [record(i) for i in range(12)])
     write_split(tmp_path / "data", "validation_unique", [record(i) for i in range(12, 20)])
     config = spm_sdxl.get_config()

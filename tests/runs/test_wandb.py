@@ -59,9 +59,13 @@ def rows(path):
     return [{k: v for k, v in row.items() if k not in ("_timestamp", "_runtime")} for row in histories]
 
 
-@wandb_run.finished
 def few_steps(config, workdir, resume_step=0):
-    """A training that writes two rows, one picture and its results."""
+    """A training that writes two rows, one image and its results."""
+    with wandb_run.finished():
+        _few_steps(config, workdir, resume_step)
+
+
+def _few_steps(config, workdir, resume_step):
     wandb_run.check(config)
     run = wandb_run.start(config, workdir, resume_step)
     with MetricsWriter(workdir, resume_step, run) as writer:
@@ -205,11 +209,7 @@ def test_a_failure_at_the_start_stops_a_new_run_but_not_a_resumed_one(tmp_path, 
 def test_wandb_is_told_that_a_run_failed(tmp_path, config, stand_in):
     module = stand_in()
 
-    @wandb_run.finished
-    def train(config, workdir):
-        wandb_run.start(config, workdir, 0)
+    with pytest.raises(UserError, match="loss is not finite"), wandb_run.finished():
+        wandb_run.start(config, tmp_path, 0)
         raise UserError("loss is not finite")
-
-    with pytest.raises(UserError, match="loss is not finite"):
-        train(config, tmp_path)
     assert module.calls[-1] == ("finish", {"exit_code": 1})
