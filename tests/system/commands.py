@@ -14,10 +14,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from spo_jax import methods
 from spo_jax.errors import UserError
 from spo_jax.runs.metrics import read_metrics
-from spo_jax.spm import recipe as spm
-from spo_jax.spo import recipe as spo
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -59,9 +58,8 @@ def mistake(arguments: list[str]) -> str:
     workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
     with contextlib.chdir(ROOT):
         values(given)
-        train = {"spo": spo.train, "spm": spm.train}[config.value.method]
         with pytest.raises(UserError) as found:
-            train(config.value, Path(workdir.value))
+            methods.train(config.value, Path(workdir.value))
     return str(found.value)
 
 
