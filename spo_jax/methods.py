@@ -35,6 +35,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, object] | None:
       UserError: a mistake in config, files or workdir (before anything is written), or a loss that is not finite.
     """
     # Heavy, and the config of a method is read without them.
+    from spo_jax.data.preferences import open_pairs
     from spo_jax.distributed.mesh import make_mesh
     from spo_jax.runs import artifacts, wandb_run
     from spo_jax.runs.loop import RunFolder
@@ -42,6 +43,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, object] | None:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     module_of(config.method, "config").check(config, mesh.size)
     wandb_run.check(config)
+    for name in (config.data.train, config.data.validation) if "data" in config else ():
+        open_pairs(name)  # nothing is fetched for a run whose pairs are not there
     config, pins = artifacts.ready(config, workdir)
     with wandb_run.finished():
         return module_of(config.method, "recipe").train(config, mesh, RunFolder(config, workdir, pins))

@@ -86,8 +86,6 @@ RANGES = BASE_RANGES | {
 
 def check(config: ConfigDict, num_devices: int = 1) -> None:
     """Raises UserError for a value that no run on so many devices can use, by its key."""
-    from spo_jax.data.preferences import open_pairs  # which imports more than a config file needs
-
     check_base(config, RANGES, ("train.batch_size", "validation.batch_size", "chunk"), num_devices)
     chunk, timesteps, validation = config.chunk, config.timesteps, config.validation
     refuse(
@@ -104,5 +102,3 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
             ("validation.timesteps", len(validation.timesteps) > 0, "at least one timestep"),
         ],
     )
-    for name in (config.data.train, config.data.validation):
-        open_pairs(name)
