@@ -52,8 +52,11 @@ def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProces
 
 
 def mistake(arguments: list[str]) -> str:
-    """The sentence that a training command ends with, without a process of its own for it."""
-    given, values = arguments[2:], flags.FlagValues()  # from the module's name on, which stands for the program's
+    """The sentence that a training command ends with; the command runs in this process."""
+    given, values = (
+        arguments[2:],
+        flags.FlagValues(),
+    )  # the module stands for the program's name
     config = config_flags.DEFINE_config_file("config", lock_config=True, sys_argv=given, flag_values=values)
     workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
     with contextlib.chdir(ROOT):

@@ -44,7 +44,7 @@ def _server() -> subprocess.Popen:
     arguments = [sys.executable, "-m", "tests.system.forks"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     server = subprocess.Popen(arguments, cwd=ROOT, **pipes)
-    atexit.register(server.kill)
+    atexit.register(server.communicate)  # it ends with its input
     return server
 
 
