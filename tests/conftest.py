@@ -27,7 +27,7 @@ import tests.shapes  # noqa: F401 (named below)
 # What `-m fast` runs: modules without PyTorch, and quick, because they compile no network.
 FAST = {
     "commands": ("test_readme.py",),
-    "data": ("test_preference_records.py", "test_prompt_files.py", "test_prompts.py"),
+    "data": ("test_prompt_files.py", "test_prompts.py"),
     "diffusion": ("test_guidance.py", "test_process.py"),
     "distributed": ("test_mesh.py", "test_roll_call.py"),
     "evaluation": ("test_colorfulness.py",),

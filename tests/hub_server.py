@@ -21,7 +21,7 @@ _LARGE = 1000  # bytes; from here on a file is stored by its SHA-256, behind a r
 
 @dataclasses.dataclass
 class Faults:
-    """What goes wrong: each key is a repository or the path of a file, each value how."""
+    """Faults of the server, by repository or path of a file."""
 
     statuses: dict[str, int] = dataclasses.field(default_factory=dict)  # 401, 403 (gated), 404, 503
     busy: dict[str, int] = dataclasses.field(default_factory=dict)  # answer 429 so many times
@@ -32,7 +32,7 @@ class Faults:
 
 @dataclasses.dataclass
 class Hub:
-    """``repositories`` by ``org/name`` or ``github:owner/repo``: their files; ``requests`` and ``sent``: what was."""
+    """The server's content: files by repository, ``org/name`` or ``github:owner/repo``; and what was asked."""
 
     repositories: dict[str, dict[str, bytes]]
     commits: dict[str, str] = dataclasses.field(default_factory=dict)  # of the default branch, COMMIT by default

@@ -1,4 +1,4 @@
-"""The captions, their split, the tokenizer, and the parts of the pictures that need no font."""
+"""The emoji world: captions and their split, the tokenizer, and backgrounds of images, which need no font."""
 
 import colorsys
 import json
@@ -109,12 +109,6 @@ def test_overlapping_words_become_one_token():
     assert {"banana</w>", "an</w>", "ban</w>", "nab</w>", "aaa</w>"} <= {"".join(merge) for merge in merges}
 
 
-@hypothesis.given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1))
-def test_hsv_to_rgb_agrees_with_colorsys(hue, saturation, value):
-    rgb = pictures._rgb(np.array([[hue, saturation, value]]))[0]
-    np.testing.assert_allclose(rgb, colorsys.hsv_to_rgb(hue % 1, saturation, value), atol=1e-9)
-
-
 def test_backgrounds_stay_within_their_colour():
     rng = np.random.default_rng(0)
     for index, name in enumerate(world.COLOR_NAMES):
@@ -125,14 +119,6 @@ def test_backgrounds_stay_within_their_colour():
             assert abs((hue - middle + 0.5) % 1 - 0.5) <= (hue_range[1] - hue_range[0]) / 2 + 1e-6
             assert saturation_range[0] - 1e-6 <= saturation <= saturation_range[1] + 1e-6
             assert value_range[0] - 1e-6 <= value <= value_range[1] + 1e-6
-
-
-def test_unseen_hues_keep_their_distance():
-    """Colours of full range in hue are gray, black and white, too pale to count."""
-    for low, high in pictures._UNSEEN_HUES:
-        for name in set(world.COLORS) - {"gray", "black", "white"}:
-            named_low, named_high = world.COLORS[name].hue
-            assert all(high + turn < named_low - 0.01 or low + turn > named_high + 0.01 for turn in (-1, 0))
 
 
 def test_missing_files_are_told():

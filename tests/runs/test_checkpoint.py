@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, of another run or cannot be written, and where arrays come back to."""
+"""Checkpoints: bits and devices of what is restored, damaged ones, full disks, and a workdir of another config."""
 
 import gc
 import json
@@ -271,7 +271,7 @@ def fill(folder, limit):
 
 
 def last_good(folder, process):
-    """The step that the message names; it and those before can be read, and nothing after counts."""
+    """The step that the message names, after all checkpoints up to it have been read back."""
     assert process.stderr == "", "one sentence, no traces of the background thread"
     found = re.search(r"the last good checkpoint is (\d)\. .*run the same command again", process.stdout)
     assert found, process.stdout

@@ -21,6 +21,14 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def pairs_are_there():
+    """A check opens the pairs that a config names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spo_jax.data.preferences.open_pairs", lambda name: None)
+        yield
+
+
 def leaves(config, prefix=""):
     for key, value in config.items():
         if hasattr(value, "items"):
@@ -125,7 +133,7 @@ def test_the_ends_of_a_range_belong_to_it(method, name, value):
 
 
 def inside(name):
-    """Numbers of the range: its ends, and between them at every magnitude."""
+    """Numbers of the range: its ends, and numbers between them of every order of magnitude."""
     low, high, *_ = spo_config.RANGES[name]
     small, large = max(low, 1e-6), min(high, 0.9999999 if "high" in spo_config.RANGES[name].open else high)
     between = st.floats(math.log(small), math.log(large)).map(lambda x: min(max(math.exp(x), small), large))

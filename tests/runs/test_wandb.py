@@ -26,7 +26,7 @@ def config():
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """The real wandb, which knows no user and no network; returns a folder for runs."""
+    """The real wandb, without a user and without network; returns a folder for runs."""
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "NETRC"):
         monkeypatch.setenv(name, str(tmp_path / "user" / name))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
@@ -103,7 +103,7 @@ def test_offline_rows_pictures_results_and_config_are_found_again(alone, config,
 
 
 def test_a_resumed_run_is_the_same_and_its_last_folder_has_all_rows(alone, config, monkeypatch):
-    """Because of the folders of one run W&B shows the one that it gets last."""
+    """W&B shows the last folder of a run that it is sent, so that folder has to have all rows."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     few_steps(config, alone)
     config.mesh.fsdp = 2  # what may change when a run goes on

@@ -63,7 +63,7 @@ class Pair:
                 )
 
     def wait_until(self, condition):
-        """Whether it came true before a process ended."""
+        """Waits for a condition; False if a process ends before."""
         while not condition():
             if any(process.poll() is not None for process in self.processes):
                 return False
@@ -101,7 +101,7 @@ def is_saving(workdir):
 
 
 def draw_faults():
-    """What is sent, to which processes, when: while the run starts, trains, or writes a checkpoint."""
+    """Random faults: a moment (the run starts, trains, or writes a checkpoint), a signal, its targets and a delay."""
     chance = random.Random(SEED)
     faults = []
     for number in range(NUM_FAULTS):

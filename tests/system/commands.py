@@ -14,10 +14,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from spo_jax import methods
 from spo_jax.errors import UserError
 from spo_jax.runs.metrics import read_metrics
-from spo_jax.spm import recipe as spm
-from spo_jax.spo import recipe as spo
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -53,15 +52,17 @@ def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProces
 
 
 def mistake(arguments: list[str]) -> str:
-    """The sentence that a training command ends with, without a process of its own for it."""
-    given, values = arguments[2:], flags.FlagValues()  # from the module's name on, which stands for the program's
+    """The sentence that a training command ends with; the command runs in this process."""
+    given, values = (
+        arguments[2:],
+        flags.FlagValues(),
+    )  # the module stands for the program's name
     config = config_flags.DEFINE_config_file("config", lock_config=True, sys_argv=given, flag_values=values)
     workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
     with contextlib.chdir(ROOT):
         values(given)
-        train = {"spo": spo.train, "spm": spm.train}[config.value.method]
         with pytest.raises(UserError) as found:
-            train(config.value, Path(workdir.value))
+            methods.train(config.value, Path(workdir.value))
     return str(found.value)
 
 

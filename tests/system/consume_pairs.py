@@ -1,4 +1,4 @@
-"""Stands for a training run: takes batches, logs them, saves the state of the loader now and then, and goes on from it.
+"""A training run without a model: takes batches, logs them, saves the loader's state, and resumes from it.
 
 python -m tests.system.consume_pairs DATA WORKDIR LAST_POSITION WORKERS
 """

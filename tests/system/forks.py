@@ -20,8 +20,6 @@ import tempfile
 import traceback
 from pathlib import Path
 
-import huggingface_hub.constants
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,7 +32,9 @@ def run_forked(arguments: list[str], env: dict[str, str], *, cwd: Path = ROOT, f
         job = {"module": module, "arguments": rest, "env": env, "cwd": str(cwd), "file_size": file_size}
         server = _server()
         print(json.dumps(job | {"output": output.name, "errors": errors.name}), file=server.stdin, flush=True)
-        code = int(server.stdout.readline())
+        answer = server.stdout.readline()
+        assert answer, "the process that forks has ended: python -m tests.system.forks says why"
+        code = int(answer)
         written = [Path(file.name).read_text(encoding="utf-8", errors="replace") for file in (output, errors)]
         return subprocess.CompletedProcess(arguments, code, *written)
 
@@ -44,7 +44,7 @@ def _server() -> subprocess.Popen:
     arguments = [sys.executable, "-m", "tests.system.forks"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     server = subprocess.Popen(arguments, cwd=ROOT, **pipes)
-    atexit.register(server.kill)
+    atexit.register(server.communicate)  # it ends with its input
     return server
 
 
@@ -64,7 +64,7 @@ def become(job: dict) -> None:
         os.dup2(os.open(name, os.O_WRONLY if number else os.O_RDONLY), number)
     os.environ.clear()
     os.environ.update(job["env"])
-    importlib.reload(huggingface_hub.constants)  # it reads its variables when it is imported
+    importlib.reload(constants)
     os.chdir(job["cwd"])
     sys.path[:1] = [job["cwd"], *filter(None, job["env"].get("PYTHONPATH", "").split(":"))]
     if job["file_size"]:
@@ -85,6 +85,8 @@ def become(job: dict) -> None:
 
 
 if __name__ == "__main__":
+    from huggingface_hub import constants  # has read its variables; of the hub nothing else is imported yet
+
     from spo_jax.runs import artifacts  # noqa: F401
     from spo_jax.spm import recipe as spm  # noqa: F401
     from spo_jax.spo import recipe as spo  # noqa: F401

@@ -27,7 +27,7 @@ def refused(arguments, *words):
 
 
 def refused_by_the_command(arguments, *words, run=run_forked):
-    """The same by a process, with exit code and output."""
+    """The same, of a command in a process of its own: exit code and output too."""
     result = run(arguments, environment())
     assert result.returncode == 2, result.stderr
     last = result.stderr.strip().splitlines()[-1]

@@ -1,6 +1,7 @@
-"""A number of a config is refused by name, or the run ends with adapters that are finite and have learned.
+"""A number of a config is refused by name, or the run ends with finite adapters that have learned.
 
-Ranges are in ``tests/runs/test_config_check.py``; here runs are made, as few as show it, and key by key with -m slow.
+These tests train: a few runs in the suite, one for each end of each range with -m slow. The ranges themselves are
+tested in ``tests/runs/test_config_check.py``.
 """
 
 import math
@@ -50,7 +51,7 @@ def test_a_run_that_learns_nothing_says_so(tmp_path, capfd):
 
 
 def extremes():
-    """Each number at both ends of its range and at what is special, but for ends that only take memory or time."""
+    """Each number at both ends of its range and at its special value, except ends that only take memory or time."""
     large = ("num_batches", "prompts_per_batch", "minibatch_size", "num_steps", "num_plain_steps", "num_inner_steps")
     large += ("num_candidates", "height", "width", "rank", "num_prompts", "accumulation_steps")
     whole_unet = ("lora.rank", 0)  # which writes no adapters

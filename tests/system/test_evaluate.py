@@ -1,4 +1,4 @@
-"""The evaluation command: its table, its numbers, and a user's mistakes."""
+"""``spo_jax.pair_accuracy``: its table, its numbers, and a user's mistakes."""
 
 import json
 import re
@@ -16,7 +16,7 @@ NUM_PAIRS = 9
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Grey and colourful flat pictures, of which people prefer the colourful ones; the last pair is a tie."""
+    """Grey and colourful flat images, of which people prefer the colourful ones; the last pair is a tie."""
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     lines = []

@@ -1,4 +1,4 @@
-"""The command that fetches, against a small server: it lists, goes on, verifies; each fault has its sentence."""
+"""``spo_jax.fetch`` against a small server: it lists, resumes and verifies; each fault ends with its sentence."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The command that makes pictures: what it says of prompts and places, and what it refuses to write."""
+"""``spo_jax.generate``: what it says of prompts and output files, and what it refuses to write."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ def refused(*arguments):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """The pipeline, with numbers in its decoder that are finite, but too large for pictures that are."""
+    """The pipeline, with finite weights in its decoder that make images which are not finite."""
     folder = shutil.copytree(small_pipeline(), tmp_path / "damaged")
     (file,) = (folder / "vae").glob("*.safetensors")
     tensors = read_tensors(file)

@@ -86,7 +86,7 @@ def test_a_run_that_is_killed_twice_uses_every_good_record_once_an_epoch(data, t
     state = json.loads((tmp_path / "state.json").read_text())["state"]
     assert sum(state["counts"].values()) == state["position"] >= EPOCHS * RECORDS
     assert state["counts"]["used"] == len(rows)
-    # Nobody can tell from the end that it was killed.
+    # The state is that of a loader that was never killed.
     whole = PairLoader(open_pairs(data), batch_size=4, size=(16, 16), seed=7, num_workers=0)
     while whole.state()["position"] < EPOCHS * RECORDS:
         next(whole)

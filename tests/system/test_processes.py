@@ -68,7 +68,7 @@ def test_a_port_in_use(address):
 
 
 def test_two_processes_add_up(address):
-    # A proxy of the environment is not asked for a host of the run.
+    # Processes of a run talk directly, although the environment names a proxy.
     ends = together("tests.system.add_up", address, 2, [0, 1], http_proxy="http://127.0.0.1:9")
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert [output.splitlines()[-1] for _, output, _ in ends] == ["0 2 True 3.0", "1 2 False 3.0"]

@@ -73,7 +73,7 @@ def data(tmp_path_factory):
 
 
 def test_two_processes_evaluate_the_pairs_of_one(data, tmp_path):
-    """The first pairs that can be used, whoever has them; records that cannot are counted in all processes."""
+    """The first usable pairs of all processes together; unusable records are counted in all of them."""
     results = []
     for count in (1, 2):
         out = tmp_path / f"{count}.json"

@@ -78,7 +78,7 @@ def test_evidence_is_written_and_the_update_compiles_once(undisturbed):
         low, high = row["accuracy"]["scorer"]["interval"]
         assert low <= row["accuracy"]["scorer"]["value"] <= high
         assert set(row["gain"]) == {"told_0"}
-    # The start knows no timestep yet, so that telling it makes no difference.
+    # Before training the time layers change nothing, so the timestep makes no difference.
     assert summary["accuracy"]["start"]["701"]["gain"]["told_0"]["value"] == 0
     rows = read_metrics(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 21))
@@ -99,7 +99,7 @@ def test_damaged_records_are_counted_and_every_good_one_is_used_once_an_epoch(un
     records = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))["records"]
     once = Counter(DAMAGE[how][1] for how in TEN_WAYS) | Counter(used=RECORDS - 10)
     assert {name: n for name, n in records.items() if n} == {name: EPOCHS * n for name, n in once.items()}
-    # The rows of damaged records take part in nothing.
+    # Damaged records are not among the pairs of any loss.
     assert sum(row["num_pairs"] for row in read_metrics(workdir / "metrics.jsonl")) == records["used"]
     loader = PairLoader(open_pairs(f"{data}@train"), batch_size=BATCH, size=(32, 32), seed=0, num_workers=0)
     batches = [next(loader) for _ in range(EPOCHS * RECORDS // BATCH)]
@@ -145,7 +145,7 @@ def test_eight_devices_that_split_the_weights_give_the_numbers_of_one(undisturbe
 
 
 def test_spo_takes_the_model_by_its_path(undisturbed, tmp_path):
-    """And trains the whole emoji UNet with it, as the demo does."""
+    """SPO trains the emoji UNet with it, as the demo does."""
     workdir, _ = undisturbed
     arguments = command(tmp_path, scorer__path=workdir / "best", num_batches=1)
     result = run(arguments, environment())
@@ -160,7 +160,7 @@ def test_spo_takes_the_model_by_its_path(undisturbed, tmp_path):
 
 
 def test_a_model_without_the_timestep_from_labels_of_a_judge(tmp_path, data):
-    """The other half of the options at once; the result is a plain CLIP folder."""
+    """With the options that the other runs leave off; the result is a plain CLIP folder."""
     changes = {"scorer.step_aware": False, "labels.judge": "emoji:model/clip", "train.accumulation_steps": 2}
     changes |= {"remat": True, "train.ema_decay": 0.5, "scorer.dtype": "float32", "num_steps": 2, "log_every": 1}
     changes |= {

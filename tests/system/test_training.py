@@ -124,7 +124,7 @@ def test_a_run_that_starts_from_adapters_and_finds_no_pair_writes_the_same(undis
 
 
 def test_a_run_from_adapters_of_all_layers_trains_all_of_them_and_goes_on(tmp_path, prompts):
-    """Each with the file's own rank, split over two devices; and both files of the run hold the same."""
+    """Each layer keeps its rank in the file. On two devices; both files that the run writes hold the same adapters."""
     params = {"unet": read_unet(small_pipeline() / "unet")[1]}
     start = write_kohya(tmp_path / "start.safetensors", random_adapters(params), params["unet"])
     workdir = tmp_path / "w"

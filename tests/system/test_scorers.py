@@ -1,4 +1,4 @@
-"""docs/scorers.md: what it shows is what happens."""
+"""The example of docs/scorers.md: it trains, and a function that does not fit ends with one sentence."""
 
 import json
 import re
