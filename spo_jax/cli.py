@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import functools
 import itertools
@@ -48,6 +49,8 @@ def run(main: Callable[[], None]) -> NoReturn:
                 _fail_among_others(error)
             raise
 
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):  # so that --help lists what is defined here, too
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(guarded, flags_parser=_parse)
 
 
@@ -157,7 +160,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _fail(str(error))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # ml_collections reports an unknown key or a value of the wrong type with Python's own exceptions.
-        _fail(f"{_one_line(error)} (see --help for the flags, and the config file for its keys)")
+        _fail(
+            _unknown_key(argv) or f"{_one_line(error)} (--help lists the flags, docs/commands.md says where keys are)"
+        )
     except Exception as error:  # parsing runs the user's config file, in which anything may fail
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if isinstance(error, SyntaxError) else f" ({Path(place.filename).name}, line {place.lineno})"
@@ -170,6 +175,27 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if any(isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
             _fail(f"--{name}={value} must be a finite number.")
     return rest
+
+
+def _unknown_key(argv: Sequence[str]) -> str | None:
+    """What to say of the first key among the flags that their config does not have, if there is one."""
+    named = [argument.partition("=")[2] for argument in argv if argument.lstrip("-").startswith("config=")]
+    try:
+        config = read_config(named[-1]) if named else None
+    except Exception:  # of the config file, which is what the user is told then
+        return None
+    for argument in argv[1:]:
+        option, *path = argument.lstrip("-").partition("=")[0].split(".")
+        inner = config if option == "config" else None
+        for depth, key in enumerate(path):
+            if not isinstance(inner, ConfigDict):
+                break
+            if key not in inner:
+                close = difflib.get_close_matches(key, list(inner), 1)
+                meant = f"; did you mean {close[0]}?" if close else f"; it has {', '.join(inner)}."
+                return f"{'.'.join(('config', *path[:depth]))} has no key {key!r}{meant}"
+            inner = inner[key]
+    return None
 
 
 def _written_out(argv: Sequence[str]) -> list[str]:
@@ -223,6 +249,8 @@ def _one_line(error: BaseException) -> str:
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if "Traceback (most recent call last)" in text:  # of what get_config raised, as ml_collections puts it
+        text = text.strip().splitlines()[-1].partition(": ")[2]
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -67,7 +67,8 @@ def function_scorer(
     except Exception as error:  # whatever the user's code raises
         raise UserError(
             f"{key}={name} does not run on images {list(images.shape)}, tokens {list(tokens.shape)} and timesteps "
-            f"{list(timesteps.shape)} ({_reason(error)}); it must be written in jax.numpy, without values of arrays."
+            f"{list(timesteps.shape)} ({_reason(error)}); it takes (images, tokens, timesteps) and is written in "
+            "jax.numpy, without values of arrays."
         ) from error
     if not isinstance(result, jax.ShapeDtypeStruct) or (result.shape, result.dtype) != ((num_images,), jnp.float32):
         what = f"{result.dtype} {list(result.shape)}" if isinstance(result, jax.ShapeDtypeStruct) else "no array"

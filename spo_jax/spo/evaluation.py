@@ -107,6 +107,8 @@ def finish(spo: SPO, loop: Loop, workdir: Path, held_out: HeldOut, key: jax.Arra
     xl = spo.pipeline.text_encoder_2 is not None
     write_model_card(workdir / "README.md", summary=summary, metrics=spo.metrics, num_prompts=len(spo.prompts), xl=xl)
     wins = ", ".join(f"{rate:.1%} by {spo.metrics[name].title.lower()}" for name, rate in summary["win_rate"].items())
+    if np.array_equal(base.images, tuned.images):
+        wins = "none, as its images are those of the base model,"
     print(
         f"Tuned model wins on {wins or 'no metric'} of {len(spo.held_out)} held-out prompts.\n"
         f"Report: {workdir / 'report.html'}\nNumbers: {workdir / 'summary.json'}\nAdapters: {workdir}"
