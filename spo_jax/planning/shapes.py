@@ -22,7 +22,7 @@ from spo_jax.formats.base import Base
 from spo_jax.formats.hub import exists, find_file, local, repository_of, with_strength
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.networks import build
-from spo_jax.formats.pipeline import Pipeline, described
+from spo_jax.formats.pipeline import Pipeline, described, with_image_size
 from spo_jax.formats.pipeline_files import open_folder
 from spo_jax.formats.remote import is_weight_file
 from spo_jax.formats.single_file import open_single_file
@@ -104,7 +104,7 @@ def item_bytes(dtype: DTypeLike) -> int:
 
 def make_run(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Assembly:
     """The run of a config on a mesh, which may be abstract as long as no program is compiled; see ``assemble``."""
-    return methods.module_of(config.method, "assemble").assemble(config, mesh, Shapes())
+    return methods.module_of(config.method, "assemble").assemble(config, mesh, Shapes)
 
 
 def extra_bytes(program: Program, run: Assembly) -> int:
@@ -120,7 +120,10 @@ class Shapes:
     package.
     """
 
-    def pipeline(self, base: Base, dtype: DTypeLike, place: Place) -> Pipeline:
+    def __init__(self, place: Place, dtype: DTypeLike) -> None:
+        self._place, self._dtype = place, dtype
+
+    def pipeline(self, base: Base, height: int | None, width: int | None, *, remat: bool) -> Pipeline:
         """``jax.ShapeDtypeStruct`` for parameters, and blank tokenizers.
 
         Raises:
@@ -131,18 +134,11 @@ class Shapes:
             files = open_single_file(path).with_parts(replaced, _known_config)
         else:
             files = open_folder(Path(base.model), None, replaced, _known_config)
-        pipeline = described(files, dtype)
-        return dataclasses.replace(pipeline, params=placed(pipeline.params, place))
+        pipeline = with_image_size(described(files, self._dtype), height, width, remat=remat)
+        return dataclasses.replace(pipeline, params=placed(pipeline.params, self._place))
 
     def clip(
-        self,
-        name: str,
-        part: str,
-        place: Place,
-        *,
-        dtype: DTypeLike,
-        params_dtype: DTypeLike | None = None,
-        step_aware: bool | None = None,
+        self, name: str, part: str, *, params_dtype: DTypeLike | None = None, step_aware: bool | None = None
     ) -> tuple[CLIPModel, PyTree]:
         """A weight file without a ``config.json`` beside it is a ViT-H/14, and so is what is not here and not known:
         every released preference model is one."""
@@ -152,9 +148,9 @@ class Shapes:
         config = known if found is None else read_json(found)
         step_aware = _has_time_layers(name) if step_aware is None else step_aware
         where = f"File {folder / 'config.json'}"
-        clip, shapes = build(CLIPModel, config, dtype, where=where, step_aware=step_aware)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(params_dtype or dtype)), shapes)
-        return clip, placed(shapes, place, (part,))
+        clip, shapes = build(CLIPModel, config, self._dtype, where=where, step_aware=step_aware)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(params_dtype or self._dtype)), shapes)
+        return clip, placed(shapes, self._place, (part,))
 
     def tokenizer(self, name: str, default: Tokenizer, tower: CLIPTextTransformer | None) -> Tokenizer:
         """A blank one of the length that the tower takes."""

@@ -29,31 +29,18 @@ Place = Callable[[tuple[str, ...], tuple[int, ...]], Sharding]  # of a parameter
 
 
 class Load(Protocol):
-    """Where networks come from. All raise UserError for what is not there or does not fit."""
+    """Where networks come from, with weights or with shapes; UserError for what is not there or does not fit."""
 
-    def pipeline(self, base: Base, dtype: DTypeLike, place: Place) -> Pipeline:
-        """A base model; ``place`` gets paths as they are in ``Pipeline.params``."""
+    def __init__(self, place: Place, dtype: DTypeLike) -> None:
+        """``place`` gets the paths of parameters, which begin with their part; networks compute in ``dtype``."""
+
+    def pipeline(self, base: Base, height: int | None, width: int | None, *, remat: bool) -> Pipeline:
+        """A base model for images of a size, see ``with_image_size``."""
 
     def clip(
-        self,
-        name: str,
-        part: str,
-        place: Place,
-        *,
-        dtype: DTypeLike,
-        params_dtype: DTypeLike | None = None,
-        step_aware: bool | None = None,
+        self, name: str, part: str, *, params_dtype: DTypeLike | None = None, step_aware: bool | None = None
     ) -> tuple[CLIPModel, PyTree]:
-        """A CLIP and its parameters.
-
-        Args:
-          name: a folder, a weight file, or org/name@commit.
-          part: the name of its parameters, with which the paths that ``place`` gets begin.
-          place: where each parameter lies.
-          dtype: in which it computes.
-          params_dtype: of its parameters, if another.
-          step_aware: whether it takes timesteps; None: as its weights tell.
-        """
+        """A CLIP and its parameters; ``step_aware`` None: as its weights tell."""
 
     def tokenizer(self, name: str, default: Tokenizer, tower: CLIPTextTransformer | None) -> Tokenizer:
         """A tokenizer by its name, or the default if that is empty, fitted to the text tower that reads its ids."""
@@ -62,7 +49,7 @@ class Load(Protocol):
         """The prompts of a file or data set, at most ``limit`` of them."""
 
     def adapters(self, name: str) -> str:
-        """The name of adapters to start from; empty where they are not to be read."""
+        """The name of adapters to start from, which are checked; empty where they are not to be read."""
 
     def state(self, make: Callable[[PyTree], TrainState], params: PyTree, mesh: Mesh) -> TrainState:
         """The state that ``make`` makes of parameters, on its devices."""

@@ -24,27 +24,24 @@ from spo_jax.types import Tokenizer
 class Weights:
     """See ``assembly.Load``."""
 
-    def pipeline(self, base: Base, dtype: DTypeLike, place: Place) -> Pipeline:
+    def __init__(self, place: Place, dtype: DTypeLike) -> None:
+        self._place, self._dtype = place, dtype
+
+    def pipeline(self, base: Base, height: int | None, width: int | None, *, remat: bool) -> Pipeline:
         """Reads a base model."""
-        return read_base(base, dtype, sharding=place)
+        return read_base(base, self._dtype, height=height, width=width, remat=remat, sharding=self._place)
 
     def clip(
-        self,
-        name: str,
-        part: str,
-        place: Place,
-        *,
-        dtype: DTypeLike,
-        params_dtype: DTypeLike | None = None,
-        step_aware: bool | None = None,
+        self, name: str, part: str, *, params_dtype: DTypeLike | None = None, step_aware: bool | None = None
     ) -> tuple[CLIPModel, PyTree]:
         """Reads a CLIP."""
-
-        def below(path: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
-            return place((part, *path), shape)
-
-        clip, params = read_clip(name, step_aware=step_aware, dtype=params_dtype or dtype, sharding=below)
-        return clip.clone(dtype=dtype), params
+        clip, params = read_clip(
+            name,
+            step_aware=step_aware,
+            dtype=params_dtype or self._dtype,
+            sharding=lambda path, shape: self._place((part, *path), shape),
+        )
+        return clip.clone(dtype=self._dtype), params
 
     def tokenizer(self, name: str, default: Tokenizer, tower: CLIPTextTransformer | None) -> Tokenizer:
         """Reads a tokenizer."""

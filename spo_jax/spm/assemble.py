@@ -33,7 +33,7 @@ from spo_jax.evaluation.pair_accuracy import (
     make_accuracy_programs,
 )
 from spo_jax.formats.base import base_of_config
-from spo_jax.formats.pipeline import Pipeline, with_image_size
+from spo_jax.formats.pipeline import Pipeline
 from spo_jax.models.clip import CLIPModel
 from spo_jax.preference.scorers import ImageScorer, make_clip_scorer, score_pairs
 from spo_jax.runs.assembly import Load, Program, key_shape, on_all, shapes_of, sharded, split
@@ -48,37 +48,21 @@ from spo_jax.types import LabelledPairs
 
 @dataclasses.dataclass(frozen=True)
 class SPM:
-    """See ``assembly.Assembly``.
-
-    Attributes:
-      config: of the run.
-      mesh: the devices.
-      pipeline: the frozen base model, for images of the config's size.
-      clip: the preference model.
-      tokenizers: of everyone who reads captions.
-      asked: the scorers that validation measures; the first is the preference model.
-      frozen: the base model's parameters by part, and the labeller's.
-      fixed: parameters of the measured scorers that are not trained, by name.
-      seen: how pairs are seen.
-      relabel: labels pairs anew; None where the labels of the data stay.
-      learning_rate: over the optimizer's steps.
-      optimizer: of the preference model.
-      state: before the first step.
-    """
+    """See ``assembly.Assembly``."""
 
     config: ConfigDict
     mesh: Mesh
-    pipeline: Pipeline
-    clip: CLIPModel
+    pipeline: Pipeline  # the frozen base model, for images of the config's size
+    clip: CLIPModel  # the preference model
     tokenizers: Tokenizers
-    asked: dict[str, AskedScorer]
-    frozen: dict[str, PyTree]
-    fixed: dict[str, PyTree]
+    asked: dict[str, AskedScorer]  # the scorers that validation measures; the first is the preference model
+    frozen: dict[str, PyTree]  # the base model's parameters by part, and the labeller's
+    fixed: dict[str, PyTree]  # those of measured scorers that are not trained
     seen: SeenPairs
-    relabel: Relabel | None
+    relabel: Relabel | None  # None where the labels of the data stay
     learning_rate: optax.Schedule
     optimizer: Optimizer
-    state: TrainState
+    state: TrainState  # before the first step
 
     @property
     def scorer(self) -> ImageScorer:
@@ -112,7 +96,7 @@ class SPM:
         return {program.name: program for make in made for program in [make(self)]}
 
 
-def assemble(config: ConfigDict, mesh: Mesh, load: Load) -> SPM:
+def assemble(config: ConfigDict, mesh: Mesh, load: type[Load]) -> SPM:
     """Makes what a run of the config needs, but the pairs.
 
     Args:
@@ -123,36 +107,29 @@ def assemble(config: ConfigDict, mesh: Mesh, load: Load) -> SPM:
     Raises:
       UserError: a network is not there, or something does not fit together.
     """
-    place, dtype = functools.partial(weight_sharding, mesh), jnp.dtype(config.dtype)
-    pipeline = load.pipeline(base_of_config(config), dtype, place)
-    pipeline = with_image_size(pipeline, config.height, config.width)
-    clip, start = load.clip(
-        config.scorer.init,
-        "scorer",
-        place,
-        dtype=dtype,
-        params_dtype=jnp.float32,
-        step_aware=config.scorer.step_aware,
-    )
+    loaded = load(functools.partial(weight_sharding, mesh), jnp.dtype(config.dtype))
+    pipeline = loaded.pipeline(base_of_config(config), config.height, config.width, remat=False)
+    step_aware = config.scorer.step_aware
+    clip, start = loaded.clip(config.scorer.init, "scorer", params_dtype=jnp.float32, step_aware=step_aware)
     frozen, fixed = dict(pipeline.params), {}
     if config.labels.judge:
-        labeller_clip, frozen["labeller"] = load.clip(config.labels.judge, "labeller", place, dtype=dtype)
+        labeller_clip, frozen["labeller"] = loaded.clip(config.labels.judge, "labeller")
     if config.validation.plain:
-        plain_clip, fixed[PLAIN] = load.clip(config.validation.plain, "plain", place, dtype=dtype)
+        plain_clip, fixed[PLAIN] = loaded.clip(config.validation.plain, "plain")
     clip = clip.clone(remat=config.remat)
-    tokenizer = load.tokenizer(config.scorer.tokenizer, pipeline.tokenizer, clip.tower)
+    tokenizer = loaded.tokenizer(config.scorer.tokenizer, pipeline.tokenizer, clip.tower)
     tokenizers, relabel = Tokenizers(pipeline, tokenizer), None
     if config.labels.judge:
-        reads = load.tokenizer(config.labels.tokenizer, pipeline.tokenizer, labeller_clip.tower)
+        reads = loaded.tokenizer(config.labels.tokenizer, pipeline.tokenizer, labeller_clip.tower)
         tokenizers = tokenizers._replace(labeller=reads)
         # It sees the images themselves, as CLIP's own image processor would show them.
         relabel = make_relabel(make_clip_scorer(labeller_clip, antialias=True), config.labels.threshold)
     scorer = make_clip_scorer(clip)
     asked = {SCORER: AskedScorer(scorer, tokenizer)}
-    if config.scorer.step_aware:
+    if step_aware:
         asked[TOLD_0] = AskedScorer(scorer, tokenizer, step_aware=False)
     if config.validation.plain:
-        reads = load.tokenizer("", tokenizer, plain_clip.tower)
+        reads = loaded.tokenizer("", tokenizer, plain_clip.tower)
         asked[PLAIN] = AskedScorer(make_clip_scorer(plain_clip), reads, step_aware=False)
     # Only the timesteps of training matter; the number of sampling steps plays no part.
     process = make_schedule(pipeline.scheduler_config, num_steps=1)
@@ -174,7 +151,7 @@ def assemble(config: ConfigDict, mesh: Mesh, load: Load) -> SPM:
         relabel=relabel,
         learning_rate=learning_rate,
         optimizer=optimizer,
-        state=load.state(lambda params: TrainState.create(params, optimizer), start, mesh),
+        state=loaded.state(lambda params: TrainState.create(params, optimizer), start, mesh),
     )
 
 

@@ -30,7 +30,7 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
         model card, ``README.md``.
     """
     began = time.time()
-    spm = assemble(config, mesh, Weights())
+    spm = assemble(config, mesh, Weights)
     pairs_key = rng.stream(jax.random.key(config.seed), "pairs")
 
     # Beside the arrays: where the data stand, metrics that are not logged yet, and the accuracies so far by step.

@@ -27,13 +27,12 @@ from spo_jax.evaluation.measure import make_measure_batch
 from spo_jax.evaluation.metrics import METRICS, EncodeText, Metric, MetricSetup, NamedScorer
 from spo_jax.formats.base import base_of_config
 from spo_jax.formats.lora import starting_lora
-from spo_jax.formats.pipeline import Pipeline, with_image_size
+from spo_jax.formats.pipeline import Pipeline
 from spo_jax.formats.scorers import function_scorer
 from spo_jax.formats.tokenizers import tokenize
 from spo_jax.preference.losses import OBJECTIVES, LossOptions, Objective
 from spo_jax.preference.scorers import (
     SCORERS,
-    ImageScorer,
     Scorer,
     ScorerSetup,
     make_clip_scorer,
@@ -63,37 +62,21 @@ CLIP = "clip"  # the part of the CLIP that ``config.evaluation.judge`` names
 
 @dataclasses.dataclass(frozen=True)
 class SPO:
-    """See ``assembly.Assembly``.
-
-    Attributes:
-      config: of the run.
-      mesh: the devices.
-      prompts: to train on.
-      held_out: prompts to measure on.
-      pipeline: the base model, for images of the config's size.
-      scorer: SPO's.
-      tokenizer: of the scorer's text.
-      metrics: by name, those that ``config.evaluation.metrics`` names.
-      params: frozen parameters by part.
-      process: of the sampling.
-      objective: that ``config.loss.kind`` names.
-      optimizer: of what is trained.
-      state: before the first update.
-    """
+    """See ``assembly.Assembly``."""
 
     config: ConfigDict
     mesh: Mesh
-    prompts: list[str]
-    held_out: list[str]
-    pipeline: Pipeline
+    prompts: list[str]  # to train on
+    held_out: list[str]  # to measure on
+    pipeline: Pipeline  # for images of the config's size
     scorer: Scorer
-    tokenizer: Tokenizer
-    metrics: dict[str, Metric]
-    params: dict[str, PyTree]
+    tokenizer: Tokenizer  # of the scorer's text
+    metrics: dict[str, Metric]  # those that the config names
+    params: dict[str, PyTree]  # frozen ones, by part
     process: Schedule
     objective: Objective
     optimizer: Optimizer
-    state: TrainState
+    state: TrainState  # before the first update
 
     @property
     def text_params(self) -> dict[str, PyTree]:
@@ -133,7 +116,7 @@ class SPO:
         return {program.name: program for make in made for program in [make(self)]}
 
 
-def assemble(config: ConfigDict, mesh: Mesh, load: Load) -> SPO:
+def assemble(config: ConfigDict, mesh: Mesh, load: type[Load]) -> SPO:
     """Makes what a run of the config needs.
 
     Args:
@@ -144,23 +127,19 @@ def assemble(config: ConfigDict, mesh: Mesh, load: Load) -> SPO:
     Raises:
       UserError: prompts or a network are not there, or something does not fit together.
     """
-    place = weight_placement(mesh, offload=config.offload)
-    prompts = load.prompts(config.prompts)
-    held_out = load.prompts(config.evaluation.prompts, config.evaluation.num_prompts)
-    adapters = load.adapters(config.lora.init)
-    pipeline = load.pipeline(base_of_config(config), jnp.dtype(config.dtype), place)
-    pipeline = with_image_size(pipeline, config.sampling.height, config.sampling.width)
-    pipeline = dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=config.remat))
+    loaded = load(weight_placement(mesh, offload=config.offload), jnp.dtype(config.dtype))
+    prompts = loaded.prompts(config.prompts)
+    held_out = loaded.prompts(config.evaluation.prompts, config.evaluation.num_prompts)
+    adapters = loaded.adapters(config.lora.init)
+    size = config.sampling.height, config.sampling.width
+    pipeline = loaded.pipeline(base_of_config(config), *size, remat=config.remat)
     process = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
     check_trainable(process)
-    params = dict(pipeline.params)
-    image_scorer = _image_scorer(config, pipeline, params, mesh, load)
-    tower = None if image_scorer is None else image_scorer.tower
-    tokenizer = load.tokenizer(config.scorer.tokenizer, pipeline.tokenizer, tower)
-    setup = ScorerSetup(config.scorer, image_scorer, make_decode(pipeline), mesh.size)
+    preference, scorer_params = _image_scorer(config, pipeline, mesh, loaded)
+    setup = ScorerSetup(config.scorer, preference and preference.scorer, make_decode(pipeline), mesh.size)
     scorer = SCORERS[config.scorer.kind](setup)
-    preference = None if image_scorer is None else NamedScorer(image_scorer, "scorer", tokenizer)
-    metrics = _open_metrics(config, mesh, pipeline, params, load, preference)
+    metrics, metric_params = _metrics(config, pipeline, loaded, preference)
+    params = {**pipeline.params, **scorer_params, **metric_params}
     optimizer = make_optimizer(config.train)
 
     def first_state(unet: PyTree) -> TrainState:
@@ -177,48 +156,38 @@ def assemble(config: ConfigDict, mesh: Mesh, load: Load) -> SPO:
         held_out=held_out,
         pipeline=pipeline,
         scorer=scorer,
-        tokenizer=tokenizer,
+        tokenizer=pipeline.tokenizer if preference is None else preference.tokenizer,
         metrics=metrics,
         params=params,
         process=process,
         objective=OBJECTIVES[config.loss.kind],
         optimizer=optimizer,
-        state=load.state(first_state, params["unet"], mesh),
+        state=loaded.state(first_state, params["unet"], mesh),
     )
 
 
-# ------------------------------------------------------------------------------------------------ scorer and metrics
 def _image_scorer(
-    config: ConfigDict,
-    pipeline: Pipeline,
-    params: dict[str, PyTree],
-    mesh: Mesh,
-    load: Load,
-) -> ImageScorer | None:
-    """The scorer of images behind SPO's, if it has one; adds its parameters."""
+    config: ConfigDict, pipeline: Pipeline, mesh: Mesh, loaded: Load
+) -> tuple[NamedScorer | None, dict[str, PyTree]]:
+    """The scorer of images behind SPO's, if it has one, and its parameters."""
     settings = config.scorer
     if settings.fn:
-        count = config.prompts_per_batch * config.sampling.num_candidates
-        size = piece_size(count, mesh.size, settings.chunk)
-        tokenizer = load.tokenizer(settings.tokenizer, pipeline.tokenizer, None)
-        params["scorer"] = {}
-        return function_scorer(settings.fn, num_images=size, image_size=pipeline.image_size, tokenizer=tokenizer)
+        size = piece_size(config.prompts_per_batch * config.sampling.num_candidates, mesh.size, settings.chunk)
+        tokenizer = loaded.tokenizer(settings.tokenizer, pipeline.tokenizer, None)
+        scorer = function_scorer(settings.fn, num_images=size, image_size=pipeline.image_size, tokenizer=tokenizer)
+        return NamedScorer(scorer, "scorer", tokenizer), {"scorer": {}}
     if settings.kind != "image":
-        return None
-    place = weight_placement(mesh, offload=config.offload)
-    clip, params["scorer"] = load.clip(settings.path, "scorer", place, dtype=jnp.dtype(config.dtype))
-    return make_clip_scorer(clip)
+        return None, {}
+    clip, params = loaded.clip(settings.path, "scorer")
+    tokenizer = loaded.tokenizer(settings.tokenizer, pipeline.tokenizer, clip.tower)
+    return NamedScorer(make_clip_scorer(clip), "scorer", tokenizer), {"scorer": params}
 
 
-def _open_metrics(
-    config: ConfigDict,
-    mesh: Mesh,
-    pipeline: Pipeline,
-    params: dict[str, PyTree],
-    load: Load,
-    preference: NamedScorer | None,
-) -> dict[str, Metric]:
-    """The metrics that the config names; adds their parameters."""
+def _metrics(
+    config: ConfigDict, pipeline: Pipeline, loaded: Load, preference: NamedScorer | None
+) -> tuple[dict[str, Metric], dict[str, PyTree]]:
+    """The metrics that the config names, and the parameters that only they read."""
+    params: dict[str, PyTree] = {}
 
     def of_preference() -> NamedScorer:
         if preference is None:
@@ -230,13 +199,11 @@ def _open_metrics(
 
     @functools.cache
     def of_clip() -> NamedScorer:
-        place, dtype = weight_placement(mesh, offload=config.offload), jnp.dtype(config.dtype)
-        clip, params[CLIP] = load.clip(config.evaluation.judge, CLIP, place, dtype=dtype, step_aware=False)
-        scorer = make_clip_scorer(clip)
-        return NamedScorer(scorer, CLIP, load.tokenizer("", pipeline.tokenizer, clip.tower))
+        clip, params[CLIP] = loaded.clip(config.evaluation.judge, CLIP, step_aware=False)
+        return NamedScorer(make_clip_scorer(clip), CLIP, loaded.tokenizer("", pipeline.tokenizer, clip.tower))
 
     setup = MetricSetup(of_preference, of_clip)
-    return {name: METRICS[name](setup) for name in config.evaluation.metrics}
+    return {name: METRICS[name](setup) for name in config.evaluation.metrics}, params
 
 
 # --------------------------------------------------------------------------------------------------------- programs

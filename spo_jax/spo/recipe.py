@@ -34,7 +34,7 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
         ``report.html`` and a model card, ``README.md``.
     """
     began = time.time()
-    spo = assemble(config, mesh, Weights())
+    spo = assemble(config, mesh, Weights)
     say(cut_texts(spo, spo.prompts, "training prompts"), cut_texts(spo, spo.held_out, "held-out prompts"))
 
     root, rows = jax.random.key(config.seed), []

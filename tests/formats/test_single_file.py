@@ -400,6 +400,6 @@ def test_training_the_whole_unet_of_a_file_leaves_a_folder(tmp_path, small_file)
 def test_a_plan_takes_a_file(small_file):
     path, pipeline = small_file
     place = lambda names, shape: None  # noqa: E731
-    planned = Shapes().pipeline(Base(str(path)), jnp.float32, place)
+    planned = Shapes(place, jnp.float32).pipeline(Base(str(path)), None, None, remat=False)
     assert planned.unet == pipeline.unet
     chex.assert_trees_all_equal_shapes(planned.params, pipeline.params)

@@ -198,7 +198,7 @@ def test_one_batch_of_training_with_inner_steps(small):
     config.sampling.update(sizes)
     config.model, config.scorer.fn = str(small), "tests.scorers:brightness"
     config.evaluation.metrics, config.lora.rank = ("colorfulness",), 2
-    spo = assemble(config, make_mesh(-1, 1), Weights())
+    spo = assemble(config, make_mesh(-1, 1), Weights)
     prompts = shard_prompts(encode_texts(spo, PROMPTS * 4), spo.mesh)
     assert len(prompts.added.pooled.sharding.device_set) == 8
 

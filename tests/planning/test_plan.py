@@ -85,31 +85,35 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch):
 )
 def test_published_pipelines_need_no_file(config, parameters):
     mesh = make_mesh(1, 8)
-    pipeline = Shapes().pipeline(base_of_config(config), jnp.bfloat16, functools.partial(weight_sharding, mesh))
+    pipeline = Shapes(functools.partial(weight_sharding, mesh), jnp.bfloat16).pipeline(
+        base_of_config(config), None, None, remat=False
+    )
     assert num_parameters(pipeline.params) == parameters
     assert 2 * parameters / 8 <= device_bytes(pipeline.params) < 2.1 * parameters / 8, "each of eight has an eighth"
 
 
 def test_a_preference_model_that_is_not_here_is_a_vit_h_and_a_plain_one_is_known_by_its_name():
     place = lambda _path, _shape: replicated(make_mesh(-1, 1))  # noqa: E731
-    _, released = Shapes().clip("not/here.bin", "scorer", place, dtype=jnp.bfloat16)
+    _, released = Shapes(place, jnp.bfloat16).clip("not/here.bin", "scorer")
     assert num_parameters(released) == pytest.approx(1.306e9, rel=1e-3)
     pickscore = spm_sd15.get_config().validation.plain
-    _, plain = Shapes().clip(pickscore, "scorer", place, dtype=jnp.bfloat16)
+    _, plain = Shapes(place, jnp.bfloat16).clip(pickscore, "scorer")
     assert num_parameters(plain) == 986_109_441
-    _, timed = Shapes().clip(pickscore, "scorer", place, dtype=jnp.bfloat16, step_aware=True)
+    _, timed = Shapes(place, jnp.bfloat16).clip(pickscore, "scorer", step_aware=True)
     assert num_parameters(timed) == num_parameters(released)
 
 
 @pytest.mark.parametrize("name, timed", [("emoji:model/clip", False), ("emoji:model/scorer", True)])
 def test_a_clip_that_is_here_has_time_layers_if_its_weights_have_them(name, timed):
-    clip, shapes = Shapes().clip(name, "scorer", lambda *_: replicated(make_mesh(-1, 1)), dtype=jnp.float32)
+    clip, shapes = Shapes(lambda *_: replicated(make_mesh(-1, 1)), jnp.float32).clip(name, "scorer")
     assert (clip.step_aware, "t_embedder" in shapes) == (timed, timed)
 
 
 def test_a_model_of_unknown_size_is_refused_with_those_that_are_known():
     with pytest.raises(UserError, match=r"'no/model' has no model_index\.json here.*stable-diffusion-xl-base-1\.0"):
-        Shapes().pipeline(Base("no/model"), jnp.bfloat16, lambda _path, _shape: replicated(make_mesh(-1, 1)))
+        Shapes(lambda *_: replicated(make_mesh(-1, 1)), jnp.bfloat16).pipeline(
+            Base("no/model"), None, None, remat=False
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------- walk

@@ -77,7 +77,7 @@ def test_training_calls_the_programs_that_are_planned_with_what_is_planned(metho
         config.mesh.data, config.mesh.fsdp = -1, 1
     monkeypatch.setattr(recipe, "assemble", recorded)
     methods.train(config, tmp_path / "run")
-    plan = methods.module_of(method, "assemble").assemble(config, mesh, Shapes())
+    plan = methods.module_of(method, "assemble").assemble(config, mesh, Shapes)
     assert set(calls) == set(plan.programs), "all that is planned is run, and all that is run is planned"
     leaf = {"is_leaf": lambda x: isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], jax.sharding.Sharding)}
     for name, program in plan.programs.items():

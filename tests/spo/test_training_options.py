@@ -313,7 +313,7 @@ def test_split_weights_and_state_give_the_update_of_whole_ones():
     config.sampling.num_steps, config.sampling.num_plain_steps, config.sampling.num_candidates = 4, 2, 2
     results = []
     for fsdp in (1, 8):
-        spo = assemble(config, make_mesh(data=-1, fsdp=fsdp), Weights())
+        spo = assemble(config, make_mesh(data=-1, fsdp=fsdp), Weights)
         prompts = shard_prompts(encode_texts(spo, ["a fox on a teal background"] * 8), spo.mesh)
         rollout, num_valid = collect(spo, spo.state, prompts, jax.random.key(2))
         shardings = jax.tree.map(lambda x: x.sharding, spo.state)
