@@ -23,8 +23,8 @@ Product = Callable[[jax.Array, jax.Array], jax.Array]  # of inputs and a kernel
 
 
 def low_rank(
-    x: Float[Array, "*b i"], a: jax.Array, b: Float[Array, "r o"], product: Product = operator.matmul
-) -> Float[Array, "*b o"]:
+    x: Float[Array, "... i"], a: jax.Array, b: Float[Array, "r o"], product: Product = operator.matmul
+) -> Float[Array, "... o"]:
     """``product(x, A) B`` in float32, of inputs in any dtype; ``A`` is [i, r], or the kernel of a convolution."""
     x, (a, b) = tied(x, (a, b))
     return product(x.astype(jnp.float32), a) @ b

@@ -63,7 +63,7 @@ class AutoencoderKL(nn.Module):
         if self.use_post_quant_conv:
             self.post_quant_conv = Conv(self.latent_channels, (1, 1), dtype=self.dtype)
 
-    def encode(self, images: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    def encode(self, images: Float[Array, "b H W p"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         """Mean and log-variance (clipped to [-30, 20]) of the posterior, [B, h, w, latent_channels] each."""
         moments = self.encoder(images.astype(self.dtype))
         if self.use_quant_conv:
@@ -71,14 +71,14 @@ class AutoencoderKL(nn.Module):
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
-    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W p"]:
         """Images, about in [-1, 1] (not clipped), from latents that are already divided by ``scaling_factor``."""
         latents = latents.astype(self.dtype)
         if self.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
 
-    def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
+    def __call__(self, images: Float[Array, "b H W p"]) -> Float[Array, "b H W p"]:
         """Reconstruction from the posterior mean."""
         return self.decode(self.encode(images)[0])
 
