@@ -71,14 +71,14 @@ class AutoencoderKL(nn.Module):
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
-    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W p"]:
+    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W q"]:
         """Images, about in [-1, 1] (not clipped), from latents that are already divided by ``scaling_factor``."""
         latents = latents.astype(self.dtype)
         if self.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
 
-    def __call__(self, images: Float[Array, "b H W p"]) -> Float[Array, "b H W p"]:
+    def __call__(self, images: Float[Array, "b H W p"]) -> Float[Array, "b H W q"]:
         """Reconstruction from the posterior mean."""
         return self.decode(self.encode(images)[0])
 
