@@ -59,7 +59,7 @@ def make_sample(pipeline: Pipeline, schedule: Schedule, options: SamplingOptions
         variables: PyTree,
         prompts: PromptBatch,
         initial: Float[Array, "b h w c"],
-        noise: Float[Array, "n b h w c"] | None,
+        noise: Float[Array, "n b h w c"] | None = None,
     ) -> Float[Array, "b h w c"]:
         def predict(latents: jax.Array, timestep: jax.Array) -> jax.Array:
             return predict_guided(variables, latents, jnp.full((latents.shape[0],), timestep), prompts)
@@ -80,7 +80,7 @@ def make_generate(pipeline: Pipeline, schedule: Schedule, options: SamplingOptio
         variables: PyTree,
         prompts: PromptBatch,
         initial: jax.Array,
-        noise: jax.Array | None,
+        noise: jax.Array | None = None,
     ) -> jax.Array:
         return decode(params, sample_latents(variables, prompts, initial, noise))
 
