@@ -119,7 +119,7 @@ def seed_flag(meaning: str) -> flags.FlagHolder:
 
 def side_flag(name: str) -> flags.FlagHolder:
     """Defines --height or --width."""
-    meaning = "Of a picture, in pixels; what the model was trained for by default."
+    meaning = "Of an image, in pixels; what the model was trained for by default."
     return flags.DEFINE_integer(name, None, meaning, lower_bound=1, upper_bound=2**14)
 
 

@@ -202,6 +202,7 @@ def _text(value: object) -> str:
 
 def _number(value: object) -> float:
     try:
+        # A table may hold anything, so the type is not known here; what float() does not take is caught below.
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return math.nan

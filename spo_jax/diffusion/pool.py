@@ -59,6 +59,10 @@ class PoolOptions:
     eta: float = 1.0
     continuation: str = "random"
 
+    def __post_init__(self) -> None:
+        if self.continuation not in CONTINUATIONS:
+            raise ValueError(f"continuation must be one of {CONTINUATIONS}, not {self.continuation!r}.")
+
 
 class _Look(NamedTuple):
     """Latents [B, n, h, w, c] and what the network predicts from them: clean latents and noise of the same shape."""
@@ -91,8 +95,6 @@ def sample_pool(
     Raises:
       AssertionError: shapes of ``noise``, of a model output or of scores are not those above.
     """
-    if options.continuation not in CONTINUATIONS:
-        raise ValueError(f"continuation must be one of {CONTINUATIONS}, not {options.continuation!r}.")
     first = options.num_plain_steps
     timesteps, previous_timesteps = process.timesteps, process.previous_timesteps
     batch_size, num_candidates = noise.candidates.shape[1:3]

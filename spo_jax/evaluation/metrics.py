@@ -133,18 +133,18 @@ METRICS: dict[str, Callable[[MetricSetup], Metric]] = {
 
 
 def colorfulness(images: Float[Array, "*n h w 3"]) -> Float[Array, "*n"]:
-    """Colourfulness metric M3 of each picture.
+    """Colourfulness metric M3 of each image.
 
     With the opponent axes ``rg = R - G`` and ``yb = (R + G) / 2 - B`` it is
-    ``sqrt(std(rg)^2 + std(yb)^2) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2)``, on pixel values of 0 to 255. Gray pictures
+    ``sqrt(std(rg)^2 + std(yb)^2) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2)``, on pixel values of 0 to 255. Gray images
     score 0, about 15 is "slightly colourful", about 109 "extremely colourful". Values outside [-1, 1], as a decoder may
-    give them, are clipped first, because a stored picture could not show them.
+    give them, are clipped first, because a stored image could not show them.
 
     Args:
         images: RGB values in [-1, 1], any leading axes, any float type.
 
     Returns:
-        One float32 score >= 0 per picture, in units of 8-bit pixel values.
+        One float32 score >= 0 per image, in units of 8-bit pixel values.
 
     Source: D. Hasler and S. Suesstrunk, "Measuring colourfulness in natural images", SPIE 5007, 2003.
     """

@@ -134,7 +134,7 @@ def preprocess_images(
 
 
 def resized(height: int, width: int, size: int, *, antialias: bool) -> tuple[int, int]:
-    """Height and width of a picture whose shorter side becomes ``size``, see ``preprocess_images``.
+    """Height and width of an image whose shorter side becomes ``size``, see ``preprocess_images``.
 
     The longer side is rounded, or with ``antialias`` rounded down as CLIP's image processor has it. There the order
     counts: size * long / short is the exact quotient rounded once, long * (size / short) may fall below a whole number.
@@ -159,7 +159,7 @@ def make_clip_scorer(clip: CLIPModel, *, antialias: bool = False) -> ImageScorer
         pixels = preprocess_images(images, clip.image_size, antialias=antialias)
         times = (timesteps,) if clip.step_aware else ()
         image = _unit(clip.apply({"params": params}, pixels, *times, method=clip.image_features))
-        chex.assert_equal_shape([image, text])  # one text for all pictures would be broadcast
+        chex.assert_equal_shape([image, text])  # one text for all images would be broadcast
         return jnp.exp(params["logit_scale"].astype(jnp.float32)) * (image * text).sum(axis=-1)
 
     return ImageScorer(encode_text, score, clip.tower)

@@ -1,8 +1,8 @@
 """What a method is made of, with weights or with shapes only: training runs it, the plan compiles it.
 
 load ---> pipeline, scorers, tokenizers ---> state, programs
-  weights: arrays on their devices               runs/recipe
-  shapes:  jax.ShapeDtypeStruct with shardings   planning
+  weights: arrays on their devices               runs/load.py
+  shapes:  jax.ShapeDtypeStruct with shardings   planning/shapes.py
 """
 
 from __future__ import annotations

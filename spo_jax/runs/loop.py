@@ -1,12 +1,12 @@
 """The loop of a run, whatever its method: restoring, SIGTERM, progress, metrics, saving.
 
-with Loop(config, workdir, state, ...) as loop:
+with Loop(folder, state, Unit("SPO", "batch", 60)) as loop:    from the last checkpoint on
     for step in loop.steps():
-        ...                             compute
-        loop.advance(state)             one step is done
-        loop.log(row)                   stops the run if a number is not finite
+        ...                                                    computes the next state
+        loop.advance(state)                                    one step is done
+        loop.log(row)                                          ends the run if a number is not finite
         if loop.due(every): loop.save()
-    (the end saves what is not saved)
+(the end saves what is not saved)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which judge a config names, and what becomes of a user's own function."""
+"""Which scorer a config names, and what becomes of a user's own function."""
 
 from functools import partial
 
