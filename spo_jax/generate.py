@@ -7,7 +7,6 @@ python -m spo_jax.generate --model=DIR --lora=runs/tiny:0.8 --lora=style.safeten
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from spo_jax import cli, rng
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 from spo_jax.files import check_place, saying_where
 
 MODEL = flags.DEFINE_string(
@@ -98,7 +97,7 @@ def main() -> None:
             "less --zoom."
         )
     if warning := cut_warning(tokenizers_of(pipeline), [*prompts, NEGATIVE_PROMPT.value]):
-        print(f"spo_jax: {warning}", file=sys.stderr)
+        notice(warning)
     lora = read_adapters(LORA.value, pipeline.params)
     variables = {"params": pipeline.params["unet"]} | ({"lora": lora["unet"]} if "unet" in lora else {})
     params = {**pipeline.params, "lora": lora}

@@ -23,6 +23,7 @@ import jaxtyping
 import pytest
 
 import tests.shapes  # noqa: F401 (named below)
+from spo_jax import errors
 
 # What `-m fast` runs: modules without PyTorch, and quick, because they compile no network.
 FAST = {
@@ -68,3 +69,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _is_fast(item.path) and item.get_closest_marker("slow") is None:
             item.add_marker("fast")
+
+
+@pytest.fixture(autouse=True)
+def _notices_are_said_again() -> None:
+    """A process says a sentence once; each test is to see those of its own."""
+    errors.notice.cache_clear()

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from spo_jax.data.prompts import TFDS
 from spo_jax.distributed.agreement import agree_text, everyone
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 from spo_jax.formats import download
 from spo_jax.formats.download import RemoteFile, Unreachable, in_bytes
 from spo_jax.formats.hub import exists, local, not_here, remote_of, with_strength
@@ -148,7 +148,7 @@ def look_up(config: ConfigDict, known: Mapping[str, str]) -> dict[str, str]:
             try:
                 with _named_key(artifact):
                     pins[moving] = download.commit_of(remote)
-                print(f"spo_jax: config.{artifact.key}={artifact.name} is at commit {pins[moving]}.", file=sys.stderr)
+                notice(f"config.{artifact.key}={artifact.name} is at commit {pins[moving]}.")
             except Unreachable:
                 unreachable = True
     return pins
@@ -222,7 +222,7 @@ def fetch_missing(stocks: Sequence[Stock]) -> None:
 
     for stock in sorted(lacking, key=size_of):  # the small ones first: what is wrong with them shows soon
         size = f", {in_bytes(size_of(stock))}" if size_of(stock) else ""
-        print(f"spo_jax: fetching {stock.artifact.what}{size}: {stock.remote}", file=sys.stderr)
+        notice(f"fetching {stock.artifact.what}{size}: {stock.remote}")
         for file in stock.lacking:
             try:
                 download.fetch(stock.remote, file, again=file in stock.damaged)

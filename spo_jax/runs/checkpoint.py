@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import sys
 import textwrap
 import zlib
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from spo_jax.distributed.agreement import agree
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 from spo_jax.files import write_text
 from spo_jax.runs.artifacts import PINS_FILE
 
@@ -158,10 +157,9 @@ def _choose(directory: Path) -> int:
         )
         aside = next(name for name in names if not (directory / name).exists())
         (directory / str(damaged)).rename(directory / aside)
-        print(
-            f"spo_jax: warning: checkpoint {directory / str(damaged)} is damaged ({fault}); going on from checkpoint "
-            f"{step} instead. The damaged one is now {aside}.",
-            file=sys.stderr,
+        notice(
+            f"warning: checkpoint {directory / str(damaged)} is damaged ({fault}); going on from checkpoint {step} "
+            f"instead. The damaged one is now {aside}."
         )
     return step
 

@@ -29,6 +29,7 @@ from spo_jax.runs.metrics import MetricsWriter, check_finite
 from spo_jax.runs.state import TrainState
 
 PROFILE_FOLDER = "profile"
+COMPILING = "compiling"  # what stands beside the progress bar until the first step of a process is done
 T = TypeVar("T")
 
 
@@ -117,6 +118,7 @@ class Loop:
         ``config.profile`` of them are traced, after the first one of this process, which compiles.
         """
         traced = range(self.first + 1, self.first + 1 + self._config.profile)
+        self.progress.set_postfix_str(COMPILING)
         with contextlib.ExitStack() as trace:
             for step in range(self.first, self._unit.total):
                 if traced and step == traced.start:
@@ -140,6 +142,7 @@ class Loop:
     def advance(self, state: TrainState) -> None:
         """Takes the state of one step more."""
         self.state, self.finished = state, self.finished + 1
+        self.progress.set_postfix_str("", refresh=False)
         self.progress.update()
 
     def log(self, row: Mapping[str, float], *shown: str) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from spo_jax.distributed.agreement import agree
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 from spo_jax.files import write_text
 from spo_jax.runs.metrics import METRICS_FILE, read_metrics
 
@@ -164,7 +164,7 @@ def finished() -> Iterator[None]:
 
 
 def _warn(error: Exception) -> None:
-    print(f"spo_jax: warning: W&B failed ({_reason(error)}); what it lacks is in {METRICS_FILE}.", file=sys.stderr)
+    notice(f"warning: W&B failed ({_reason(error)}); what it lacks is in {METRICS_FILE}.")
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Checkpoints: bits and devices of what is restored, damaged ones, full disks, and a workdir of another config."""
 
 import gc
+import importlib
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from pathlib import Path
 
 import chex
 import jax
@@ -374,6 +376,16 @@ def test_a_run_from_before_a_key_was_added_goes_on_where_the_key_has_the_old_mea
     checkpoint.check_workdir(tmp_path / "w", old | same)
     with pytest.raises(UserError, match=message):
         checkpoint.check_workdir(tmp_path / "w", old | other)
+
+
+@pytest.mark.parametrize("name", ["tiny", "sd15", "sdxl", "spm_tiny", "spm_sd15", "spm_sdxl"])
+def test_a_run_of_a_shipped_config_from_before_the_rooms_goes_on(tmp_path, name):
+    recorded = Path(__file__).parents[1] / "golden" / "configs_2026-11-29.json"
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(recorded.read_text(encoding="utf-8"))[name]))
+    config = importlib.import_module(f"configs.{name}").get_config().to_dict()
+    checkpoint.check_workdir(tmp_path, config)
+    with pytest.raises(UserError, match="seed was 0 there and is 1 now"):
+        checkpoint.check_workdir(tmp_path, config | {"seed": 1})
 
 
 def test_a_workdir_that_cannot_be_a_folder_is_refused(tmp_path):
