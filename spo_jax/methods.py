@@ -8,7 +8,7 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 
 # Each is a folder of the package with ``config.py`` (get_config, RANGES, check), ``assemble.py`` and ``recipe.py``.
 METHODS = ("spo", "spm")
@@ -37,14 +37,21 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, object] | None:
     # Heavy, and the config of a method is read without them.
     from spo_jax.data.preferences import open_pairs
     from spo_jax.distributed.mesh import make_mesh
+    from spo_jax.kernels import attention
     from spo_jax.runs import artifacts, wandb_run
     from spo_jax.runs.loop import RunFolder
 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     module_of(config.method, "config").check(config, mesh.size)
+    device = mesh.devices.flat[0]
+    attention.check_kind(config.attention, device.platform, config.dtype)
     wandb_run.check(config)
     for name in (config.data.train, config.data.validation) if "data" in config else ():
         open_pairs(name)  # nothing is fetched for a run whose pairs are not there
     config, pins = artifacts.ready(config, workdir)
+    notice(attention.taken(config.attention, device.platform, config.dtype))
+    if config.remat and device.platform == "cpu":
+        config.remat = False
+        notice("config.remat is off on a CPU, where it takes a fifth more time and saves no memory.")
     with wandb_run.finished():
         return module_of(config.method, "recipe").train(config, mesh, RunFolder(config, workdir, pins))

@@ -76,10 +76,9 @@ def read_base(
     *,
     height: int | None = None,
     width: int | None = None,
-    remat: bool = False,
     sharding: Placement = None,
 ) -> Pipeline:
     """The pipeline of a base model for images of a size, see ``read_pipeline`` and ``with_image_size``."""
     parts = {"variant": base.variant or None, "unet": base.unet or None, "vae": base.vae or None}
     pipeline = read_pipeline(base.model, dtype, sharding=sharding, **parts)
-    return with_image_size(pipeline, height, width, remat=remat)
+    return with_image_size(pipeline, height, width)

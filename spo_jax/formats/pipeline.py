@@ -70,11 +70,10 @@ class Pipeline:
         return (height * self.vae.downscale, width * self.vae.downscale)
 
 
-def with_image_size(pipeline: Pipeline, height: int | None, width: int | None, *, remat: bool = False) -> Pipeline:
+def with_image_size(pipeline: Pipeline, height: int | None, width: int | None) -> Pipeline:
     """The pipeline for images of ``height`` x ``width`` pixels; None keeps what it has.
 
-    ``remat`` computes the UNet again in the backward pass instead of keeping what is inside its layers. UserError if a
-    side is no multiple of what the autoencoder makes one latent of.
+    UserError if a side is no multiple of what the autoencoder makes one latent of.
     """
     height = pipeline.image_size[0] if height is None else height
     width = pipeline.image_size[1] if width is None else width
@@ -84,8 +83,16 @@ def with_image_size(pipeline: Pipeline, height: int | None, width: int | None, *
             f"Pictures of {height}x{width} pixels do not fit pipeline {pipeline.folder}; "
             f"height and width must be multiples of {downscale}."
         )
-    unet = pipeline.unet.clone(remat=True) if remat else pipeline.unet
-    return dataclasses.replace(pipeline, unet=unet, latent_size=(height // downscale, width // downscale))
+    return dataclasses.replace(pipeline, latent_size=(height // downscale, width // downscale))
+
+
+def with_unet(pipeline: Pipeline, *, remat: bool, attention: str) -> Pipeline:
+    """The pipeline with a UNet that computes in another way.
+
+    ``remat`` computes it again in the backward pass instead of keeping what is inside its layers; ``attention`` is one
+    of ``kernels.attention.KINDS``.
+    """
+    return dataclasses.replace(pipeline, unet=pipeline.unet.clone(remat=remat, attention=attention))
 
 
 def open_pipeline(

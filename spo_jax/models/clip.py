@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int, Num, PyTree
 
 from spo_jax.distributed.sharding import gathered
-from spo_jax.models.attention import multi_head_attention
+from spo_jax.kernels.attention import multi_head_attention
 from spo_jax.models.compiler import call
 from spo_jax.models.config import Json, check_fields
 from spo_jax.models.layers import Conv, Dense, LayerNorm, activation, timestep_embedding
@@ -65,6 +65,7 @@ class _Tower(nn.Module):
     projection_dim: int = 512
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    attention: str = "auto"
 
     @classmethod
     def from_config(cls, config: Json, dtype: jnp.dtype = jnp.float32, **kwargs) -> Self:
@@ -178,6 +179,7 @@ class CLIPModel(nn.Module):
     step_aware: bool = False
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    attention: str = "auto"  # of ``kernels.attention.KINDS``
 
     @classmethod
     def from_config(cls, config: Json, *, step_aware: bool, dtype: jnp.dtype = jnp.float32) -> CLIPModel:
@@ -201,8 +203,9 @@ class CLIPModel(nn.Module):
         return CLIPVisionTransformer.from_config(self.vision_config, parent=None).image_size
 
     def setup(self) -> None:
-        self.text_model = CLIPTextTransformer.from_config(self.text_config, self.dtype, remat=self.remat)
-        self.vision_model = CLIPVisionTransformer.from_config(self.vision_config, self.dtype, remat=self.remat)
+        options = {"remat": self.remat, "attention": self.attention}
+        self.text_model = CLIPTextTransformer.from_config(self.text_config, self.dtype, **options)
+        self.vision_model = CLIPVisionTransformer.from_config(self.vision_config, self.dtype, **options)
         self.text_projection = Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
         self.visual_projection = Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), (), jnp.float32)
@@ -317,10 +320,11 @@ class _EncoderLayer(nn.Module):
     hidden_act: str
     layer_norm_eps: float
     dtype: jnp.dtype
+    attention: str
 
     @nn.compact
     def __call__(self, x, mask, time):
-        attention = _SelfAttention(self.num_heads, self.dtype, name="self_attn")
+        attention = _SelfAttention(self.num_heads, self.dtype, self.attention, name="self_attn")
         mlp = _MLP(self.intermediate_size, self.hidden_act, self.dtype, name="mlp")
         norm1, norm2 = _layer_norm(self, "layer_norm1"), _layer_norm(self, "layer_norm2")
         if time is None:
@@ -335,11 +339,12 @@ class _EncoderLayer(nn.Module):
 class _SelfAttention(nn.Module):
     num_heads: int
     dtype: jnp.dtype
+    kind: str
 
     @nn.compact
     def __call__(self, x, mask):
         query, key, value = (Dense(x.shape[-1], dtype=self.dtype, name=f"{n}_proj")(x) for n in "qkv")
-        out = multi_head_attention(query, key, value, self.num_heads, mask)
+        out = multi_head_attention(query, key, value, self.num_heads, mask, self.kind)
         return Dense(x.shape[-1], dtype=self.dtype, name="out_proj")(out)
 
 
@@ -396,6 +401,6 @@ def _layer_norm(module, name: str) -> LayerNorm:
 
 
 def _encoder(tower: CLIPTextTransformer | CLIPVisionTransformer) -> _Encoder:
-    sizes = tower.num_attention_heads, tower.intermediate_size, tower.hidden_act, tower.layer_norm_eps, tower.dtype
-    make_layer = functools.partial(_EncoderLayer, *sizes)
+    sizes = tower.num_attention_heads, tower.intermediate_size, tower.hidden_act, tower.layer_norm_eps
+    make_layer = functools.partial(_EncoderLayer, *sizes, tower.dtype, tower.attention)
     return _Encoder(make_layer, tower.num_hidden_layers, tower.remat, name="encoder")

@@ -38,7 +38,7 @@ def check_fields(
       UserError: a field is unknown, or has a value that is not implemented.
     """
     used = {field.name for field in dataclasses.fields(module)} | {*more}
-    used -= {"parent", "name", "dtype", "remat", "step_aware"}
+    used -= {"parent", "name", "dtype", "remat", "attention", "step_aware"}
     taken = {}
     for name, value in config.items():
         allowed = fixed.get(name, (value,))

@@ -5,7 +5,6 @@ The weights of a layer, when they learn, are ``tied`` to its input, and may be s
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Callable
@@ -74,12 +73,12 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        convolve = functools.partial(
-            jax.lax.conv_general_dilated,
-            window_strides=(self.strides, self.strides),
-            padding=self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        def convolve(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+            if self.kernel_size == (1, 1) and self.strides == 1 and not any(map(any, self.padding)):
+                return inputs @ kernel[0, 0]  # on a CPU convolutions of one pixel are slow
+            strides, names = (self.strides, self.strides), ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(inputs, kernel, strides, self.padding, dimension_numbers=names)
+
         return _affine(self, x, convolve, (*self.kernel_size, x.shape[-1], self.features))
 
 
@@ -96,9 +95,15 @@ class GroupNorm(nn.Module):
         if rest:
             raise ValueError(f"{self.num_groups} groups do not divide {x.shape[-1]} channels")
         x, given = _with_scale_and_bias(self, x)
-        mean, variance = _moments(x.reshape(*x.shape[:-1], self.num_groups, size), (1, 2, 4))
-        mean, variance = (jnp.repeat(moment, size, axis=-1)[:, None, None] for moment in (mean, variance))
-        return _normalized(self, x, mean, variance, given)
+
+        def mean_of(values: jax.Array) -> jax.Array:
+            """Of each group. Pixels are summed first, by channel: a sum over few channels at a time is slow."""
+            of_groups = values.mean((1, 2)).reshape(len(x), self.num_groups, size).mean(-1)
+            return jnp.repeat(of_groups, size, axis=-1)[:, None, None]
+
+        as_float = x.astype(jnp.float32)
+        mean = mean_of(as_float)
+        return _normalized(self, x, mean, mean_of(jnp.square(as_float - mean)), given)
 
 
 class LayerNorm(nn.Module):
@@ -110,8 +115,9 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         x, given = _with_scale_and_bias(self, x)
-        mean, variance = _moments(x, (x.ndim - 1,))
-        return _normalized(self, x, mean[..., None], variance[..., None], given)
+        as_float = x.astype(jnp.float32)
+        mean = as_float.mean(-1, keepdims=True)
+        return _normalized(self, x, mean, jnp.square(as_float - mean).mean(-1, keepdims=True), given)
 
 
 def _with_scale_and_bias(layer: nn.Module, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -119,16 +125,10 @@ def _with_scale_and_bias(layer: nn.Module, x: jax.Array) -> tuple[jax.Array, dic
     return tied(x, weights(layer, scale=(nn.initializers.ones, channels), bias=(nn.initializers.zeros, channels)))
 
 
-def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance over ``axes``, float32, in two passes as in PyTorch."""
-    x = x.astype(jnp.float32)
-    mean = x.mean(axes)
-    return mean, jnp.square(x - jnp.expand_dims(mean, axes)).mean(axes)
-
-
 def _normalized(
     layer: GroupNorm | LayerNorm, x: jax.Array, mean: jax.Array, variance: jax.Array, given: dict[str, jax.Array]
 ) -> jax.Array:
+    """With mean and variance in float32, which are taken in two passes as in PyTorch."""
     y = (x - mean) * (jax.lax.rsqrt(variance + layer.epsilon) * given["scale"]) + given["bias"]
     return y.astype(layer.dtype)
 

@@ -79,6 +79,7 @@ class UNet2DConditionModel(nn.Module):
     addition_time_embed_dim: int = 0
     projection_class_embeddings_input_dim: int = 0
     remat: bool = False
+    attention: str = "auto"
     dtype: jnp.dtype = jnp.float32
 
     @classmethod
@@ -204,6 +205,7 @@ class UNet2DConditionModel(nn.Module):
             resample,
             extra_resnet,
             self.remat,
+            self.attention,
             self.dtype,
             name=name,
         )
@@ -227,6 +229,7 @@ class _Block(nn.Module):
     resample: str | None
     extra_resnet: bool
     remat: bool
+    attention: str
     dtype: jnp.dtype
 
     @nn.compact
@@ -235,7 +238,7 @@ class _Block(nn.Module):
         remat_blocks = self.remat and self.transformer_layers > 1
         resnet = ResnetBlock2D(self.channels, self.num_groups, self.epsilon, self.dtype, parent=None)
         sizes = self.num_heads, self.transformer_layers, self.num_groups, self.use_linear_projection
-        transformer = Transformer2DModel(*sizes, remat_blocks, self.dtype, parent=None)
+        transformer = Transformer2DModel(*sizes, remat_blocks, self.dtype, self.attention, parent=None)
         outputs = []
         for i in range(self.num_layers):
             if skips is not None:

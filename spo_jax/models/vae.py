@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spo_jax.models.attention import multi_head_attention
+from spo_jax.kernels.attention import multi_head_attention
 from spo_jax.models.config import Json, check_fields, check_positive
 from spo_jax.models.layers import Conv, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv3x3
 

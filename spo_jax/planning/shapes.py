@@ -22,7 +22,7 @@ from spo_jax.formats.base import Base
 from spo_jax.formats.hub import exists, find_file, local, repository_of, with_strength
 from spo_jax.formats.json_files import Json, read_json
 from spo_jax.formats.networks import build
-from spo_jax.formats.pipeline import Pipeline, described, with_image_size
+from spo_jax.formats.pipeline import Pipeline, described, with_image_size, with_unet
 from spo_jax.formats.pipeline_files import open_folder
 from spo_jax.formats.remote import is_weight_file
 from spo_jax.formats.single_file import open_single_file
@@ -120,8 +120,8 @@ class Shapes:
     package.
     """
 
-    def __init__(self, place: Place, dtype: DTypeLike) -> None:
-        self._place, self._dtype = place, dtype
+    def __init__(self, place: Place, dtype: DTypeLike, attention: str = "auto") -> None:
+        self._place, self._dtype, self._attention = place, dtype, attention
 
     def pipeline(self, base: Base, height: int | None, width: int | None, *, remat: bool) -> Pipeline:
         """``jax.ShapeDtypeStruct`` for parameters, and blank tokenizers.
@@ -134,7 +134,8 @@ class Shapes:
             files = open_single_file(path).with_parts(replaced, _known_config)
         else:
             files = open_folder(Path(base.model), None, replaced, _known_config)
-        pipeline = with_image_size(described(files, self._dtype), height, width, remat=remat)
+        pipeline = with_image_size(described(files, self._dtype), height, width)
+        pipeline = with_unet(pipeline, remat=remat, attention=self._attention)
         return dataclasses.replace(pipeline, params=placed(pipeline.params, self._place))
 
     def clip(
@@ -150,7 +151,7 @@ class Shapes:
         where = f"File {folder / 'config.json'}"
         clip, shapes = build(CLIPModel, config, self._dtype, where=where, step_aware=step_aware)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(params_dtype or self._dtype)), shapes)
-        return clip, placed(shapes, self._place, (part,))
+        return clip.clone(attention=self._attention), placed(shapes, self._place, (part,))
 
     def tokenizer(self, name: str, default: Tokenizer, tower: CLIPTextTransformer | None) -> Tokenizer:
         """A blank one of the length that the tower takes."""

@@ -31,8 +31,9 @@ Place = Callable[[tuple[str, ...], tuple[int, ...]], Sharding]  # of a parameter
 class Load(Protocol):
     """Where networks come from, with weights or with shapes; UserError for what is not there or does not fit."""
 
-    def __init__(self, place: Place, dtype: DTypeLike) -> None:
-        """``place`` gets the paths of parameters, which begin with their part; networks compute in ``dtype``."""
+    def __init__(self, place: Place, dtype: DTypeLike, attention: str = "auto") -> None:
+        """``place`` gets the paths of parameters, which begin with their part; networks compute in ``dtype``, and with
+        ``attention`` of that kind."""
 
     def pipeline(self, base: Base, height: int | None, width: int | None, *, remat: bool) -> Pipeline:
         """A base model for images of a size, see ``with_image_size``."""

@@ -31,6 +31,7 @@ CONFIG_FILE = "config.json"
 CHECKSUMS_FILE = "checksums.json"
 # What may change when a run goes on: where and how fast it computes and where it is shown, not what it computes.
 FREE_KEYS = (
+    "attention",
     "checkpoint",
     "chunk",
     "data.num_workers",

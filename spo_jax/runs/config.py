@@ -75,6 +75,8 @@ def base_config() -> ConfigDict:
     c.unet = ""  # UNet to use instead of the pipeline's, a folder as trainers save it; empty: the pipeline's
     c.vae = ""  # autoencoder to use instead of the pipeline's, named as the model is; empty: the pipeline's
     c.dtype = "bfloat16"  # in which networks compute; "float32" on CPUs. What is trained stays float32
+    # Which attention: "xla" on any platform, "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPUs; "auto": the fastest.
+    c.attention = "auto"
     c.remat = False  # True computes activations again in the backward pass instead of keeping them: less memory
 
     c.train = ConfigDict()
@@ -126,6 +128,8 @@ def check_base(config: ConfigDict, ranges: Mapping[str, Range], batches: Iterabl
     Types and unknown keys are refused by ml_collections already. ``batches`` are the keys of batch sizes that the
     devices split.
     """
+    from spo_jax.kernels.attention import KINDS  # it imports JAX; a config file is read without it
+
     for name, allowed in ranges.items():
         value = _value(config, name)
         numbers = value if isinstance(value, tuple | list) else (value,)
@@ -137,6 +141,7 @@ def check_base(config: ConfigDict, ranges: Mapping[str, Range], batches: Iterabl
         config,
         [
             ("dtype", config.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
+            ("attention", config.attention in KINDS, " or ".join(KINDS)),
             ("train.optimizer", config.train.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
             *(
                 (key, _value(config, key) % num_devices == 0, f"a multiple of {num_devices}, the number of devices")

@@ -13,7 +13,7 @@ from spo_jax.data.prompts import read_prompts
 from spo_jax.distributed.sharding import weight_shardings
 from spo_jax.formats.base import Base, read_base
 from spo_jax.formats.lora import check_lora_files
-from spo_jax.formats.pipeline import Pipeline, read_clip
+from spo_jax.formats.pipeline import Pipeline, read_clip, with_unet
 from spo_jax.formats.tokenizers import fitted, read_tokenizer
 from spo_jax.models.clip import CLIPModel, CLIPTextTransformer
 from spo_jax.runs.assembly import Place
@@ -24,12 +24,13 @@ from spo_jax.types import Tokenizer
 class Weights:
     """See ``assembly.Load``."""
 
-    def __init__(self, place: Place, dtype: DTypeLike) -> None:
-        self._place, self._dtype = place, dtype
+    def __init__(self, place: Place, dtype: DTypeLike, attention: str = "auto") -> None:
+        self._place, self._dtype, self._attention = place, dtype, attention
 
     def pipeline(self, base: Base, height: int | None, width: int | None, *, remat: bool) -> Pipeline:
         """Reads a base model."""
-        return read_base(base, self._dtype, height=height, width=width, remat=remat, sharding=self._place)
+        pipeline = read_base(base, self._dtype, height=height, width=width, sharding=self._place)
+        return with_unet(pipeline, remat=remat, attention=self._attention)
 
     def clip(
         self, name: str, part: str, *, params_dtype: DTypeLike | None = None, step_aware: bool | None = None
@@ -41,7 +42,7 @@ class Weights:
             dtype=params_dtype or self._dtype,
             sharding=lambda path, shape: self._place((part, *path), shape),
         )
-        return clip.clone(dtype=self._dtype), params
+        return clip.clone(dtype=self._dtype, attention=self._attention), params
 
     def tokenizer(self, name: str, default: Tokenizer, tower: CLIPTextTransformer | None) -> Tokenizer:
         """Reads a tokenizer."""

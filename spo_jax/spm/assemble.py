@@ -107,7 +107,7 @@ def assemble(config: ConfigDict, mesh: Mesh, load: type[Load]) -> SPM:
     Raises:
       UserError: a network is not there, or something does not fit together.
     """
-    loaded = load(functools.partial(weight_sharding, mesh), jnp.dtype(config.dtype))
+    loaded = load(functools.partial(weight_sharding, mesh), jnp.dtype(config.dtype), config.attention)
     pipeline = loaded.pipeline(base_of_config(config), config.height, config.width, remat=False)
     step_aware = config.scorer.step_aware
     clip, start = loaded.clip(config.scorer.init, "scorer", params_dtype=jnp.float32, step_aware=step_aware)

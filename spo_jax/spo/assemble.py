@@ -127,7 +127,7 @@ def assemble(config: ConfigDict, mesh: Mesh, load: type[Load]) -> SPO:
     Raises:
       UserError: prompts or a network are not there, or something does not fit together.
     """
-    loaded = load(weight_placement(mesh, offload=config.offload), jnp.dtype(config.dtype))
+    loaded = load(weight_placement(mesh, offload=config.offload), jnp.dtype(config.dtype), config.attention)
     prompts = loaded.prompts(config.prompts)
     held_out = loaded.prompts(config.evaluation.prompts, config.evaluation.num_prompts)
     adapters = loaded.adapters(config.lora.init)

@@ -65,7 +65,10 @@ def test_layers_have_the_results_and_gradients_of_flax(layer, theirs, shape):
     # Compiled, as they are used: by itself each product of a gradient may be computed in another order.
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)), static_argnums=0)
     ours, expected = (gradient(module, params, x) for module in (layer, theirs))
-    chex.assert_trees_all_equal(ours, expected)
+    if isinstance(layer, GroupNorm):  # adds the pixels of a channel first
+        chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-6)
+    else:
+        chex.assert_trees_all_equal(ours, expected)
 
 
 @pytest.mark.parametrize("argnums, barriers", [((0, 1), 1), (1, 0), (0, 0)], ids=["both", "input", "weights"])

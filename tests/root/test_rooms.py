@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "spo_jax"
 ROOMS = (
     *("errors", "rng", "types", "files", "images"),
-    *("distributed", "models", "diffusion", "preference", "formats", "data", "sampling", "evaluation", "runs"),
-    *("spm", "spo", "methods", "planning", "cli", "emoji"),
+    *("distributed", "kernels", "models", "diffusion", "preference", "formats", "data", "sampling", "evaluation"),
+    *("runs", "spm", "spo", "methods", "planning", "cli", "emoji"),
     *("main", "generate", "pair_accuracy", "export", "prepare", "fetch", "plan"),
 )
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE / "configs")

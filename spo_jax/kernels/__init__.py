@@ -1,0 +1,1 @@
+"""Attention: one function, and the kinds of it that platforms have."""
