@@ -58,8 +58,8 @@ def main() -> None:
         print(said, end="\n\n")
     print(planner.verdict(plan, target))
     if ESTIMATE.value:
-        more = "leave --estimate out before you pay" if target.compiles else "an exact plan needs --target=h100"
-        print(f"This is an estimate, within 20 % of what the compiler needs; {more}.")
+        more = "; leave --estimate out before you pay" if target.compiles else " for an H100; an exact plan is of one"
+        print(f"This is an estimate, within 20 % of what the compiler needs{more}.")
     if plan.fits:
         return
     exact = CONFIRM.value and not ESTIMATE.value
