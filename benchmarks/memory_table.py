@@ -19,10 +19,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from spo_jax import cli
+from spo_jax.planning.chips import GIB
 from spo_jax.planning.compile import compile_program, versions
 from spo_jax.planning.estimate import abstract_run, estimate_program, resident_bytes
 from spo_jax.planning.planner import check, overrides
-from spo_jax.planning.targets import GIB, parse_target
+from spo_jax.planning.targets import parse_target
 
 ONLY = flags.DEFINE_string("only", "", "Part of a target's name: only its rows are made.")
 ESTIMATES = flags.DEFINE_boolean("estimates", False, "Nothing is compiled; what was is estimated again.")

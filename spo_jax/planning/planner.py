@@ -12,11 +12,12 @@ from spo_jax import methods
 from spo_jax.distributed.mesh import mesh_sizes, round_up
 from spo_jax.distributed.pieces import piece_size
 from spo_jax.errors import UserError
+from spo_jax.planning.chips import GIB
 from spo_jax.planning.collectives import Traffic
 from spo_jax.planning.compile import compile_program, versions
 from spo_jax.planning.estimate import abstract_run, batches, estimate_program, resident_bytes
 from spo_jax.planning.shapes import num_parameters
-from spo_jax.planning.targets import GIB, Target, check_installed
+from spo_jax.planning.targets import Target, check_installed
 from spo_jax.runs.assembly import Assembly
 
 _MAX_TURNS = 40
@@ -125,7 +126,7 @@ def table(plan: Plan, target: Target) -> str:
         seconds = "-" if need.seconds is None else f"{need.seconds:.0f} s"
         flops, traffic = f"{need.flops / 1e12:,.2f}", _words(need.traffic)
         programs.append([need.program, _gib(need.own), peak, flops, traffic, seconds])
-    return f"{_aligned(rows)}\n\n{_aligned(programs)}"
+    return f"{aligned(rows)}\n\n{aligned(programs)}"
 
 
 def verdict(plan: Plan, target: Target) -> str:
@@ -165,7 +166,8 @@ def _limit(target: Target) -> str:
     return f" of {_gib(target.limit)} GiB" if target.limit else ""
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
+    """A table as text, its columns one under the other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)

@@ -96,6 +96,10 @@ class Assembly(Protocol):
     def programs(self) -> Mapping[str, Program]:
         """By name, in the order in which they run."""
 
+    @property
+    def executions(self) -> Mapping[str, int]:
+        """How often a whole run executes each program, at most: some do less work if less is there to learn from."""
+
 
 # ------------------------------------------------------------------------------------------------------------- shapes
 def shapes_of(tree: PyTree) -> PyTree:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,20 @@ class SPM:
         """In the order in which they run."""
         made = (_update, _captions, _texts, _validation, _report)
         return {program.name: program for make in made for program in [make(self)]}
+
+    @property
+    def executions(self) -> dict[str, int]:
+        """How often a whole run executes each program, if there are as many validation pairs as the config asks for."""
+        config, validation = self.config, self.config.validation
+        measured = 1 + math.ceil(config.num_steps / validation.every)  # before the first step, too
+        batches = measured * math.ceil(validation.num_pairs / validation.batch_size)
+        return {
+            "update": config.num_steps * config.train.accumulation_steps,
+            "captions": batches,
+            "texts": batches,
+            "validation": batches * len(validation.timesteps),
+            "report": len(validation.timesteps),
+        }
 
 
 def assemble(config: ConfigDict, mesh: Mesh, load: type[Load]) -> SPM:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,27 @@ class SPO:
         """In the order in which they run."""
         made = (_encode, _pool, _arrange, _exchange, _update, _metric_texts, _evaluation)
         return {program.name: program for make in made for program in [make(self)]}
+
+    @property
+    def executions(self) -> dict[str, int]:
+        """How often a whole run executes each program, if every pair is valid."""
+        config, batches, count = self.config, self.config.num_batches, len(self.held_out)
+        pairs = config.prompts_per_batch * (config.sampling.num_steps - config.sampling.num_plain_steps)
+        updates = batches * math.ceil(pairs / config.train.minibatch_size)
+        held_out = math.ceil(count / config.prompts_per_batch)
+        images = round_up(min(config.evaluation.batch_size, count), self.mesh.size)
+        sheets = math.ceil(batches / config.validation.every) if config.validation.every else 0
+        shown = math.ceil(min(config.validation.num_prompts, count) / images)
+        return {
+            "encode": batches + held_out,
+            "pool": batches,
+            "score": batches,
+            "arrange": batches,
+            "exchange": updates,
+            "update": updates,
+            "metric texts": held_out,
+            "evaluation": 2 * math.ceil(count / images) + sheets * shown,  # of base and tuned model, and the sheets
+        }
 
 
 def assemble(config: ConfigDict, mesh: Mesh, load: type[Load]) -> SPO:

@@ -21,60 +21,18 @@ from spo_jax.formats.lora_write import write_kohya
 from spo_jax.formats.pipeline import read_unet
 from spo_jax.planning import compile as compiling
 from spo_jax.planning import planner
+from spo_jax.planning.chips import GIB
 from spo_jax.planning.collectives import Traffic
 from spo_jax.planning.estimate import abstract_run, estimate_program, resident_bytes, share_of
 from spo_jax.planning.planner import Need, Plan, overrides, search, table, verdict
 from spo_jax.planning.shapes import Shapes, device_bytes, num_parameters
-from spo_jax.planning.targets import GIB, parse_target
+from spo_jax.planning.targets import parse_target
 from spo_jax.planning.walk import walk
 from spo_jax.spm import config as spm_config
 from spo_jax.spo import config as spo_config
 from tests.lora_files import random_adapters
 
 V5E = parse_target("v5e:2x4")
-
-
-# -------------------------------------------------------------------------------------------------------------- targets
-@pytest.mark.parametrize(
-    "text, platform, count, gib",
-    [
-        ("v5e", "tpu", 1, 15.75),
-        ("v5e:2x4", "tpu", 8, 15.75),
-        ("v6e:16x16", "tpu", 256, 31.24),
-        ("v5p:2x2x1", "tpu", 4, 95.73),
-        ("h100", "cuda", 1, 59.4),
-        ("h100:8", "cuda", 8, 59.4),
-        ("cpu:8", "cpu", 8, None),
-    ],
-)
-def test_targets_have_devices_and_a_limit(monkeypatch, text, platform, count, gib):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    target = parse_target(text)
-    assert (target.platform, target.num_devices) == (platform, count)
-    assert target.limit is None if gib is None else target.limit / GIB == pytest.approx(gib, abs=0.01)
-
-
-def test_the_part_of_a_gpu_that_jax_takes_is_the_limit(monkeypatch):
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    assert parse_target("h100").limit / GIB == pytest.approx(0.95 * 79.2, abs=0.1)
-    assert parse_target("h100", 24).limit / GIB == pytest.approx(0.95 * 24, abs=0.1)
-
-
-def test_memory_is_of_gpus():
-    with pytest.raises(UserError, match="--memory=24 is for GPUs"):
-        parse_target("v5e:2x4", 24)
-
-
-@pytest.mark.parametrize("text", ["v7x", "v5e:8", "v5e:2x2x2", "v5p:2x2", "v5e:0x4", "h100:0", "h100:x", "cpu:-1", ""])
-def test_other_targets_are_refused(text):
-    with pytest.raises(UserError, match=f"--target={re.escape(text)} "):
-        parse_target(text)
-
-
-def test_a_compiler_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"package libtpu.*requirements-plan\.txt.*--estimate"):
-        planner.make_plan(sd15.get_config(), V5E, exact=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- shapes

@@ -1,4 +1,4 @@
-"""The plan compiles what training runs: the same programs, on arguments of the same shapes, dtypes and shardings."""
+"""The plan compiles what training runs: the same programs, on the same shapes, dtypes and shardings, as often."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ def spo_config(folder):
     c.model, c.scorer.fn = str(small_pipeline()), "tests.scorers:brightness"
     c.num_batches, c.prompts_per_batch, c.train.minibatch_size, c.pairs.threshold = 1, 8, 8, 0.0
     c.sampling.num_steps, c.sampling.num_plain_steps, c.sampling.num_candidates = 3, 1, 2
-    c.evaluation.num_prompts, c.evaluation.batch_size, c.validation.every = 20, 8, 0
+    c.evaluation.num_prompts, c.evaluation.batch_size, c.validation.every = 20, 8, 2
     return c
 
 
@@ -79,6 +79,8 @@ def test_training_calls_the_programs_that_are_planned_with_what_is_planned(metho
     methods.train(config, tmp_path / "run")
     plan = methods.module_of(method, "assemble").assemble(config, mesh, Shapes)
     assert set(calls) == set(plan.programs), "all that is planned is run, and all that is run is planned"
+    counts = {name: len(arguments) for name, arguments in calls.items()}
+    assert counts == {name: plan.executions[name] for name in plan.programs}, "as often as the plan says"
     leaf = {"is_leaf": lambda x: isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], jax.sharding.Sharding)}
     for name, program in plan.programs.items():
         planned = jax.tree.leaves(described(program.arguments, mesh), **leaf)
