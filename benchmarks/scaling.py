@@ -86,7 +86,7 @@ def seconds_a_batch(count: int) -> float:
         if any(process.wait() for process in started):
             raise RuntimeError(f"A run of {count} processes failed; run launch/local_processes.sh {count} to see why.")
         rows = read_metrics(Path(folder) / "w" / "metrics.jsonl")[1:]
-    names = ("seconds_pool", "seconds_update")
+    names = ("seconds_pool", "seconds_score", "seconds_update")
     return median(sum(float(row[name] or 0.0) for name in names) for row in rows)
 
 

@@ -35,6 +35,9 @@ def run(main: Callable[[], None]) -> NoReturn:
             with contextlib.suppress(OSError):  # a home that is not there, or belongs to others
                 cache.mkdir(parents=True, exist_ok=True)
                 jax.config.update("jax_compilation_cache_dir", str(cache))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            # Small programs too: JAX leaves out what takes less than a second, and of these a start has dozens.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         try:
             main()
         except UserError as error:

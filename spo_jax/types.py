@@ -103,24 +103,27 @@ class Candidates:
 
 @flax.struct.dataclass
 class Pool:
-    """Candidates and their scores along B trajectories.
+    """Candidates along B trajectories, and their scores or what these are made of.
 
     Attributes:
       latents: [E, B, h, w, c], x_t from which the candidates of a segment's first step were drawn. Inside a segment
         each candidate goes on alone, from the candidate of the step before.
       candidates: [S, B, k, h, w, c], each a possible x_{t_prev}; ``candidates[-1]`` are final latents.
-      scores: float32 [E, B, k], of the candidates at the end of a segment.
+      scores: float32 [E, B, k], of the candidates at the end of a segment; None before they are scored.
       timesteps: int32 [S], t of each step.
       previous_timesteps: int32 [S], the timestep of the candidates.
       num_inner_steps: m.
+      x0: [E, B, k, h, w, c], the clean latents predicted from the candidates that are to be scored; the last of them
+        themselves. None once there are scores.
     """
 
     latents: jax.Array
     candidates: jax.Array
-    scores: jax.Array
+    scores: jax.Array | None
     timesteps: jax.Array
     previous_timesteps: jax.Array
     num_inner_steps: int = flax.struct.field(pytree_node=False, default=0)
+    x0: jax.Array | None = None
 
 
 @flax.struct.dataclass

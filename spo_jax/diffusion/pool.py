@@ -18,6 +18,7 @@ from spo_jax.diffusion.process import Process
 from spo_jax.types import Candidates, Pool, PoolNoise
 
 CONTINUATIONS = ("random", "win")
+ScoreStep = Callable[[Candidates], jax.Array]  # scores float32 [B, k] of the candidates of a step
 
 
 def draw_pool_noise(
@@ -72,21 +73,21 @@ class _Look(NamedTuple):
     noise: jax.Array
 
 
-def sample_pool(
+def draw_pool(
     predict: Callable[[jax.Array, jax.Array], jax.Array],
-    score: Callable[[Candidates], jax.Array],
     process: Process,
     noise: PoolNoise,
     options: PoolOptions,
+    score: ScoreStep | None = None,
 ) -> Pool:
-    """Samples the pools of B prompts.
+    """Samples the pools of B prompts, without scores where a random candidate goes on: nothing waits for them there.
 
     Args:
       predict: ``(latents [B, n, h, w, c], timestep scalar) -> model output`` of the same shape, n = 1 or k.
-      score: scores float32 [B, k] of the candidates of a step.
       process: N timesteps.
       noise: see ``PoolNoise``.
       options: see there.
+      score: needed, and only looked at, where the best candidate goes on (an ablation, which scores twice).
 
     Returns:
       The pool. The network runs once a step: candidates are scored by the x0 they predict at the next timestep, and
@@ -113,11 +114,6 @@ def sample_pool(
         step = process.transition(seen.x0, seen.noise, timestep, previous, options.eta)
         return step.mean + step.sigma * step_noise
 
-    def scored(latents: jax.Array, x0: jax.Array, timestep: jax.Array, arrived: jax.Array) -> jax.Array:
-        scores = score(Candidates(latents, x0, timestep, arrived))
-        chex.assert_shape(scores, (batch_size, num_candidates))
-        return scores
-
     # The first look needs no step before it; in one loop with the others the network is compiled once for all of them.
     initial = noise.initial.astype(jnp.float32)[:, None]
 
@@ -129,69 +125,77 @@ def sample_pool(
     plain_noise = jnp.concatenate([jnp.zeros_like(noise.initial)[None], noise.plain])
     seen, _ = jax.lax.scan(plain_step, _Look(initial, initial, initial), (jnp.arange(first + 1), plain_noise))
 
-    segment_step = _make_segment_step(look, draw, scored, options, (batch_size, num_candidates))
-    size = options.num_inner_steps + 1  # steps of a segment
+    # Candidates start a step from one look [B, 1, ...] for all of them, or with inner steps from their own.
+    size, num_starts = options.num_inner_steps + 1, num_candidates if options.num_inner_steps else 1
+    best = options.continuation == "win"
+
+    def choice_of(seen: _Look, timestep: jax.Array, arrived: jax.Array) -> jax.Array:
+        assert score is not None
+        return jnp.argmax(_scored(score, Candidates(seen.latents, seen.x0, timestep, arrived)), axis=1)
+
+    def segment_step(seen: _Look, inputs: tuple[jax.Array, ...]) -> tuple[_Look, tuple[jax.Array, ...]]:
+        timestep, previous, following, step_noise, random_choice, closes = inputs
+        candidates = draw(seen, timestep, previous, step_noise)
+        ahead = look(candidates, following)
+
+        def close(ahead: _Look) -> _Look:
+            choice = choice_of(ahead, timestep, following) if best else random_choice
+            return _spread(_Look(*(_choose(x, choice) for x in ahead)), num_starts)
+
+        going_on = close(ahead) if size == 1 else jax.lax.cond(closes, close, lambda ahead: ahead, ahead)
+        return going_on, (seen.latents[:, 0], candidates, ahead.x0)
+
     inputs = (
         timesteps[first:-1],
         previous_timesteps[first:-1],
         timesteps[first + 1 :],
         noise.candidates[:-1],
         noise.choices,
-        jnp.arange(1, process.num_steps - first) % size == 0,
+        jnp.arange(1, num_pool_steps) % size == 0,
     )
-    start = _spread(seen, num_candidates if options.num_inner_steps else 1)
-    seen, (starts, candidates, scores) = jax.lax.scan(segment_step, start, inputs)
-
+    seen, (starts, candidates, x0) = jax.lax.scan(segment_step, _spread(seen, num_starts), inputs)
     final = draw(seen, timesteps[-1], previous_timesteps[-1], noise.candidates[-1])
-    final_scores = scored(final, final, timesteps[-1], jnp.zeros((), jnp.int32))
     return Pool(
         latents=jnp.concatenate([starts, seen.latents[None, :, 0]])[::size],
         candidates=jnp.concatenate([candidates, final[None]]),
-        scores=jnp.concatenate([scores[options.num_inner_steps :: size], final_scores[None]]),
+        x0=jnp.concatenate([x0[options.num_inner_steps :: size], final[None]]),
+        scores=None,
         timesteps=timesteps[first:],
         previous_timesteps=previous_timesteps[first:],
         num_inner_steps=options.num_inner_steps,
     )
 
 
-def _make_segment_step(
-    look: Callable[[jax.Array, jax.Array], _Look],
-    draw: Callable[[_Look, jax.Array, jax.Array, jax.Array], jax.Array],
-    scored: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
+def score_pool(score: ScoreStep, pool: Pool) -> Pool:
+    """The pool with the scores of the candidates at the end of each segment, one segment at a time."""
+    assert pool.x0 is not None
+    # Each is at the timestep of the next step, and at 0 after the last one.
+    arrived = jnp.concatenate([pool.timesteps[1:], jnp.zeros(1, pool.timesteps.dtype)])
+
+    def ends(x: jax.Array) -> jax.Array:
+        inner = pool.num_inner_steps
+        return jnp.concatenate([x[:-1][inner :: inner + 1], x[-1:]]) if inner else x
+
+    candidates = Candidates(ends(pool.candidates), pool.x0, ends(pool.timesteps), ends(arrived))
+    scores = jax.lax.map(lambda step: _scored(score, step), candidates)
+    return dataclasses.replace(pool, scores=scores, x0=None)
+
+
+def sample_pool(
+    predict: Callable[[jax.Array, jax.Array], jax.Array],
+    score: ScoreStep,
+    process: Process,
+    noise: PoolNoise,
     options: PoolOptions,
-    shape: tuple[int, int],
-) -> Callable[[_Look, tuple[jax.Array, ...]], tuple[_Look, tuple[jax.Array, ...]]]:
-    """The body of the loop over pool steps, of B prompts and k candidates: ``shape``.
+) -> Pool:
+    """``draw_pool`` and ``score_pool`` in one program."""
+    return score_pool(score, draw_pool(predict, process, noise, options, score))
 
-    Candidates start a step from one look [B, 1, ...] for all of them, or with inner steps from their own, [B, k, ...].
-    """
-    num_starts = shape[1] if options.num_inner_steps else 1
 
-    def close_segment(
-        seen: _Look, timestep: jax.Array, arrived: jax.Array, random_choice: jax.Array
-    ) -> tuple[_Look, jax.Array]:
-        """Scores the candidates; one of them goes on."""
-        scores = scored(seen.latents, seen.x0, timestep, arrived)
-        choice = random_choice if options.continuation == "random" else jnp.argmax(scores, axis=1)
-        return _spread(_Look(*(_choose(x, choice) for x in seen)), num_starts), scores
-
-    def stay_inside(
-        seen: _Look, _timestep: jax.Array, _arrived: jax.Array, _random_choice: jax.Array
-    ) -> tuple[_Look, jax.Array]:
-        return seen, jnp.zeros(shape, jnp.float32)
-
-    def segment_step(seen: _Look, inputs: tuple[jax.Array, ...]) -> tuple[_Look, tuple[jax.Array, ...]]:
-        timestep, previous, following, step_noise, random_choice, closes = inputs
-        candidates = draw(seen, timestep, previous, step_noise)
-        ahead = look(candidates, following)
-        operands = (ahead, timestep, following, random_choice)
-        if options.num_inner_steps == 0:
-            ahead, scores = close_segment(*operands)
-        else:
-            ahead, scores = jax.lax.cond(closes, close_segment, stay_inside, *operands)
-        return ahead, (seen.latents[:, 0], candidates, scores)
-
-    return segment_step
+def _scored(score: ScoreStep, candidates: Candidates) -> jax.Array:
+    scores = score(candidates)
+    chex.assert_shape(scores, candidates.latents.shape[:2])
+    return scores
 
 
 def _spread(seen: _Look, count: int) -> _Look:

@@ -44,6 +44,7 @@ _HABITS = {
     "encode": _Habit(("train", "remat", "evaluation", "scorer.chunk"), whole=True),
     "metric texts": _Habit(("train", "remat", "scorer.chunk"), whole=True),
     "pool": _Habit(("train", "remat", "evaluation"), gathered=0.6),
+    "score": _Habit(("train", "remat", "evaluation"), gathered=0.6),
     "arrange": _Habit(("remat", "scorer.chunk", "evaluation"), whole=True),
     "exchange": _Habit(("remat", "scorer.chunk", "evaluation"), all_rows=True),
     "update": _Habit(("prompts_per_batch", "scorer.chunk", "evaluation", "train.accumulation_steps"), gathered=0.2),
@@ -110,10 +111,10 @@ def estimate_program(config: ConfigDict, target: Target, name: str) -> tuple[flo
     if habit.all_rows:
         own *= target.num_devices
     if target.platform == "tpu":
-        # A TPU's compiler gathers some split weights before they are used, and copies the parts that loops read. A pool
-        # samples and scores in one loop, other programs use one network after the other. A GPU's compiler gathers each
-        # weight where it is used, and frees it.
-        whole = sum(split) if name == "pool" else max(split)
+        # A TPU's compiler gathers some split weights before they are used, and copies the parts that loops read. Scores
+        # are made by decoder and scorer in one loop, other programs use one network after the other. A GPU's compiler
+        # gathers each weight where it is used, and frees it.
+        whole = sum(split) if name == "score" else max(split)
         own += round(habit.gathered * whole * (fsdp - 1) / fsdp)
     return flops, extra, own
 

@@ -228,7 +228,7 @@ def _turns(config: ConfigDict, program: str, count: int, resident_share: int) ->
 def _spo_turns(config: ConfigDict, program: str, count: int) -> Iterator[Turn]:
     train, evaluation = config.train, config.evaluation
     images = {
-        "pool": config.prompts_per_batch * config.sampling.num_candidates,
+        "score": config.prompts_per_batch * config.sampling.num_candidates,
         "evaluation": round_up(evaluation.batch_size, count),
     }
     if program in images:
@@ -244,7 +244,7 @@ def _spo_turns(config: ConfigDict, program: str, count: int) -> Iterator[Turn]:
         yield {"train.minibatch_size": half, "train.accumulation_steps": more}
     if program == "evaluation" and evaluation.batch_size > count:
         yield {"evaluation.batch_size": evaluation.batch_size // 2}
-    if program in ("encode", "pool") and (half := _smaller(config.prompts_per_batch, count)):
+    if program in ("encode", "pool", "score") and (half := _smaller(config.prompts_per_batch, count)):
         yield {"prompts_per_batch": half, "num_batches": config.num_batches * config.prompts_per_batch // half}
 
 

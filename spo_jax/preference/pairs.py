@@ -45,6 +45,7 @@ def make_pairs(pool: Pool, threshold: Threshold) -> PreferencePairs:
     segment_size = pool.num_inner_steps + 1
     num_segments = -(-num_steps // segment_size)
     # An index behind the last segment would be taken for the last one, without a word.
+    assert pool.scores is not None
     chex.assert_shape(pool.scores, (num_segments, batch_size, num_candidates))
     chex.assert_shape(pool.latents, (num_segments, batch_size, *latent_shape))
     segments = jnp.arange(num_steps) // segment_size

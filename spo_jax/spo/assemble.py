@@ -1,6 +1,6 @@
 """What SPO is made of: networks, scorer, metrics, state and programs, with weights or with shapes only.
 
-encode ---> pool ---> arrange ---> exchange ---> update        each batch of prompts
+encode ---> pool ---> score ---> arrange ---> exchange ---> update        each batch of prompts
 encode ---> text of metrics ---> evaluation                    base and tuned model, on held-out prompts
 """
 
@@ -53,9 +53,9 @@ from spo_jax.runs.state import Optimizer, TrainState
 from spo_jax.sampling.encode import make_encode, prompt_shardings, tokens_of
 from spo_jax.sampling.generate import SamplingOptions, make_decode
 from spo_jax.spo.exchange import arrange, make_exchange
-from spo_jax.spo.rollout import make_pool
+from spo_jax.spo.rollout import make_draw_pool, make_score_pool
 from spo_jax.spo.update import make_loss, make_update
-from spo_jax.types import PromptBatch, Tokenizer
+from spo_jax.types import Pool, PromptBatch, Tokenizer
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 CLIP = "clip"  # the part of the CLIP that ``config.evaluation.judge`` names
@@ -86,8 +86,14 @@ class SPO:
 
     @property
     def pool_params(self) -> dict[str, PyTree]:
-        """What the pool reads."""
-        return {part: self.params[part] for part in ("unet", *self.scorer.parts)}
+        """What the pool reads; the scorer only where the best candidate goes on."""
+        scored = self.config.sampling.continuation == "win"
+        return {part: self.params[part] for part in ("unet", *self.scorer.parts * scored)}
+
+    @property
+    def score_params(self) -> dict[str, PyTree]:
+        """What the scores are computed with."""
+        return {part: self.params[part] for part in self.scorer.parts}
 
     @property
     def metric_params(self) -> dict[str, PyTree]:
@@ -113,7 +119,7 @@ class SPO:
     @functools.cached_property
     def programs(self) -> dict[str, Program]:
         """In the order in which they run."""
-        made = (_encode, _pool, _arrange, _exchange, _update, _metric_texts, _evaluation)
+        made = (_encode, _pool, _score, _arrange, _exchange, _update, _metric_texts, _evaluation)
         return {program.name: program for make in made for program in [make(self)]}
 
     @property
@@ -241,21 +247,33 @@ def _encode(made: SPO) -> Program:
 
 
 def _pool(made: SPO) -> Program:
-    """Sampling, scoring and pairs of a batch of prompts."""
-    pool = make_pool(made.config, made.pipeline, made.scorer, made.process, made.mesh)
-    function = jit_on(made.mesh, pool, out_shardings=batch_sharding(made.mesh, axis=1))
-    return Program(
-        "pool",
-        function,
-        lambda: (*shapes_of((made.pool_params, sampler(made, made.state))), _batch(made), key_shape(made.mesh)),
-    )
+    """The candidates of a batch of prompts."""
+    pool = make_draw_pool(made.config, made.pipeline, made.scorer, made.process, made.mesh)
+    function = jit_on(made.mesh, pool, out_shardings=_pool_shardings(made))
+
+    def shapes() -> tuple[PyTree, ...]:
+        return *shapes_of((made.pool_params, sampler(made, made.state))), _batch(made), key_shape(made.mesh)
+
+    return Program("pool", function, shapes)
+
+
+def _score(made: SPO) -> Program:
+    """Their scores, and pairs of them."""
+    score = make_score_pool(made.config, made.scorer)
+    function = jit_on(made.mesh, score, out_shardings=batch_sharding(made.mesh, axis=1))
+
+    def shapes() -> tuple[PyTree, ...]:
+        pool = sharded(made.programs["pool"].results, _pool_shardings(made))
+        return shapes_of(made.score_params), pool, _batch(made).scorer_text
+
+    return Program("score", function, shapes)
 
 
 def _arrange(made: SPO) -> Program:
     """The order of the pairs."""
 
     def shapes() -> tuple[PyTree, ...]:
-        pairs, scores = made.programs["pool"].results
+        pairs, scores = made.programs["score"].results
         return key_shape(made.mesh), *split(made.mesh, (pairs.valid, scores), axis=1)
 
     return Program("arrange", jax.jit(arrange, out_shardings=replicated(made.mesh)), shapes)
@@ -265,7 +283,7 @@ def _exchange(made: SPO) -> Program:
     """A minibatch of pairs, spread over the devices."""
 
     def shapes() -> tuple[PyTree, ...]:
-        pairs, _ = made.programs["pool"].results
+        pairs, _ = made.programs["score"].results
         order, count, *_ = made.programs["arrange"].results
         numbers = on_all(made.mesh, (order, count, jax.ShapeDtypeStruct((), jnp.int32)))
         return _batch(made), split(made.mesh, pairs, axis=1), *numbers
@@ -342,6 +360,13 @@ def text_metric_params(made: SPO) -> dict[str, PyTree]:
     """What the metrics read of prompts is made with."""
     names = reading_metrics(made)
     return {part: made.params[part] for name in names for part in made.metrics[name].parts}
+
+
+def _pool_shardings(made: SPO) -> PyTree:
+    """Where the arrays of a pool lie: prompts are split over the devices."""
+    prompts: PyTree = batch_sharding(made.mesh, axis=1)
+    times: PyTree = replicated(made.mesh)
+    return Pool(prompts, prompts, None, times, times, made.config.sampling.num_inner_steps, x0=prompts)
 
 
 def _batch(made: SPO) -> PromptBatch:

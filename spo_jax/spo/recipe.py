@@ -18,7 +18,7 @@ from spo_jax.runs.loop import Loop, RunFolder, Unit
 from spo_jax.spo.assemble import SPO, assemble
 from spo_jax.spo.evaluation import encode_held_out, finish, show_validation, write_result
 from spo_jax.spo.rollout import rollout_metrics
-from spo_jax.spo.steps import collect, next_prompts, run_updates
+from spo_jax.spo.steps import collect, draw, next_prompts, run_updates
 from spo_jax.spo.update import clipped_warning, update_metrics
 
 
@@ -45,9 +45,11 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
             loop.on_save = lambda state: write_result(folder.path, spo, state.result)
         held_out = encode_held_out(spo)
         for batch in loop.steps():
-            start = time.time()
+            start, key = time.time(), rng.stream(root, "rollout", batch)
             prompts = next_prompts(spo, batch)
-            rollout, num_valid = collect(spo, loop.state, prompts, rng.stream(root, "rollout", batch))
+            pool = jax.block_until_ready(draw(spo, loop.state, prompts, key))
+            drawn = time.time()
+            rollout, num_valid = collect(spo, pool, prompts, key)
             if loop.preempted():
                 break  # without updates of this batch: the next run makes the same pool again
             sampled = time.time()
@@ -58,7 +60,8 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
                     "epoch": batch // num_batches(len(spo.prompts), config.prompts_per_batch),
                     **rollout_metrics(rollout, num_valid),
                     **update_metrics(updates),
-                    "seconds_pool": sampled - start,
+                    "seconds_pool": drawn - start,
+                    "seconds_score": sampled - drawn,
                     "seconds_update": time.time() - sampled,
                 }
             )

@@ -30,7 +30,7 @@ _CURVES = (
     ("Fraction of ratios clipped", "Clipped samples no longer push.", "win_clipped lose_clipped"),
     ("Gradient norm", "It should stay of one size.", "grad_norm"),
 )
-_TIMES = {"seconds_pool": "sampling and scoring", "seconds_update": "updating"}
+_TIMES = {"seconds_pool": "sampling", "seconds_score": "scoring", "seconds_update": "updating"}
 
 
 def write_report(

@@ -1,4 +1,4 @@
-"""Pools of a batch of prompts: sampled, scored and made into pairs, all in one program."""
+"""Pools of a batch of prompts: one program samples them, another one scores them and makes pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from spo_jax import rng
 from spo_jax.diffusion.guidance import make_guided_prediction
-from spo_jax.diffusion.pool import PoolOptions, draw_pool_noise, sample_pool
+from spo_jax.diffusion.pool import PoolOptions, draw_pool, draw_pool_noise, score_pool
 from spo_jax.diffusion.process import Process
 from spo_jax.distributed.mesh import constrain_batch
 from spo_jax.formats.pipeline import Pipeline
@@ -33,23 +33,19 @@ class Rollout:
     score_std: jax.Array
 
 
-# ``(params, trained, prompts, key) -> (pairs [S, B, ...], scores [E, B, k])``.
-SamplePairs = Callable[[dict[str, PyTree], PyTree, PromptBatch, jax.Array], tuple[PreferencePairs, jax.Array]]
-
-
 # ``(params, trained, prompts, key) -> pool``; everything of a prompt stays on its device.
-SamplePool = Callable[[dict[str, PyTree], PyTree, PromptBatch, jax.Array], Pool]
+MakePool = Callable[[dict[str, PyTree], PyTree, PromptBatch, jax.Array], Pool]
+# ``(params, pool, text of the prompts) -> (pairs [S, B, ...], scores [E, B, k])``.
+ScorePool = Callable[[dict[str, PyTree], Pool, jax.Array], tuple[PreferencePairs, jax.Array]]
 
 
-def make_sample_pool(
-    config: ConfigDict, pipeline: Pipeline, scorer: Scorer, process: Process, mesh: Mesh
-) -> SamplePool:
-    """The program that samples the pools of a batch of prompts and scores them."""
+def make_draw_pool(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, process: Process, mesh: Mesh) -> MakePool:
+    """The program that samples the pools of a batch of prompts, without scores."""
     predict_guided = make_guided_prediction(pipeline.unet.apply, config.sampling.guidance_scale)
     sampling = config.sampling
     options = PoolOptions(sampling.num_plain_steps, sampling.num_inner_steps, sampling.eta, sampling.continuation)
 
-    def sample(params: dict[str, PyTree], trained: PyTree, prompts: PromptBatch, key: jax.Array) -> Pool:
+    def draw(params: dict[str, PyTree], trained: PyTree, prompts: PromptBatch, key: jax.Array) -> Pool:
         batch_size = prompts.embeddings.shape[0]
         noise = draw_pool_noise(
             rng.stream(key, "pool"),
@@ -78,23 +74,34 @@ def make_sample_pool(
             assert prompts.scorer_text is not None
             return scorer.score(params, candidates, prompts.scorer_text)
 
-        return sample_pool(predict, score, process, noise, options)
+        return draw_pool(predict, process, noise, options, score)
 
-    return sample
+    return draw
 
 
-def make_pool(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, process: Process, mesh: Mesh) -> SamplePairs:
-    """The program that samples pools and makes pairs of them."""
-    sample = make_sample_pool(config, pipeline, scorer, process, mesh)
+def make_score_pool(config: ConfigDict, scorer: Scorer) -> ScorePool:
+    """The program that scores pools and makes pairs of them."""
     threshold = constant_threshold(config.pairs.threshold)
 
-    def pool(
-        params: dict[str, PyTree], trained: PyTree, prompts: PromptBatch, key: jax.Array
-    ) -> tuple[PreferencePairs, jax.Array]:
-        sampled = sample(params, trained, prompts, key)
-        return make_pairs(sampled, threshold), sampled.scores
+    def score(params: dict[str, PyTree], pool: Pool, text: jax.Array) -> tuple[PreferencePairs, jax.Array]:
+        scored = score_pool(lambda candidates: scorer.score(params, candidates, text), pool)
+        assert scored.scores is not None
+        return make_pairs(scored, threshold), scored.scores
 
-    return pool
+    return score
+
+
+def make_sample_pool(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, process: Process, mesh: Mesh) -> MakePool:
+    """Pools of a batch of prompts with their scores, in one program."""
+    draw = make_draw_pool(config, pipeline, scorer, process, mesh)
+
+    def sample(params: dict[str, PyTree], trained: PyTree, prompts: PromptBatch, key: jax.Array) -> Pool:
+        pool = draw(params, trained, prompts, key)
+        assert prompts.scorer_text is not None
+        text = prompts.scorer_text
+        return score_pool(lambda candidates: scorer.score(params, candidates, text), pool)
+
+    return sample
 
 
 def rollout_metrics(rollout: Rollout, num_valid: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from spo_jax.sampling.encode import shard_prompts, tokens_of
 from spo_jax.spo.assemble import SPO, sampler
 from spo_jax.spo.rollout import Rollout
 from spo_jax.spo.update import UpdateMetrics
-from spo_jax.types import PromptBatch
+from spo_jax.types import Pool, PromptBatch
 
 
 def next_prompts(spo: SPO, batch: int) -> PromptBatch:
@@ -40,9 +40,14 @@ def encode_texts(spo: SPO, texts: Sequence[str]) -> PromptBatch:
     return pieces[0].replace(embeddings=embeddings, scorer_text=scorer_text, added=added)
 
 
-def collect(spo: SPO, state: TrainState, prompts: PromptBatch, key: jax.Array) -> tuple[Rollout, int]:
-    """Samples the pools of a batch of prompts and orders its pairs; also the number of valid pairs, on the host."""
-    pairs, scores = spo.programs["pool"](spo.pool_params, sampler(spo, state), prompts, key)
+def draw(spo: SPO, state: TrainState, prompts: PromptBatch, key: jax.Array) -> Pool:
+    """Samples the pools of a batch of prompts."""
+    return spo.programs["pool"](spo.pool_params, sampler(spo, state), prompts, key)
+
+
+def collect(spo: SPO, pool: Pool, prompts: PromptBatch, key: jax.Array) -> tuple[Rollout, int]:
+    """Scores pools and orders their pairs; also the number of valid pairs, on the host."""
+    pairs, scores = spo.programs["score"](spo.score_params, pool, prompts.scorer_text)
     rollout = Rollout(pairs, *spo.programs["arrange"](key, pairs.valid, scores))
     return rollout, int(rollout.num_valid)
 

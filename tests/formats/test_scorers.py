@@ -20,7 +20,7 @@ from spo_jax.preference.scorers import ScorerSetup, image_candidates_scorer, mak
 from spo_jax.sampling.encode import encode_prompts, make_encode
 from spo_jax.sampling.generate import make_decode
 from spo_jax.spo.config import check as check_config
-from spo_jax.spo.rollout import make_pool
+from spo_jax.spo.rollout import make_draw_pool, make_score_pool
 from tests.golden_data import FOLDER
 
 
@@ -173,6 +173,7 @@ def test_a_plain_clip_fits_into_the_sampling_program():
     prompts = encode_prompts(
         partial(jax.eval_shape, encode), params, pipeline, pipeline.tokenizer, ["a fox on a teal background"] * 8
     )
-    pool = make_pool(config, pipeline, scorer, make_schedule(pipeline.scheduler_config, 4), make_mesh(1, 8))
-    pairs, _ = jax.eval_shape(pool, params, {}, prompts, jax.random.key(0))
+    draw = make_draw_pool(config, pipeline, scorer, make_schedule(pipeline.scheduler_config, 4), make_mesh(1, 8))
+    pool = jax.eval_shape(draw, params, {}, prompts, jax.random.key(0))
+    pairs, _ = jax.eval_shape(make_score_pool(config, scorer), params, pool, prompts.scorer_text)
     assert pairs.valid.shape == (2, 8)

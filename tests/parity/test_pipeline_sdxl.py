@@ -34,7 +34,7 @@ from spo_jax.runs.metrics import read_metrics
 from spo_jax.sampling.encode import encode_prompts, make_encode, shard_prompts
 from spo_jax.sampling.generate import SamplingOptions, make_generate
 from spo_jax.spo.assemble import assemble
-from spo_jax.spo.steps import collect, encode_texts, run_updates
+from spo_jax.spo.steps import collect, draw, encode_texts, run_updates
 from tests.lora_files import random_adapters
 from tests.parity.test_live_pytorch import randomize
 from tests.preference_data import record
@@ -202,7 +202,7 @@ def test_one_batch_of_training_with_inner_steps(small):
     prompts = shard_prompts(encode_texts(spo, PROMPTS * 4), spo.mesh)
     assert len(prompts.added.pooled.sharding.device_set) == 8
 
-    rollout, num_valid = collect(spo, spo.state, prompts, jax.random.key(2))
+    rollout, num_valid = collect(spo, draw(spo, spo.state, prompts, jax.random.key(2)), prompts, jax.random.key(2))
     pairs, order = rollout.pairs, rollout.order
     assert pairs.win.shape == pairs.lose_latents.shape == (5, 8, 8, 12, 4)
     assert num_valid == order.shape[0] == 5 * 8

@@ -18,7 +18,7 @@ from spo_jax.spo.report import write_report
 from tests.metrics import all_metrics
 
 KEYS = "loss preference_score_mean preference_score_std valid_fraction win_ratio lose_ratio win_clipped lose_clipped"
-KEYS += " grad_norm seconds_pool seconds_update"
+KEYS += " grad_norm seconds_pool seconds_score seconds_update"
 ROWS = [{"step": i, **{key: 0.1 * i + 0.01 * n for n, key in enumerate(KEYS.split())}} for i in (1, 2, 3)]
 
 

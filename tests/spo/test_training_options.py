@@ -31,7 +31,7 @@ from spo_jax.spo import config as spo_config
 from spo_jax.spo.assemble import assemble
 from spo_jax.spo.config import check as check_config
 from spo_jax.spo.evaluation import untrained
-from spo_jax.spo.steps import collect, encode_texts, run_updates
+from spo_jax.spo.steps import collect, draw, encode_texts, run_updates
 from spo_jax.spo.update import CLIPPED_BATCHES, clipped_warning, make_update
 from spo_jax.types import Candidates, PreferencePairs
 from tests.small_pipeline import small_pipeline
@@ -315,7 +315,7 @@ def test_split_weights_and_state_give_the_update_of_whole_ones():
     for fsdp in (1, 8):
         spo = assemble(config, make_mesh(data=-1, fsdp=fsdp), Weights)
         prompts = shard_prompts(encode_texts(spo, ["a fox on a teal background"] * 8), spo.mesh)
-        rollout, num_valid = collect(spo, spo.state, prompts, jax.random.key(2))
+        rollout, num_valid = collect(spo, draw(spo, spo.state, prompts, jax.random.key(2)), prompts, jax.random.key(2))
         shardings = jax.tree.map(lambda x: x.sharding, spo.state)
         state, updates = run_updates(spo, spo.state, prompts, rollout, num_valid)
         jax.tree.map(lambda x, sharding: chex.assert_equal(x.sharding, sharding), state, shardings)

@@ -56,7 +56,7 @@ def test_evidence_is_written(undisturbed):
     rows = read_metrics(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     expected = "loss preference_score_mean preference_score_std valid_fraction win_ratio lose_ratio win_clipped"
-    expected += " lose_clipped grad_norm seconds_pool seconds_update"
+    expected += " lose_clipped grad_norm seconds_pool seconds_score seconds_update"
     assert set(expected.split()) <= set(rows[0])
     assert any(row["num_pairs"] > 8 for row in rows), "the test should need several updates a batch"
     report = (workdir / "report.html").read_text(encoding="utf-8")
