@@ -70,9 +70,10 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array 
 
 def choose(kind: str, platform: str, dtype: DTypeLike, head_size: int, queries: int) -> str:
     """The kind that computes an attention without a mask: that which is named or, where it cannot, "xla"."""
-    if kind in ("auto", "cudnn") and platform in _PLATFORMS["cudnn"] and cudnn.fits(head_size, dtype):
-        return "cudnn"
-    if kind == "splash" or (kind == "auto" and platform in _PLATFORMS["splash"] and queries >= _SPLASH_QUERIES):
+    if kind in ("auto", "cudnn") and platform in _PLATFORMS["cudnn"]:
+        return "cudnn" if cudnn.fits(head_size, dtype) else "xla"
+    long_enough = queries >= _SPLASH_QUERIES or kind == "splash"
+    if kind in ("auto", "splash") and platform in _PLATFORMS["splash"] and long_enough:
         return "splash" if head_size <= splash.MAX_HEAD_SIZE else "xla"
     return "xla"
 

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import signal
@@ -36,6 +37,8 @@ from spo_jax.planning.targets import ENVIRONMENT, Target, devices_of, parse_targ
 # How much memory a compiler says that a program needs that is too large.
 _NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of|(?:allocate|allocating) (\d+)( )bytes")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, " ": 1}
+# The first result of cuDNN's backward pass, the gradient of the queries.
+_CUDNN_BACKWARD = re.compile(r"= \(\w+\[([\d,]+)\][^\n]*custom_call_target=\"__cudnn\$fmhaSoftmaxBackward\"")
 # Without a GPU no tiles can be tried out for XLA's own kernels of matrix products, and the first choice can fail
 # ("Couldn't find output tile sizes"). Most products end up in cuBLAS, which needs none.
 _OPTIONS: dict[str, dict[str, bool | str]] = {"cuda": {"xla_gpu_enable_triton_gemm": False}}
@@ -107,7 +110,15 @@ def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> Compiled:
     memory: Any = compiled.memory_analysis()
     results = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
     own = memory.temp_size_in_bytes + results + memory.generated_code_size_in_bytes
+    own += hidden_bytes(compiled.as_text() or "") if platform == "cuda" else 0
     return Compiled("compiled", own, traffic_of(compiled), time.time() - start)
+
+
+def hidden_bytes(hlo: str) -> int:
+    """Bytes of the largest workspace that is not counted where there is no GPU: cuDNN's attention, on the way back, adds
+    the gradient of the queries in float32."""
+    sizes = [math.prod(int(n) for n in shape.split(",")) for shape in _CUDNN_BACKWARD.findall(hlo)]
+    return 4 * max(sizes, default=0)
 
 
 def traffic_of(compiled: jax.stages.Compiled) -> Traffic | None:

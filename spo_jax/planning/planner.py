@@ -12,6 +12,7 @@ from spo_jax import methods
 from spo_jax.distributed.mesh import mesh_sizes, round_up
 from spo_jax.distributed.pieces import piece_size
 from spo_jax.errors import UserError
+from spo_jax.kernels.attention import check_kind
 from spo_jax.planning.chips import GIB
 from spo_jax.planning.collectives import Traffic
 from spo_jax.planning.compile import compile_program, versions
@@ -58,6 +59,7 @@ def check(config: ConfigDict, target: Target) -> None:
     methods.module_of(config.method, "config").check(config)  # what it says of devices, this says better below
     count = target.num_devices
     mesh_sizes(config.mesh.data, config.mesh.fsdp, count)
+    check_kind(config.attention, target.platform, config.dtype)
     for key, size in batches(config).items():
         if size % count:
             raise UserError(
