@@ -115,7 +115,7 @@ def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> Compiled:
 
 
 def hidden_bytes(hlo: str) -> int:
-    """Bytes of the largest workspace that is not counted where there is no GPU: cuDNN's attention, on the way back, adds
+    """Bytes of the largest workspace that is not counted where there is no GPU: cuDNN's attention, going back, adds
     the gradient of the queries in float32."""
     sizes = [math.prod(int(n) for n in shape.split(",")) for shape in _CUDNN_BACKWARD.findall(hlo)]
     return 4 * max(sizes, default=0)
