@@ -29,7 +29,7 @@ from absl import flags
 
 from benchmarks.models import PROMPTS, SIZES, Size, model_folder, num_parameters
 from spo_jax import cli
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 
 SIZE = flags.DEFINE_enum("size", "small", list(SIZES), "Of models, images and batches; see benchmarks/models.py.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "In which networks compute.")
@@ -43,6 +43,7 @@ WRITE = flags.DEFINE_string("write", "", "Used by the parent: file for the numbe
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "peft")
 GIB = 2**30
+MAX_OTHERS = 0.15  # cores that other programs may use, on average, for a measurement that means something
 ROWS = {
     "sampling and scoring, s": "sampling",
     "update, s": "update",
@@ -59,7 +60,7 @@ def main() -> None:
         from benchmarks import check
 
         numbers = check.ours if SIDE.value == "ours" else check.theirs
-        check.write(WRITE.value, numbers(size, folder, torch_device(), DTYPE.value))
+        check.write(WRITE.value, numbers(size, folder, DEVICE.value, DTYPE.value))
     elif SIDE.value:
         measure = measure_ours if SIDE.value == "ours" else measure_pytorch
         print(json.dumps(measure(size, folder, REPEATS.value)))
@@ -86,7 +87,10 @@ def compare(size: Size, folder: Path) -> dict[str, Any]:
         for _ in range(ROUNDS.value):
             for side, rows in runs.items():
                 rows.append(json.loads(start_side(side, cache, []).splitlines()[-1]))
-                print(side, rows[-1], flush=True)
+                print(side, {key: round(value, 3) for key, value in rows[-1].items()}, flush=True)
+                if DEVICE.value == "cpu" and rows[-1]["other_programs_cores"] > MAX_OTHERS:
+                    # PyTorch's threads wait for each other at the end of each operation.
+                    notice("warning: other programs were running; they slow PyTorch down far more than ours.")
     return result | runs | (table(runs) if ROUNDS.value else {})
 
 
@@ -162,7 +166,7 @@ def measure_pytorch(size: Size, folder: Path, repeats: int) -> dict[str, Any]:
 
     from benchmarks import pytorch_iteration as program
 
-    device = torch_device()
+    device = program.prepare(DEVICE.value)
     torch.manual_seed(0)
     began = time.perf_counter()
     loaded = program.load(size, folder, device, getattr(torch, DTYPE.value))
@@ -241,7 +245,9 @@ def measured(
     first = next(batches)
     first_peak = peak()
     forget()
+    began, busy = time.perf_counter(), others_seconds()
     later = [next(batches) for _ in range(repeats)]
+    busy = (others_seconds() - busy) / (time.perf_counter() - began)
     later_peak = peak()
     iteration = median(batch.sampling + batch.update for batch in later)
     return {
@@ -251,9 +257,20 @@ def measured(
         "first_batch_more": first.sampling + first.update - iteration,
         "peak_gib": max(first_peak, later_peak),
         "later_peak_gib": later_peak,
+        "other_programs_cores": busy,
         "score": fmean(batch.score for batch in (first, *later)),
         "loss": fmean(batch.loss for batch in (first, *later)),
     }
+
+
+def others_seconds() -> float:
+    """CPU seconds that all programs but this one have used so far; 0 where the system does not tell (not Linux)."""
+    counters = Path("/proc/stat")
+    if not counters.exists():
+        return 0.0
+    user, nice, system, _idle, _waiting, *interrupts = map(int, counters.read_text().split("\n")[0].split()[1:8])
+    own = os.times()
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
 def host_peak() -> float:
@@ -271,19 +288,6 @@ def forget_host_peak() -> None:
     counter = Path("/proc/self/clear_refs")
     if counter.exists():
         counter.write_text("5")
-
-
-def torch_device() -> str:
-    """PyTorch's name of the device, with as many threads as there are cores."""
-    if SIDE.value == "ours":
-        return "cpu"
-    import torch
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if DEVICE.value == "gpu" and not WRITE.value:
-        torch.set_float32_matmul_precision("high")  # TF32, which is JAX's default on a GPU
-    torch.backends.cudnn.allow_tf32 = not WRITE.value
-    return "cuda" if DEVICE.value == "gpu" else "cpu"
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def theirs(size: Size, folder: Path, device: str, dtype: str) -> Numbers:
 
     from benchmarks import pytorch_iteration as program
 
+    device = program.prepare(device, exact=True)
     loaded = program.load(size, folder, device, getattr(torch, dtype))
     _use_our_adapters(loaded.unet, size)
     channels, height, width = loaded.latent_shape

@@ -10,6 +10,7 @@ run twice a pair although winner and loser start from the same latents.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +75,19 @@ class Pairs(NamedTuple):
 # Gives standard normal numbers of a shape; ``Choices`` a candidate's number below k for each of B prompts.
 Noise = Callable[[tuple[int, ...]], torch.Tensor]
 Choices = Callable[[int, int], torch.Tensor]
+
+
+def prepare(device: str, *, exact: bool = False) -> str:
+    """PyTorch's name of "cpu" or "gpu", with as many threads as there are cores.
+
+    On a GPU float32 factors are rounded to TF32 as by JAX's default, unless the results are to be ``exact``.
+    """
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if device == "cpu":
+        return "cpu"
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    torch.backends.cudnn.allow_tf32 = not exact
+    return "cuda"
 
 
 def load(size: Size, folder: Path, device: str, dtype: torch.dtype) -> Program:
