@@ -15,19 +15,17 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
-from benchmarks.models import PROMPTS, SIZES, Size, model_folder, num_parameters
+from benchmarks import check
+from benchmarks.measure import Turn
+from benchmarks.models import SIZES, Size, model_folder, num_parameters
 from spo_jax import cli
 from spo_jax.errors import UserError, notice
 
@@ -38,11 +36,9 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each program; 0: no measure
 REPEATS = flags.DEFINE_integer("repeats", 1, "Batches of a turn after the first one.", lower_bound=1)
 CHECK = flags.DEFINE_bool("check", False, "Compares the numbers of both programs first; see benchmarks/check.py.")
 FOLDER = flags.DEFINE_string("folder", "", "Where random models are kept; the user's cache by default.")
-SIDE = flags.DEFINE_enum("side", None, ["pytorch", "ours"], "Used by the parent: what this process runs.")
-WRITE = flags.DEFINE_string("write", "", "Used by the parent: file for the numbers of --check.")
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "peft")
-GIB = 2**30
+MODULES = {"pytorch": "benchmarks.pytorch_iteration", "ours": "benchmarks.our_iteration"}
 MAX_OTHERS = 0.15  # cores that other programs may use, on average, for a measurement that means something
 ROWS = {
     "sampling and scoring, s": "sampling",
@@ -54,39 +50,32 @@ ROWS = {
 
 
 def main() -> None:
-    """Runs a side, or as the parent all of them."""
-    size, folder = SIZES[SIZE.value], model_folder(SIZE.value, FOLDER.value)
-    if SIDE.value and WRITE.value:
-        from benchmarks import check
-
-        numbers = check.ours if SIDE.value == "ours" else check.theirs
-        check.write(WRITE.value, numbers(size, folder, DEVICE.value, DTYPE.value))
-    elif SIDE.value:
-        measure = measure_ours if SIDE.value == "ours" else measure_pytorch
-        print(json.dumps(measure(size, folder, REPEATS.value)))
-    else:
-        print(json.dumps(compare(size, folder)))
+    """Measures, and prints the result."""
+    size = SIZES[SIZE.value]
+    folder = str(model_folder(SIZE.value, FOLDER.value))
+    turn = Turn(SIZE.value, folder, size.work, DEVICE.value, DTYPE.value, REPEATS.value)
+    print(json.dumps(compare(size, turn)))
 
 
-# ------------------------------------------------------------------------------------------------------------- parent
-def compare(size: Size, folder: Path) -> dict[str, Any]:
+def compare(size: Size, turn: Turn) -> dict[str, Any]:
     """Starts the sides by turns, prints the table, and returns what the last line holds."""
+    work = size.work
     result: dict[str, Any] = {"size": SIZE.value, "dtype": DTYPE.value, "device": DEVICE.value}
     result |= {"cores": len(os.sched_getaffinity(0)), "parameters": num_parameters(size)}
     result["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
     sizes = ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in result["parameters"].items())
     print(
-        f"{SIZE.value}: {sizes}; {size.pixels} px, {size.prompts} prompts, k {size.candidates}, N {size.steps}, "
-        f"d {size.plain_steps}, {size.pairs} pairs in minibatches of {size.minibatch}, rank {size.rank}"
+        f"{SIZE.value}: {sizes}; {work.pixels} px, {len(work.texts)} prompts, k {work.candidates}, N {work.steps}, "
+        f"d {work.plain_steps}, {work.pairs} pairs in minibatches of {work.minibatch}, rank {work.rank}"
     )
     print(f"{DTYPE.value} on {DEVICE.value}, {result['cores']} cores; {result['versions']}\n", flush=True)
     if CHECK.value:
-        result["check"] = check_sides()
+        result["check"] = check_sides(turn)
     runs: dict[str, list[dict[str, Any]]] = {"pytorch": [], "ours": []}
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(ROUNDS.value):
             for side, rows in runs.items():
-                rows.append(json.loads(start_side(side, cache, []).splitlines()[-1]))
+                rows.append(json.loads(start(MODULES[side], [json.dumps(turn)], cache).splitlines()[-1]))
                 print(side, {key: round(value, 3) for key, value in rows[-1].items()}, flush=True)
                 if DEVICE.value == "cpu" and rows[-1]["other_programs_cores"] > MAX_OTHERS:
                     # PyTorch's threads wait for each other at the end of each operation.
@@ -94,36 +83,29 @@ def compare(size: Size, folder: Path) -> dict[str, Any]:
     return result | runs | (table(runs) if ROUNDS.value else {})
 
 
-def start_side(side: str, cache: str, more: list[str]) -> str:
-    """Runs a side in a fresh process; what it prints."""
-    given = {"side": side, "size": SIZE.value, "dtype": DTYPE.value, "device": DEVICE.value}
-    given |= {"repeats": REPEATS.value, "folder": FOLDER.value}
-    command = [sys.executable, "-m", "benchmarks.against_pytorch", *(f"--{k}={v}" for k, v in given.items()), *more]
-    # PyTorch's side reads files with our package, whose JAX must leave the device alone.
-    platform = "cuda,cpu" if DEVICE.value == "gpu" and side == "ours" else "cpu"
-    env = {"JAX_PLATFORMS": platform, "JAX_COMPILATION_CACHE_DIR": cache, "HF_HUB_OFFLINE": "1"}
-    if CHECK.value and more:
-        env["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # on a GPU the default rounds factors to 10 bits
-    done = subprocess.run(command, env=os.environ | env, stdout=subprocess.PIPE, text=True)
+def start(module: str, arguments: list[str], cache: str, **more: str) -> str:
+    """Runs a module in a fresh process with a folder for compiled programs; what it prints."""
+    env = {"JAX_COMPILATION_CACHE_DIR": cache, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    env["JAX_PLATFORMS"] = "cuda,cpu" if DEVICE.value == "gpu" else "cpu"
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, env=os.environ | env | more, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise UserError(f"The side {side!r} has failed with exit code {done.returncode}; what it says stands above.")
+        raise UserError(f"{module} has failed with exit code {done.returncode}; what it says stands above.")
     return done.stdout
 
 
-def check_sides() -> dict[str, float]:
+def check_sides(turn: Turn) -> dict[str, float]:
     """How far the numbers that both sides compute are apart; UserError if that is too far in float32."""
-    from benchmarks import check
-
+    # On a GPU the default rounds float32 factors to TF32. The noise of PyTorch's side is drawn by JAX, on the host.
+    more = {"ours": {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}, "pytorch": {"JAX_PLATFORMS": "cpu"}}
     with tempfile.TemporaryDirectory() as temporary:
-        files = [f"{temporary}/{side}.npz" for side in ("ours", "pytorch")]
-        for side, file in zip(("ours", "pytorch"), files, strict=True):
-            start_side(side, f"{temporary}/cache", [f"--write={file}"])
-        found = check.differences(*files)
+        for side, env in more.items():
+            start("benchmarks.check", [side, json.dumps(turn), f"{temporary}/{side}.npz"], f"{temporary}/cache", **env)
+        found = check.differences(f"{temporary}/ours.npz", f"{temporary}/pytorch.npz")
     for name, value in found.items():
         print(f"{name}: largest difference {value:.1e} of the largest value", flush=True)
-    wrong = [name for name, value in found.items() if not value <= check.TOLERANCE]
-    if wrong and DTYPE.value == "float32":
-        raise UserError(f"The programs do not compute the same: {', '.join(wrong)} differ by more than 1e-3.")
+    if (wrong := check.wrong(found)) and DTYPE.value == "float32":
+        raise UserError(f"The programs do not compute the same; too far apart: {', '.join(wrong)}.")
     return found
 
 
@@ -148,146 +130,6 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         )
     print()
     return ratios | told
-
-
-# -------------------------------------------------------------------------------------------------------------- sides
-class Batch(NamedTuple):
-    """Seconds of the two phases of a batch, the mean of its scores and of its losses."""
-
-    sampling: float
-    update: float
-    score: float
-    loss: float
-
-
-def measure_pytorch(size: Size, folder: Path, repeats: int) -> dict[str, Any]:
-    """One turn of the PyTorch program."""
-    import torch
-
-    from benchmarks import pytorch_iteration as program
-
-    device = program.prepare(DEVICE.value)
-    torch.manual_seed(0)
-    began = time.perf_counter()
-    loaded = program.load(size, folder, device, getattr(torch, DTYPE.value))
-    load_seconds = time.perf_counter() - began
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-
-    def noise(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.randn(shape, device=device)
-
-    def choices(count: int, below: int) -> torch.Tensor:
-        return torch.randint(below, (count,), device=device)
-
-    def batches() -> Iterator[Batch]:
-        while True:
-            start = time.perf_counter()
-            texts = program.encode(loaded, list(PROMPTS[: size.prompts]))
-            pairs, scores = program.sample(loaded, texts, noise, choices)
-            wait()
-            sampled = time.perf_counter()
-            told = program.update(loaded, texts, pairs, torch.randperm(len(pairs.prompts), device=device))
-            wait()
-            end = time.perf_counter()
-            assert len(pairs.prompts) == size.pairs, "some pairs have equal scores"
-            yield Batch(sampled - start, end - sampled, float(scores.mean()), fmean(u["loss"] for u in told))
-
-    def device_peak() -> float:
-        return torch.cuda.max_memory_allocated() / GIB
-
-    def forget() -> None:
-        torch.cuda.reset_peak_memory_stats()
-
-    on_gpu = (device_peak, forget) if device == "cuda" else None
-    return {"load": load_seconds, **measured(batches(), repeats, on_gpu)}
-
-
-def measure_ours(size: Size, folder: Path, repeats: int) -> dict[str, Any]:
-    """One turn of our programs, called as ``spo/recipe.py`` calls them."""
-    import jax
-
-    from benchmarks import our_iteration
-    from spo_jax import rng
-    from spo_jax.spo.steps import collect, next_prompts, run_updates
-    from spo_jax.spo.update import update_metrics
-
-    began = time.perf_counter()
-    spo = our_iteration.load(size, folder, DTYPE.value)
-    jax.block_until_ready((spo.params, spo.state))
-    load_seconds = time.perf_counter() - began
-
-    def batches() -> Iterator[Batch]:
-        state, root = spo.state, jax.random.key(spo.config.seed)
-        for batch in range(repeats + 1):
-            start = time.perf_counter()
-            prompts = next_prompts(spo, batch)
-            rollout, num_valid = collect(spo, state, prompts, rng.stream(root, "rollout", batch))
-            jax.block_until_ready(rollout)
-            sampled = time.perf_counter()
-            state, updates = run_updates(spo, state, prompts, rollout, num_valid)
-            jax.block_until_ready(state)
-            end = time.perf_counter()
-            assert num_valid == size.pairs, "some pairs have equal scores"
-            yield Batch(sampled - start, end - sampled, float(rollout.score_mean), update_metrics(updates)["loss"])
-
-    def device_peak() -> float:
-        return (jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"] / GIB
-
-    on_gpu = (device_peak, lambda: None) if DEVICE.value == "gpu" else None  # JAX keeps one peak for the process
-    return {"load": load_seconds, **measured(batches(), repeats, on_gpu)}
-
-
-def measured(
-    batches: Iterator[Batch], repeats: int, on_gpu: tuple[Callable[[], float], Callable[[], None]] | None
-) -> dict[str, Any]:
-    """Medians over the batches after the first, and peaks of memory: of this process, or of the device."""
-    peak, forget = on_gpu or (host_peak, forget_host_peak)
-    first = next(batches)
-    first_peak = peak()
-    forget()
-    began, busy = time.perf_counter(), others_seconds()
-    later = [next(batches) for _ in range(repeats)]
-    busy = (others_seconds() - busy) / (time.perf_counter() - began)
-    later_peak = peak()
-    iteration = median(batch.sampling + batch.update for batch in later)
-    return {
-        "sampling": median(batch.sampling for batch in later),
-        "update": median(batch.update for batch in later),
-        "iteration": iteration,
-        "first_batch_more": first.sampling + first.update - iteration,
-        "peak_gib": max(first_peak, later_peak),
-        "later_peak_gib": later_peak,
-        "other_programs_cores": busy,
-        "score": fmean(batch.score for batch in (first, *later)),
-        "loss": fmean(batch.loss for batch in (first, *later)),
-    }
-
-
-def others_seconds() -> float:
-    """CPU seconds that all programs but this one have used so far; 0 where the system does not tell (not Linux)."""
-    counters = Path("/proc/stat")
-    if not counters.exists():
-        return 0.0
-    user, nice, system, _idle, _waiting, *interrupts = map(int, counters.read_text().split("\n")[0].split()[1:8])
-    own = os.times()
-    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - own.user - own.system
-
-
-def host_peak() -> float:
-    """GiB of this process at its peak; of Linux by the counter that ``forget_host_peak`` starts again."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / GIB
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
-
-
-def forget_host_peak() -> None:
-    """The peak is counted from now on, where the system can do that (Linux)."""
-    counter = Path("/proc/self/clear_refs")
-    if counter.exists():
-        counter.write_text("5")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Random models of several sizes in the layout of diffusers and transformers, and the step-aware CLIP in PyTorch.
+"""Random models of several sizes in the layout of diffusers and transformers.
 
 Both programs of ``benchmarks.against_pytorch`` read the same folder, which is written once:
 
@@ -16,25 +16,23 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.measure import Work
 from spo_jax.errors import UserError
 from spo_jax.files import cache_folder
 from spo_jax.formats.hub import local
 from spo_jax.formats.networks import PARTS, build
 from spo_jax.formats.safetensors_io import write_params
 from spo_jax.models import CLIPModel
-from spo_jax.models.clip import TIME_EMBEDDING_DIM, is_time_layer
+from spo_jax.models.clip import is_time_layer
 from spo_jax.models.published import CLIP_VIT_H, PIPELINES
-from spo_jax.preference.scorers import CLIP_MEAN, CLIP_STD
-
-if TYPE_CHECKING:  # our side runs without it
-    import torch
+from spo_jax.spo.config import get_config
 
 Json = dict[str, Any]
 
@@ -49,27 +47,34 @@ class Size(NamedTuple):
 
     Attributes:
       networks: the ``config.json`` of "unet", "vae", "text_encoder" and "scorer".
-      pixels: side of the images.
-      prompts: B of a batch; candidates: k; steps: N; plain_steps: d.
-      minibatch: pairs of an update; B (N - d) is a multiple of it, so that all updates are of one size.
-      rank: of the adapters.
+      work: B (N - d) is a multiple of its minibatch, so that all updates are of one size.
       stored: dtype of the weight files.
     """
 
     networks: dict[str, Json]
-    pixels: int
-    prompts: int
-    candidates: int
-    steps: int
-    plain_steps: int
-    minibatch: int
-    rank: int = 4
+    work: Work
     stored: str = "float32"
 
-    @property
-    def pairs(self) -> int:
-        """Of an iteration."""
-        return self.prompts * (self.steps - self.plain_steps)
+
+def _work(pixels: int, prompts: int, candidates: int, steps: int, plain_steps: int, minibatch: int) -> Work:
+    """With the recipe of the paper for SD1.5."""
+    c = get_config()
+    return Work(
+        texts=list(PROMPTS[:prompts]),
+        pixels=pixels,
+        candidates=candidates,
+        steps=steps,
+        plain_steps=plain_steps,
+        minibatch=minibatch,
+        rank=c.lora.rank,
+        guidance=c.sampling.guidance_scale,
+        beta=c.loss.beta,
+        clip_range=c.loss.clip_range,
+        learning_rate=c.train.learning_rate,
+        betas=(c.train.adam_b1, c.train.adam_b2),
+        eps=c.train.adam_eps,
+        weight_decay=c.train.weight_decay,
+    )
 
 
 def _unet(widths: tuple[int, ...], layers: int, heads: int, context: int, groups: int, latents: int) -> Json:
@@ -127,7 +132,7 @@ SIZES = {
             "text_encoder": _text(64, 2, 4, 16),
             "scorer": _clip(_text(64, 2, 4, 16), 64, 2, 4, 24, 6),
         },
-        *(32, 2, 2, 4, 1, 3),
+        _work(32, prompts=2, candidates=2, steps=4, plain_steps=1, minibatch=3),
     ),
     "small": Size(
         {
@@ -136,10 +141,12 @@ SIZES = {
             "text_encoder": _text(256, 6, 4, 77),
             "scorer": _clip(_text(256, 6, 4, 77), 256, 12, 4, 224, 14),
         },
-        *(256, 2, 4, 8, 2, 4),
+        _work(256, prompts=2, candidates=4, steps=8, plain_steps=2, minibatch=4),
     ),
     # A pair at a time, so that both programs fit a host of 24 GiB in float32.
-    "sd15": Size(_SD15_NETWORKS, *(256, 1, 2, 4, 1, 1), stored="bfloat16"),
+    "sd15": Size(
+        _SD15_NETWORKS, _work(256, prompts=1, candidates=2, steps=4, plain_steps=1, minibatch=1), stored="bfloat16"
+    ),
 }
 
 
@@ -155,7 +162,9 @@ def model_folder(name: str, folder: str = "") -> Path:
     cache = cache_folder()
     if not folder and cache is None:
         raise UserError("There is no home to keep random models in; name a folder with --folder.")
-    digest = hashlib.sha256(json.dumps([size.networks, size.stored], sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(
+        json.dumps([size.networks, size.stored, size.work.texts], sort_keys=True).encode()
+    ).hexdigest()[:8]
     place = (Path(folder) if folder else cache / "benchmarks") / f"{name}-{digest}"
     if not place.is_dir():
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +182,7 @@ def _write_models(size: Size, folder: Path) -> None:
     for part in ("scheduler", "tokenizer"):
         shutil.copytree(emoji / part, folder / part)
     shutil.copy(emoji / "model_index.json", folder)
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    (folder / "prompts.txt").write_text("\n".join(size.work.texts) + "\n", encoding="utf-8")
     file = folder / "tokenizer" / "tokenizer_config.json"
     length = {"model_max_length": size.networks["text_encoder"]["max_position_embeddings"]}
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | length), encoding="utf-8")
@@ -222,63 +231,3 @@ def num_parameters(size: Size) -> dict[str, int]:
         part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part_shapes(part, config)))
         for part, config in size.networks.items()
     }
-
-
-# ---------------------------------------------------------------------------------------- the step-aware CLIP in torch
-def torch_scorer(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """The step-aware CLIP of a folder: that of transformers, with time layers put into its vision tower.
-
-    Every weight of the file has its place in it, and the other way round.
-    """
-    import safetensors.torch
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # it would list the time layers, which it does not know
-    clip = transformers.CLIPModel.from_pretrained(folder, dtype=dtype)
-    width = clip.config.vision_config.hidden_size
-
-    def modulation(count: int) -> torch.nn.Module:
-        return torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Linear(width, count * width))
-
-    layers = torch.nn.Linear(TIME_EMBEDDING_DIM, width), torch.nn.SiLU(), torch.nn.Linear(width, width)
-    clip.t_embedder = torch.nn.ModuleDict({"mlp": torch.nn.Sequential(*layers)})
-    clip.vision_model.adaLN_modulation = modulation(2)
-    for layer in clip.vision_model.encoder.layers:
-        layer.adaLN_modulation = modulation(6)
-    clip.to(dtype).load_state_dict(safetensors.torch.load_file(next(folder.glob("*.safetensors"))))
-    return clip.requires_grad_(False).eval()
-
-
-def torch_image_features(clip: torch.nn.Module, images: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """Unit features float32 [n, e] of images [n, 3, H, W] in [-1, 1] at timesteps [n]."""
-    import torch
-    from torch.nn import functional
-
-    tower, size = clip.vision_model, clip.config.vision_config.image_size
-    pixels = images.float()
-    if pixels.shape[-2:] != (size, size):
-        pixels = functional.interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False)
-    mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
-    pixels = ((pixels / 2 + 0.5).clamp(0, 1) - mean) / std
-    half = TIME_EMBEDDING_DIM // 2
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=pixels.device) / half)
-    angles = timesteps.float()[:, None] * frequencies
-    sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1).to(clip.dtype)
-    time = clip.t_embedder["mlp"](sinusoids)
-
-    x = tower.pre_layrnorm(tower.embeddings(pixels.to(clip.dtype)))
-    for layer in tower.encoder.layers:
-        shift1, scale1, gate1, shift2, scale2, gate2 = layer.adaLN_modulation(time)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * layer.self_attn(layer.layer_norm1(x) * (1 + scale1) + shift1, attention_mask=None)[0]
-        x = x + gate2 * layer.mlp(layer.layer_norm2(x) * (1 + scale2) + shift2)
-    shift, scale = tower.adaLN_modulation(time).chunk(2, dim=-1)
-    pooled = tower.post_layernorm(x[:, 0]) * (1 + scale) + shift
-    return functional.normalize(clip.visual_projection(pooled).float(), dim=-1)
-
-
-def torch_text_features(clip: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Unit features float32 [n, e] of tokens [n, L]."""
-    from torch.nn import functional
-
-    return functional.normalize(clip.get_text_features(input_ids=tokens).pooler_output.float(), dim=-1)

@@ -28,7 +28,8 @@ from torch.nn import functional
 
 from benchmarks import our_iteration, pytorch_iteration
 from benchmarks.check import TOLERANCE
-from benchmarks.models import SIZES, Size, model_folder, torch_image_features
+from benchmarks.models import SIZES, Size, model_folder
+from benchmarks.torch_scorer import image_features
 from spo_jax import cli
 from spo_jax.errors import UserError
 from spo_jax.models.attention import multi_head_attention
@@ -214,13 +215,13 @@ def norm(side: int, channels: int, device: str) -> Piece:
 def load(size: Size, device: str) -> tuple[pytorch_iteration.Program, our_iteration.SPO]:
     """The models of both."""
     folder: Path = model_folder(SIZE.value, FOLDER.value)
-    theirs = pytorch_iteration.load(size, folder, device, getattr(torch, DTYPE.value))
-    return theirs, our_iteration.load(size, folder, DTYPE.value)
+    theirs = pytorch_iteration.load(size.work, folder, device, getattr(torch, DTYPE.value))
+    return theirs, our_iteration.load(size.work, folder, DTYPE.value)
 
 
 def network(name: str, theirs: pytorch_iteration.Program, ours: our_iteration.SPO, device: str) -> Piece:
     """One of ``NETWORKS``; the UNet without guidance, as each row costs the same."""
-    batch, pixels = BATCH.value, theirs.size.pixels
+    batch, pixels = BATCH.value, theirs.work.pixels
     if name == "UNet":
         return unet(theirs, ours, device)
     times = jnp.full(batch, 501), torch.full((batch,), 501, device=device)
@@ -237,7 +238,7 @@ def network(name: str, theirs: pytorch_iteration.Program, ours: our_iteration.SP
         arguments = (ours.params["scorer"], jnp.moveaxis(y, 1, -1), text, times[0])
 
         def call() -> torch.Tensor:
-            features = torch_image_features(theirs.scorer, x, times[1])
+            features = image_features(theirs.scorer, x, times[1])
             return theirs.scorer.logit_scale.float().exp() * (features * given).sum(-1)
 
     return Piece((torch.no_grad()(call), lambda: decode(*arguments)), images=name == "VAE decoder")

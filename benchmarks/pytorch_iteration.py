@@ -4,16 +4,21 @@
     policy and reference once for the winner and once for the loser, ratio, AdamW on the adapters
 
 It computes what that program computes, in its order and as often: the reference is a second copy of the UNet, and both
-run twice a pair although winner and loser start from the same latents.
+run twice a pair although winner and loser start from the same latents. Nothing here imports JAX, so that the process
+has the memory of a PyTorch program.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -21,12 +26,9 @@ import transformers
 from peft import LoraConfig
 from torch.nn import functional
 
-from benchmarks.models import Size, torch_image_features, torch_scorer, torch_text_features
-from spo_jax.formats.json_files import read_json
-from spo_jax.formats.tokenizers import read_tokenizer, tokenize
-from spo_jax.spo.config import get_config
+from benchmarks.measure import GIB, Batch, Turn, Work, measured, turn_of
+from benchmarks.torch_scorer import image_features, read_scorer, text_features
 
-RECIPE = get_config()  # of the paper: guidance, beta, clip range, optimizer
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -34,7 +36,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 class Program:
     """What is loaded."""
 
-    size: Size
+    work: Work
     device: torch.device
     tokenizer: transformers.CLIPTokenizer
     text_encoder: torch.nn.Module
@@ -49,7 +51,7 @@ class Program:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """[c, h, w]."""
-        side = self.size.pixels // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        side = self.work.pixels // 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.unet.config.in_channels, side, side
 
 
@@ -90,7 +92,7 @@ def prepare(device: str, *, exact: bool = False) -> str:
     return "cuda"
 
 
-def load(size: Size, folder: Path, device: str, dtype: torch.dtype) -> Program:
+def load(work: Work, folder: Path, device: str, dtype: torch.dtype) -> Program:
     """Reads the models; networks compute in ``dtype``, adapters are float32."""
 
     transformers.logging.disable_progress_bar()
@@ -102,33 +104,33 @@ def load(size: Size, folder: Path, device: str, dtype: torch.dtype) -> Program:
     policy, reference = unet(), unet().eval()
     # The released program draws A with a deviation of 1 / rank, "gaussian" in peft.
     policy.add_adapter(
-        LoraConfig(r=size.rank, lora_alpha=size.rank, init_lora_weights="gaussian", target_modules=TARGETS)
+        LoraConfig(r=work.rank, lora_alpha=work.rank, init_lora_weights="gaussian", target_modules=TARGETS)
     )
     adapters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     for parameter in adapters:
         parameter.data = parameter.data.float()
     vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
     text_encoder = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype)
-    train, noise = RECIPE.train, read_json(folder / "scheduler" / "scheduler_config.json")
+    noise = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     betas = torch.linspace(noise["beta_start"] ** 0.5, noise["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
     return Program(
-        size=size,
+        work=work,
         device=torch.device(device),
-        tokenizer=read_tokenizer(folder / "tokenizer"),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=text_encoder.requires_grad_(False).eval().to(device),
         unet=policy,
         reference=reference,
         vae=vae.requires_grad_(False).eval().to(device),
-        scorer=torch_scorer(folder / "scorer", dtype).to(device),
+        scorer=read_scorer(folder / "scorer", dtype).to(device),
         optimizer=torch.optim.AdamW(
             adapters,
-            lr=train.learning_rate,
-            betas=(train.adam_b1, train.adam_b2),
-            eps=train.adam_eps,
-            weight_decay=train.weight_decay,
+            lr=work.learning_rate,
+            betas=tuple(work.betas),
+            eps=work.eps,
+            weight_decay=work.weight_decay,
         ),
         alphas=torch.cumprod(1 - betas, 0).float().to(device),
-        timesteps=[1000 // size.steps * i + noise["steps_offset"] for i in reversed(range(size.steps))],
+        timesteps=[1000 // work.steps * i + noise["steps_offset"] for i in reversed(range(work.steps))],
     )
 
 
@@ -140,20 +142,21 @@ def encode(program: Program, prompts: list[str]) -> Texts:
     def embed(texts: list[str]) -> torch.Tensor:
         return program.text_encoder(_tokens(program, texts)).last_hidden_state
 
-    features = torch_text_features(program.scorer, _tokens(program, prompts))
+    features = text_features(program.scorer, _tokens(program, prompts))
     return Texts(embed(prompts), embed([""]), features)
 
 
 def _tokens(program: Program, texts: list[str]) -> torch.Tensor:
-    return torch.from_numpy(tokenize(program.tokenizer, texts)).long().to(program.device)
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return program.tokenizer(texts, **options).input_ids.to(program.device)
 
 
 @torch.no_grad()
 def sample(program: Program, texts: Texts, noise: Noise, choices: Choices) -> tuple[Pairs, torch.Tensor]:
     """The pairs of all pool steps and prompts, step by step, and the scores [S, B, k]."""
-    size, shape = program.size, program.latent_shape
-    b, k = size.prompts, size.candidates
-    step_size, rows = 1000 // size.steps, torch.arange(b, device=program.device)
+    work, shape = program.work, program.latent_shape
+    b, k = len(work.texts), work.candidates
+    step_size, rows = 1000 // work.steps, torch.arange(b, device=program.device)
     latents = noise((b, *shape))
     candidates, pairs, all_scores = None, [], []
 
@@ -170,18 +173,20 @@ def sample(program: Program, texts: Texts, noise: Noise, choices: Choices) -> tu
 
     for i, timestep in enumerate(program.timesteps):
         if candidates is None:
-            output = guided(program.unet, latents, timestep, texts.negative, texts.positive)
+            output = guided(program, program.unet, latents, timestep, texts.negative, texts.positive)
             x0, eps = _x0(program, latents, output, timestep), output
         else:
             flat = candidates.flatten(0, 1)
-            output = guided(program.unet, flat, timestep, texts.negative, texts.positive.repeat_interleave(k, 0))
+            output = guided(
+                program, program.unet, flat, timestep, texts.negative, texts.positive.repeat_interleave(k, 0)
+            )
             clean = _x0(program, flat, output, timestep)
             close(clean, timestep)
             choice = choices(b, k)
             latents, x0, eps = (x.unflatten(0, (b, k))[rows, choice] for x in (flat, clean, output))
         last = timestep
         mean, sigma = _transition(program, x0, eps, timestep, max(timestep - step_size, 0))
-        if i < size.plain_steps:
+        if i < work.plain_steps:
             latents = mean + sigma * noise((b, *shape))
         else:
             candidates = mean[:, None] + sigma * noise((b, k, *shape))
@@ -190,6 +195,7 @@ def sample(program: Program, texts: Texts, noise: Noise, choices: Choices) -> tu
 
 
 def guided(
+    program: Program,
     unet: torch.nn.Module,
     latents: torch.Tensor,
     timesteps: torch.Tensor | int,
@@ -201,7 +207,7 @@ def guided(
     times = timesteps.repeat(2) if isinstance(timesteps, torch.Tensor) else timesteps
     output = unet(torch.cat([latents, latents]).to(unet.dtype), times, context).sample.float()
     without, text = output.chunk(2)
-    return without + RECIPE.sampling.guidance_scale * (text - without)
+    return without + program.work.guidance * (text - without)
 
 
 def decode(program: Program, x0: torch.Tensor) -> torch.Tensor:
@@ -212,7 +218,7 @@ def decode(program: Program, x0: torch.Tensor) -> torch.Tensor:
 def score(program: Program, x0: torch.Tensor, timestep: int, features: torch.Tensor) -> torch.Tensor:
     """Scores [n] of clean latents [n, ...] for the text features of each."""
     times = torch.full((len(x0),), timestep, device=program.device)
-    images = torch_image_features(program.scorer, decode(program, x0), times)
+    images = image_features(program.scorer, decode(program, x0), times)
     return program.scorer.logit_scale.float().exp() * (images * features).sum(-1)
 
 
@@ -236,7 +242,7 @@ def _transition(
 def update(program: Program, texts: Texts, pairs: Pairs, order: torch.Tensor) -> list[dict[str, float]]:
     """One step of the optimizer for each minibatch of pairs in ``order``; loss and gradient's norm of each."""
     told = []
-    for index in order.split(program.size.minibatch):
+    for index in order.split(program.work.minibatch):
         batch = Pairs(*(x[index] for x in pairs))
         positive = texts.positive[batch.prompts]
         log_ratios = []
@@ -244,9 +250,9 @@ def update(program: Program, texts: Texts, pairs: Pairs, order: torch.Tensor) ->
             policy = _log_prob(program, program.unet, batch, following, texts.negative, positive)
             with torch.no_grad():
                 reference = _log_prob(program, program.reference, batch, following, texts.negative, positive)
-            low, high = 1 - RECIPE.loss.clip_range, 1 + RECIPE.loss.clip_range
+            low, high = 1 - program.work.clip_range, 1 + program.work.clip_range
             log_ratios.append((policy - reference).exp().clamp(low, high).log())
-        loss = -functional.logsigmoid(RECIPE.loss.beta * (log_ratios[0] - log_ratios[1])).mean()
+        loss = -functional.logsigmoid(program.work.beta * (log_ratios[0] - log_ratios[1])).mean()
         loss.backward()
         grads = [p.grad for group in program.optimizer.param_groups for p in group["params"]]
         told.append((loss.detach(), torch.stack([g.square().sum() for g in grads]).sum().sqrt()))
@@ -264,8 +270,51 @@ def _log_prob(
     positive: torch.Tensor,
 ) -> torch.Tensor:
     """Log-probability [P] of a transition: its mean over the elements of the latents."""
-    eps = guided(unet, pairs.latents, pairs.timesteps, negative, positive)
+    eps = guided(program, unet, pairs.latents, pairs.timesteps, negative, positive)
     alpha = program.alphas[pairs.timesteps][:, None, None, None]
     x0 = (pairs.latents - (1 - alpha).sqrt() * eps) / alpha.sqrt()
     mean, sigma = _transition(program, x0, eps, pairs.timesteps, pairs.previous)
     return torch.distributions.Normal(mean, sigma).log_prob(following).mean(dim=(1, 2, 3))
+
+
+# --------------------------------------------------------------------------------------------------------------- turn
+def measure(turn: Turn) -> dict[str, Any]:
+    """One turn of this program."""
+    work, device = turn.work, prepare(turn.device)
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    loaded = load(work, Path(turn.folder), device, getattr(torch, turn.dtype))
+    load_seconds = time.perf_counter() - began
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+
+    def noise(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, device=device)
+
+    def choices(count: int, below: int) -> torch.Tensor:
+        return torch.randint(below, (count,), device=device)
+
+    def batches() -> Iterator[Batch]:
+        while True:
+            start = time.perf_counter()
+            texts = encode(loaded, work.texts)
+            pairs, scores = sample(loaded, texts, noise, choices)
+            wait()
+            sampled = time.perf_counter()
+            told = update(loaded, texts, pairs, torch.randperm(len(pairs.prompts), device=device))
+            wait()
+            end = time.perf_counter()
+            assert len(pairs.prompts) == work.pairs, "some pairs have equal scores"
+            yield Batch(sampled - start, end - sampled, float(scores.mean()), fmean(u["loss"] for u in told))
+
+    def device_peak() -> float:
+        return torch.cuda.max_memory_allocated() / GIB
+
+    def forget() -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    on_gpu = (device_peak, forget) if device == "cuda" else None
+    return {"load": load_seconds, **measured(batches(), turn.repeats, on_gpu)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(turn_of(sys.argv[1]))))
