@@ -24,7 +24,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks import check
-from benchmarks.measure import Turn
+from benchmarks.measure import DISTURBED, MAX_OTHERS, Turn
 from benchmarks.models import SIZES, Size, model_folder, num_parameters
 from spo_jax import cli
 from spo_jax.errors import UserError, notice
@@ -39,7 +39,6 @@ FOLDER = flags.DEFINE_string("folder", "", "Where random models are kept; the us
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "peft")
 MODULES = {"pytorch": "benchmarks.pytorch_iteration", "ours": "benchmarks.our_iteration"}
-MAX_OTHERS = 0.15  # cores that other programs may use, on average, for a measurement that means something
 ROWS = {
     "sampling and scoring, s": "sampling",
     "update, s": "update",
@@ -78,8 +77,7 @@ def compare(size: Size, turn: Turn) -> dict[str, Any]:
                 rows.append(json.loads(start(MODULES[side], [json.dumps(turn)], cache).splitlines()[-1]))
                 print(side, {key: round(value, 3) for key, value in rows[-1].items()}, flush=True)
                 if DEVICE.value == "cpu" and rows[-1]["other_programs_cores"] > MAX_OTHERS:
-                    # PyTorch's threads wait for each other at the end of each operation.
-                    notice("warning: other programs were running; they slow PyTorch down far more than ours.")
+                    notice(DISTURBED)
     return result | runs | (table(runs) if ROUNDS.value else {})
 
 

@@ -16,6 +16,9 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 GIB = 2**30
+MAX_OTHERS = 0.15  # cores that other programs may use, on average, for a measurement on the CPU that means something
+# PyTorch's threads wait for each other at the end of each operation, so one that is held up holds up all.
+DISTURBED = "warning: other programs were running; they slow PyTorch down far more than ours. Measure again without."
 
 
 class Work(NamedTuple):

@@ -28,10 +28,11 @@ from torch.nn import functional
 
 from benchmarks import our_iteration, pytorch_iteration
 from benchmarks.check import TOLERANCE
+from benchmarks.measure import DISTURBED, MAX_OTHERS, others_seconds
 from benchmarks.models import SIZES, Size, model_folder
 from benchmarks.torch_scorer import image_features
 from spo_jax import cli
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 from spo_jax.models.attention import multi_head_attention
 from spo_jax.models.layers import GroupNorm
 
@@ -94,6 +95,7 @@ def main() -> None:
         f"jax {jax.__version__}, torch {torch.__version__}; ms, medians of {REPEATS.value}\n"
     )
     print("| piece | PyTorch | ours | ratio | with backward: PyTorch | ours | ratio |\n|---|---|---|---|---|---|---|")
+    began, busy = time.perf_counter(), others_seconds()
     for name, make in pieces(device).items():
         if ONLY.value.lower() not in name.lower():
             continue
@@ -104,6 +106,8 @@ def main() -> None:
             theirs, ours = by_turns(calls) if calls else (None, None)
             cells += [f"{theirs:.1f}", f"{ours:.1f}", f"{ours / theirs:.2f}"] if calls else ["", "", ""]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    if DEVICE.value == "cpu" and (others_seconds() - busy) / (time.perf_counter() - began) > MAX_OTHERS:
+        notice(DISTURBED)
 
 
 def pieces(device: str) -> dict[str, Callable[[], Piece]]:
