@@ -84,6 +84,7 @@ def compare(size: Size, turn: Turn) -> dict[str, Any]:
 def start(module: str, arguments: list[str], cache: str, **more: str) -> str:
     """Runs a module in a fresh process with a folder for compiled programs; what it prints."""
     env = {"JAX_COMPILATION_CACHE_DIR": cache, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # as commands have it
     env["JAX_PLATFORMS"] = "cuda,cpu" if DEVICE.value == "gpu" else "cpu"
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, env=os.environ | env | more, stdout=subprocess.PIPE, text=True)

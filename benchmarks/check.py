@@ -69,7 +69,8 @@ def ours(turn: Turn) -> Numbers:
     scores = jax.jit(spo.scorer.of_images.score)(spo.params["scorer"], images, text, given["timesteps"])
 
     key = jax.random.key(SEED)
-    pairs, pool_scores = spo.programs["pool"](spo.pool_params, spo.state.trained, prompts, key)
+    pool = spo.programs["pool"](spo.pool_params, spo.state.trained, prompts, key)
+    pairs, pool_scores = spo.programs["score"](spo.score_params, pool, prompts.scorer_text)
     rollout = Rollout(pairs, *spo.programs["arrange"](key, pairs.valid, pool_scores))
     _, updates = run_updates(spo, spo.state, prompts, rollout, int(rollout.num_valid))
     return {

@@ -19,7 +19,7 @@ from spo_jax.distributed.mesh import make_mesh
 from spo_jax.runs.load import Weights
 from spo_jax.spo import config as spo_config
 from spo_jax.spo.assemble import SPO, assemble
-from spo_jax.spo.steps import collect, next_prompts, run_updates
+from spo_jax.spo.steps import collect, draw, next_prompts, run_updates
 from spo_jax.spo.update import update_metrics
 
 
@@ -61,7 +61,8 @@ def measure(turn: Turn) -> dict[str, Any]:
         for batch in range(turn.repeats + 1):
             start = time.perf_counter()
             prompts = next_prompts(spo, batch)
-            rollout, num_valid = collect(spo, state, prompts, rng.stream(root, "rollout", batch))
+            key = rng.stream(root, "rollout", batch)
+            rollout, num_valid = collect(spo, draw(spo, state, prompts, key), prompts, key)
             jax.block_until_ready(rollout)
             sampled = time.perf_counter()
             state, updates = run_updates(spo, state, prompts, rollout, num_valid)

@@ -33,7 +33,7 @@ from benchmarks.models import SIZES, Size, model_folder
 from benchmarks.torch_scorer import image_features
 from spo_jax import cli
 from spo_jax.errors import UserError, notice
-from spo_jax.models.attention import multi_head_attention
+from spo_jax.kernels.attention import multi_head_attention
 from spo_jax.models.layers import GroupNorm
 
 SIZE = flags.DEFINE_enum("size", "small", list(SIZES), "Of the networks; see benchmarks/models.py.")

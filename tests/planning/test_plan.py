@@ -300,6 +300,26 @@ def test_a_program_whose_text_jax_cannot_read_has_its_memory_and_no_collectives(
             compiling.traffic_of(Unreadable())
 
 
+def test_the_workspace_that_cudnn_hides_is_counted_once_for_the_largest_gradient():
+    call = 'ROOT %a.1 = (bf16[{}]{{3,2,1,0}}, bf16[2,8,80,40]{{3,2,1,0}}, u8[0]{{0}}) custom-call(%x), custom_call_target="__cudnn${}"'
+    calls = [
+        ("2,8,4096,40", "fmhaSoftmaxBackward"),
+        ("2,8,64,40", "fmhaSoftmaxBackward"),
+        ("9,8,4096,40", "fmhaSoftmax"),
+    ]
+    text = "\n".join(call.format(*each) for each in calls)
+    assert compiling.hidden_bytes(text) == 2 * 8 * 4096 * 40 * 4
+    assert compiling.hidden_bytes("") == 0
+
+
+def test_an_attention_that_the_target_does_not_have_is_refused():
+    config = sd15.get_config()
+    config.attention = "cudnn"
+    planner.check(config, parse_target("h100:4"))
+    with pytest.raises(UserError, match="'cudnn' is for NVIDIA GPUs, and this is a tpu"):
+        planner.check(config, parse_target("v5e:2x2"))
+
+
 def test_an_answer_is_kept_for_a_program_a_target_and_the_code_that_reads_it(monkeypatch):
     cpu, two = parse_target("cpu"), parse_target("cpu:2")
     kept = compiling.key_of(cpu, "program")
