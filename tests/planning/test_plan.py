@@ -301,7 +301,8 @@ def test_a_program_whose_text_jax_cannot_read_has_its_memory_and_no_collectives(
 
 
 def test_the_workspace_that_cudnn_hides_is_counted_once_for_the_largest_gradient():
-    call = 'ROOT %a.1 = (bf16[{}]{{3,2,1,0}}, bf16[2,8,80,40]{{3,2,1,0}}, u8[0]{{0}}) custom-call(%x), custom_call_target="__cudnn${}"'
+    results = "bf16[2,8,80,40]{{3,2,1,0}}, u8[0]{{0}}"
+    call = f'ROOT %a.1 = (bf16[{{}}]{{{{3,2,1,0}}}}, {results}) custom-call(%x), custom_call_target="__cudnn${{}}"'
     calls = [
         ("2,8,4096,40", "fmhaSoftmaxBackward"),
         ("2,8,64,40", "fmhaSoftmaxBackward"),
