@@ -50,8 +50,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, object] | None:
         open_pairs(name)  # nothing is fetched for a run whose pairs are not there
     config, pins = artifacts.ready(config, workdir)
     notice(attention.taken(config.attention, device.platform, config.dtype))
-    if config.remat and device.platform == "cpu":
-        config.remat = False
-        notice("config.remat is off on a CPU, where it takes a fifth more time and saves no memory.")
+    config = without_remat_on_cpu(config, device.platform)
     with wandb_run.finished():
         return module_of(config.method, "recipe").train(config, mesh, RunFolder(config, workdir, pins))
+
+
+def without_remat_on_cpu(config: ConfigDict, platform: str) -> ConfigDict:
+    """The config as a platform runs it: on a CPU ``config.remat`` is off, with a sentence."""
+    if not config.remat or platform != "cpu":
+        return config
+    notice("config.remat is off on a CPU, where it takes a fifth more time and saves no memory.")
+    config = config.copy_and_resolve_references()
+    config.remat = False
+    return config
