@@ -34,8 +34,3 @@ class ImageMetric:
     settings: dict[str, str | int | float]
     form: str = ".3f"
     reads_prompts: bool = True
-
-
-def to_8_bits(images: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1], clipped and rounded half to even, as diffusers stores them: uint8 of the same shape."""
-    return np.round(255 * np.clip((np.asarray(images, np.float32) + 1) / 2, 0, 1)).astype(np.uint8)
