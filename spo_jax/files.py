@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -35,6 +37,18 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes ``text`` as UTF-8, see ``atomic_write``."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, 64 digits; a file that has not changed is read once in a process."""
+    found = path.stat()
+    return _sha256(path.resolve(), found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: Path, _size: int, _changed: int) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from spo_jax.files import atomic_write
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1] (clipped) to uint8 in [0, 255]."""
-    return (np.clip(np.asarray(images, np.float32) / 2 + 0.5, 0, 1) * 255 + 0.5).astype(np.uint8)
+    """Images in [-1, 1] (clipped) to uint8 in [0, 255], rounded to the nearest, halves to even ones, as diffusers does."""
+    return np.rint(np.clip(np.asarray(images, np.float32) / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
 def grid_size(count: int, height: int, width: int, columns: int | None = None, gap: int = 2) -> tuple[int, int]:

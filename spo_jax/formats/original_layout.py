@@ -110,7 +110,7 @@ _OPEN_CLIP = {
     "text_model.final_layer_norm": "ln_final",
     "text_projection": "text_projection",
 }
-_OPEN_CLIP_LAYER = {
+OPEN_CLIP_LAYER = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
     "self_attn.q_proj": "attn.in_proj",
@@ -221,9 +221,9 @@ def open_clip_key(key: str) -> str:
         bare = module.endswith(("position_embedding", "text_projection"))  # parameters there, not layers
         return _OPEN_CLIP[module] if bare else f"{_OPEN_CLIP[module]}.{leaf}"
     match = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)", module)
-    if match is None or match[2] not in _OPEN_CLIP_LAYER:
+    if match is None or match[2] not in OPEN_CLIP_LAYER:
         raise ValueError(f"{key!r} is no parameter of a text encoder")
-    original = _OPEN_CLIP_LAYER[match[2]]
+    original = OPEN_CLIP_LAYER[match[2]]
     joint = "_" if original.endswith("in_proj") else "."
     return f"transformer.resblocks.{match[1]}.{original}{joint}{leaf}"
 

@@ -27,7 +27,7 @@ _HUB = re.compile(
 _GITHUB = re.compile(
     r"github:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@#]*))?(?:/(?P<inside>[^#]+))?(?:#sha256=(?P<sha256>[^#]*))?"
 )
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _FILE_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet")
 _WEIGHT_FILE = re.compile(
     r"(?:model|pytorch_model|diffusion_pytorch_model)(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"

@@ -53,14 +53,19 @@ class Weights:
 
 def open_file(path: Path) -> Weights:
     """The weights in one file, of safetensors or of PyTorch; UserError if it is missing or damaged."""
+    if is_torch_file(path):
+        return Weights(path, index_torch_bin(path))
+    return Weights(path, index_safetensors(path), read_metadata(path))
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a weight file is PyTorch's and not safetensors; UserError if it is missing."""
     if not path.is_file():
         raise UserError(missing(path, "Weight file"))
     with path.open("rb") as file:
         start = file.read(9)
     # The content decides, and the name where it does not: safetensors begin with the length of a JSON text.
-    if start.startswith(_ZIP) or (path.suffix in TORCH_SUFFIXES and start[8:] != b"{"):
-        return Weights(path, index_torch_bin(path))
-    return Weights(path, index_safetensors(path), read_metadata(path))
+    return start.startswith(_ZIP) or (path.suffix in TORCH_SUFFIXES and start[8:] != b"{")
 
 
 def open_weights(folder: Path, stem: str, variant: str | None = None) -> Weights:
@@ -104,6 +109,16 @@ def find_weights(folder: Path, stem: str, variant: str | None) -> Path | None:
             if path.is_file():
                 return path
     return None
+
+
+def weight_files(path: Path, stem: str, variant: str | None = None) -> list[Path]:
+    """The files that ``open_weights`` reads of the folder ``path``, or the file itself; all that are there of them."""
+    if path.is_file():
+        return [path]
+    found = find_weights(path, stem, choose_variant(path, stem, variant))
+    if found is None or found.suffix != ".json":
+        return [found] if found else []
+    return [path / shard for shard in sorted(set(read_weight_map(found).values()))]
 
 
 def choose_variant(folder: Path, stem: str, variant: str | None) -> str | None:

@@ -1,0 +1,289 @@
+"""Published metrics that are a CLIP, or a CLIP and a little more: PickScore, HPSv2, aesthetic, CLIP score.
+
+They share networks and differ in everything else: the resize, the tokenizer, the scale. ``docs/metrics.md`` has it in
+one table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float, PyTree
+
+from spo_jax.errors import UserError
+from spo_jax.evaluation.image_metric import ImageMetric, ScorePictures
+from spo_jax.evaluation.preprocess import RESIZES, TORCHVISION, TRANSFORMERS, clip_pixels, hpsv2_pixels
+from spo_jax.files import sha256_of
+from spo_jax.formats.hub import missing, pinned, remote_of, resolve_model
+from spo_jax.formats.open_clip import open_clip_ids, read_open_clip
+from spo_jax.formats.pipeline import read_clip
+from spo_jax.formats.tokenizers import ClipTokenizer, read_tokenizer, tokenize
+from spo_jax.formats.weights import TRANSFORMERS_STEM, open_file, read_params, weight_files
+from spo_jax.models.aesthetic import AestheticHead
+from spo_jax.models.clip import CLIPModel
+
+CLIP_L = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
+_HPSV2 = "xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a"
+_HPSV2_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
+_AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
+# Where each metric's weights are by default. All read the vocabulary of CLIP_L, the same in all of them.
+PLACES = {
+    "pickscore": "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800",
+    "hpsv2": f"{_HPSV2}/{_HPSV2_FILES['hpsv2']}",
+    "hpsv2.1": f"{_HPSV2}/{_HPSV2_FILES['hpsv2.1']}",
+    "aesthetic": "github:christophschuhmann/improved-aesthetic-predictor@6934dd81792f086e613a121dbce43082cb8be85e/"
+    f"{_AESTHETIC_FILE}#sha256=21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+    "clip": CLIP_L,
+    "clip_h": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+}
+AESTHETIC_WIDTH = 768  # of the embeddings of OpenAI's ViT-L/14
+
+Settings = dict[str, str | int | float]
+Prepare = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, 3] to pixels float32 [s, s, 3]
+Embed = Callable[[Iterable[np.ndarray]], np.ndarray]  # rows of one shape to unit-length embeddings float32 [n, E]
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricOptions:
+    """How metrics are computed.
+
+    Attributes:
+      dtype: of networks and parameters; in float32 products have full precision on every device.
+      batch_size: images, or captions, that a network sees at a time.
+      tokenizer: a folder or a name on the hub; None takes the one beside the weights, or else CLIP_L's.
+      hpsv2_resize: one of ``preprocess.RESIZES``. HPSv2's own table was made with "tensor".
+      aesthetic_clip: the ViT-L/14 of OpenAI that the aesthetic predictor sits on.
+    """
+
+    dtype: DTypeLike = jnp.float32
+    batch_size: int = 16
+    tokenizer: str | None = None
+    hpsv2_resize: str = "tensor"
+    aesthetic_clip: str = CLIP_L
+
+
+class Towers(NamedTuple):
+    """A CLIP that is ready to embed: see ``Embed``; ``scale`` is its exp(logit_scale)."""
+
+    images: Embed
+    texts: Embed
+    scale: float
+
+
+# ----------------------------------------------------------------------------------------------------------- openers
+def open_pickscore(place: str | None, options: MetricOptions) -> ImageMetric:
+    """PickScore v1: exp(logit_scale), about 100, times the cosine; papers print this."""
+    return _open_plain("pickscore", "PickScore", "What people preferred on Pick-a-Pic.", place, options, own_scale=True)
+
+
+def open_clip_score(name: str, place: str | None, options: MetricOptions) -> ImageMetric:
+    """The CLIP score, 100 times the cosine of each image and its caption: "clip" of OpenAI, "clip_h" of LAION."""
+    title = {"clip": "CLIP score (ViT-L/14)", "clip_h": "CLIP score (ViT-H/14)"}[name]
+    return _open_plain(name, title, "How well an image fits its prompt, by a CLIP.", place, options, own_scale=False)
+
+
+def _open_plain(
+    name: str, title: str, meaning: str, place: str | None, options: MetricOptions, *, own_scale: bool
+) -> ImageMetric:
+    place = place or PLACES[name]
+    with _naming(name):
+        path = resolve_model(place)
+        clip, params = read_clip(path, step_aware=False, dtype=options.dtype)
+        tokenizer, source = _tokenizer(clip, path, options)
+        weights = _sources(place, weight_files(path, TRANSFORMERS_STEM))
+    towers = make_towers(clip, params, options)
+    scale = towers.scale if own_scale else 100.0
+    prepare = functools.partial(clip_pixels, size=clip.image_size, rule=TRANSFORMERS)
+    score = cosine_score(towers, prepare, functools.partial(tokenize, tokenizer), scale)
+    settings = weights | source | {"resize": "pil_crop, crop of transformers"} | _common(options) | {"scale": scale}
+    return ImageMetric(title, meaning, score, settings)
+
+
+def open_hpsv2(name: str, place: str | None, options: MetricOptions) -> ImageMetric:
+    """HPSv2 ("hpsv2") or HPSv2.1 ("hpsv2.1"): 100 times the cosine. The two have different scales."""
+    resize = options.hpsv2_resize
+    with _naming(name):
+        if resize not in RESIZES:
+            raise UserError(f"the resize {resize!r} is not known; choose one of {', '.join(RESIZES)}.")
+        place = place or PLACES[name]
+        path = _file_in(place, _HPSV2_FILES[name])
+        clip, params = read_open_clip(path, options.dtype)
+        tokenizer, source = _tokenizer(clip, path.parent, options)
+        weights = _sources(place, [path])
+    towers = make_towers(clip, params, options)
+    prepare = functools.partial(hpsv2_pixels, size=clip.image_size, resize=resize)
+    score = cosine_score(towers, prepare, functools.partial(open_clip_ids, tokenizer), 100.0)
+    settings = weights | source | {"resize": resize} | _common(options) | {"scale": 100.0}
+    title = {"hpsv2": "HPSv2", "hpsv2.1": "HPSv2.1"}[name]
+    return ImageMetric(title, "What people preferred on HPD v2.", score, settings)
+
+
+def open_aesthetic(place: str | None, options: MetricOptions) -> ImageMetric:
+    """LAION's aesthetic predictor V2: a linear map of the unit-length embedding of OpenAI's ViT-L/14, 1 to 10."""
+    with _naming("aesthetic"):
+        place = place or PLACES["aesthetic"]
+        path = _file_in(place, _AESTHETIC_FILE)
+        head = read_aesthetic_head(path)
+        clip_path = resolve_model(options.aesthetic_clip)
+        clip, params = read_clip(clip_path, step_aware=False, dtype=options.dtype)
+        if clip.projection_dim != AESTHETIC_WIDTH:
+            raise UserError(
+                f"The CLIP in {clip_path} has embeddings of {clip.projection_dim} numbers, not {AESTHETIC_WIDTH}; the "
+                "aesthetic predictor needs OpenAI's ViT-L/14."
+            )
+        weights = _sources(place, [path])
+        below = _sources(options.aesthetic_clip, weight_files(clip_path, TRANSFORMERS_STEM), "clip")
+    towers = make_towers(clip, params, options)
+    prepare = functools.partial(clip_pixels, size=clip.image_size, rule=TORCHVISION)
+
+    def score(pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        _check_pairs(pictures, prompts)
+        return aesthetic_scores(head, towers.images(map(prepare, pictures)))
+
+    settings = weights | below | {"resize": "pil_crop, crop of torchvision"} | _common(options) | {"scale": 1.0}
+    meaning = "How much people liked an image, of the image alone."
+    return ImageMetric("Aesthetic V2", meaning, score, settings, reads_prompts=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ scoring
+def make_towers(clip: CLIPModel, params: PyTree, options: MetricOptions) -> Towers:
+    """The two halves of a CLIP, each compiled for one size of batch."""
+    precise = "highest" if jnp.dtype(options.dtype) == jnp.float32 else None
+
+    def half(method: Callable[..., jax.Array]) -> Embed:
+        @jax.jit
+        def program(params: PyTree, rows: jax.Array) -> jax.Array:
+            with jax.default_matmul_precision(precise):
+                features = clip.apply({"params": params}, rows, method=method).astype(jnp.float32)
+            return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+        return lambda rows: in_batches(functools.partial(program, params), rows, options.batch_size)
+
+    scale = float(np.exp(np.asarray(params["logit_scale"], np.float32)))
+    return Towers(half(clip.image_features), half(clip.text_features), scale)
+
+
+def cosine_score(
+    towers: Towers, prepare: Prepare, ids_of: Callable[[list[str]], np.ndarray], scale: float
+) -> ScorePictures:
+    """``scale`` times the cosine of each image and its caption; a caption that comes again is embedded once."""
+
+    def score(pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        _check_pairs(pictures, prompts)
+        if not prompts:
+            return np.zeros(0, np.float32)
+        places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        texts = towers.texts(ids_of(list(places)))[[places[prompt] for prompt in prompts]]
+        images = towers.images(map(prepare, pictures))
+        return np.float32(scale) * (images * texts).sum(axis=-1)
+
+    return score
+
+
+def in_batches(
+    program: Callable[[np.ndarray], jax.Array], rows: Iterable[np.ndarray], batch_size: int
+) -> Float[np.ndarray, "n ..."]:
+    """What ``program`` gives for rows of one shape, in batches of one size; the last one is filled up with its last row.
+
+    Rows are made while they are asked for, so that only one batch of prepared images is in memory.
+    """
+    results: list[np.ndarray] = []
+    batch: list[np.ndarray] = []
+
+    def run() -> None:
+        filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]
+        results.append(np.asarray(program(np.stack(filled)))[: len(batch)])
+        batch.clear()
+
+    for row in rows:
+        batch.append(row)
+        if len(batch) == batch_size:
+            run()
+    if batch:
+        run()
+    return np.concatenate(results) if results else np.zeros((0, 1), np.float32)
+
+
+def read_aesthetic_head(path: Path) -> PyTree:
+    """The parameters of LAION's predictor V2, float32, from its file; UserError if it is missing or another's."""
+    rows = jnp.zeros((1, AESTHETIC_WIDTH))
+    shapes = jax.eval_shape(lambda: AestheticHead().init(jax.random.key(0), rows))["params"]
+    weights = open_file(path)
+    first = weights.arrays.get("layers.0.weight")
+    if first is None or first.shape != (1024, AESTHETIC_WIDTH):
+        raise UserError(
+            f"Weight file {path} is not the aesthetic predictor V2, whose layers.0.weight is [1024, 768]; give "
+            f"{_AESTHETIC_FILE} (V1's heads, such as sa_0_4_vit_l_14_linear.pth, are other metrics)."
+        )
+    return read_params(weights, shapes)
+
+
+@jax.jit
+def _apply_head(params: PyTree, embeddings: jax.Array) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        return AestheticHead().apply({"params": params}, embeddings)
+
+
+def aesthetic_scores(params: PyTree, embeddings: Float[np.ndarray, "n 768"]) -> Float[np.ndarray, " n"]:
+    """The predictor V2 on unit-length embeddings; on others it gives 20 to 30."""
+    return np.asarray(_apply_head(params, embeddings)) if len(embeddings) else np.zeros(0, np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------- pieces
+def _check_pairs(pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> None:
+    if len(pictures) != len(prompts):
+        raise ValueError(f"{len(pictures)} images and {len(prompts)} prompts")
+
+
+class _naming:
+    """Puts the metric's name before the sentence of a UserError."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, UserError):
+            raise UserError(f"Metric {self.name}: {error}") from error
+
+
+def _file_in(place: str, file: str) -> Path:
+    """The weight file that ``place`` is, or that lies under this name in the folder or repository that it is."""
+    remote = remote_of(place)
+    if remote is not None and not remote.is_file:
+        inside = f"{remote.inside}/{file}" if remote.inside else file
+        place = str(dataclasses.replace(remote, inside=inside, revision=remote.revision or "main"))
+    path = resolve_model(place)
+    if path.is_dir():
+        path = path / file
+    if not path.is_file():
+        raise UserError(missing(path, "Weight file"))
+    return path
+
+
+def _tokenizer(clip: CLIPModel, folder: Path, options: MetricOptions) -> tuple[ClipTokenizer, Settings]:
+    """The tokenizer, fitted to the text tower, and where it is from."""
+    beside = folder.is_dir() and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    source = options.tokenizer or (str(folder) if beside else CLIP_L)
+    return read_tokenizer(source, clip.tower), {"tokenizer": source}
+
+
+def _sources(place: str, files: Sequence[Path], what: str = "weights") -> Settings:
+    """Where weights are from, with the commit, and the SHA-256 of each file."""
+    remote = remote_of(place)
+    named = str(dataclasses.replace(pinned(remote), sha256="")) if remote else str(place)
+    return {what: named} | {f"sha256 of {file.name}": sha256_of(file) for file in files}
+
+
+def _common(options: MetricOptions) -> Settings:
+    return {"images": "8-bit", "dtype": jnp.dtype(options.dtype).name}
