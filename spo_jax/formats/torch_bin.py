@@ -69,8 +69,9 @@ def index_torch_bin(path: Path) -> dict[str, StoredArray]:
 def index_training_checkpoint(path: Path, *, nested: bool = True) -> tuple[dict[str, StoredArray], Json]:
     """The tensors below ``"state_dict"``, as training programs write them, and the numbers and strings beside it.
 
-    Lists and dicts may be there too; objects of other kinds are refused. A file without that level is as one of
-    ``index_torch_bin``, and so is any with ``nested=False``; errors are the same.
+    None, and lists and dicts of all this and of tensors, such as an optimizer's, may be there too and are left out;
+    whatever else is there is refused. A file without that level is as one of ``index_torch_bin``, and so is any with
+    ``nested=False``; errors are the same.
     """
     if not path.is_file():
         raise UserError(missing(path, "Weight file"))
@@ -93,6 +94,7 @@ def index_training_checkpoint(path: Path, *, nested: bool = True) -> tuple[dict[
                 raise UserError(f"Weight file {path} is not little-endian; save it again on another machine.")
             content, beside = _expect(dict, _interpret(_content(path, file, pickle))), {}
             if nested and type(content.get("state_dict")) is dict:
+                _check_beside([value for key, value in content.items() if key != "state_dict"])
                 beside = {k: v for k, v in content.items() if type(v) in (str, bool, int, float)}
                 content = content["state_dict"]
             arrays = {}
@@ -116,6 +118,22 @@ def index_training_checkpoint(path: Path, *, nested: bool = True) -> tuple[dict[
     # the last one zipfile says that it cannot read this kind of archive.
     except (zipfile.BadZipFile, OSError, LookupError, TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"Weight file {path} is damaged or truncated ({error}); download or copy it again.") from error
+
+
+def _check_beside(values: list[object]) -> None:
+    """Refuses what is no plain value; each container is looked at once, as a pickle may hold it in itself."""
+    seen: set[int] = set()
+    while values:
+        value = values.pop()
+        if isinstance(value, list | tuple | dict) and type(value) in (list, tuple, dict):
+            if id(value) not in seen:
+                seen.add(id(value))
+                values += list(value.values() if isinstance(value, dict) else value)
+        elif value is not None and type(value) not in (str, bool, int, float, _Tensor):
+            raise _NotTensorsError(
+                f"holds a {type(value).__name__.strip('_').lower()} beside its state_dict, where numbers and texts are "
+                "expected; save the model's own state_dict() alone"
+            )
 
 
 def _start(path: Path, file: io.BufferedIOBase, member: zipfile.ZipInfo) -> int:

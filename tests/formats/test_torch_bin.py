@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spo_jax.errors import UserError
-from spo_jax.formats.torch_bin import index_torch_bin
+from spo_jax.formats.torch_bin import index_torch_bin, index_training_checkpoint
 
 ROOT = "archive/"
 DTYPES = [
@@ -97,6 +97,53 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path):
     np.testing.assert_array_equal(arrays["a"].read(), np.zeros(4))
     with pytest.raises(UserError, match="truncated"):
         arrays["b"].read()
+
+
+# What training programs keep beside the state dict: numbers, texts, and dicts, lists and tuples of them and of tensors.
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text() | st.just(torch.ones(2)),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text() | st.integers(-9, 2**40), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60)
+@given(beside=st.dictionaries(st.text().filter(lambda key: key != "state_dict"), PLAIN, max_size=4))
+def test_tensors_below_state_dict_are_read_whatever_plain_values_are_beside(tmp_path_factory, beside):
+    path = tmp_path_factory.mktemp("nested") / "m.pt"
+    state = {"a.weight": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor(2, dtype=torch.float16)}
+    torch.save({**beside, "state_dict": collections.OrderedDict(state)}, path)
+    arrays, values = index_training_checkpoint(path)
+    assert list(arrays) == list(state)
+    for key, tensor in state.items():
+        np.testing.assert_array_equal(arrays[key].read(), tensor.numpy())
+    plain = {key: value for key, value in beside.items() if type(value) in (str, bool, int, float)}
+    assert repr(values) == repr(plain)
+    with pytest.raises(UserError, match=r"holds a .*state dict"):
+        index_torch_bin(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"state_dict": {"a": 1}},
+        {"state_dict": {"a": [torch.ones(1)]}},
+        {"state_dict": {"state_dict": {"a": torch.ones(1)}}},
+        {"model": {"state_dict": {"a": torch.ones(1)}}},
+        {"model": {"a": torch.ones(1)}, "iterations": 3},
+        {"state_dict": [torch.ones(1)]},
+        {"state_dict": {1: torch.ones(1)}},
+    ],
+    ids=str,
+)
+def test_any_other_nesting_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(UserError, match=r"m\.pt holds a .*state dict"):
+        index_training_checkpoint(tmp_path / "m.pt")
 
 
 # ------------------------------------------------------------------------------------------------------------ attacks
@@ -206,6 +253,35 @@ def test_attack_in_the_rest_of_the_archive_or_the_old_format_is_not_run(tmp_path
     other = archive(tmp_path / "m.bin", tensor_pickle(), **{"code/evil.py": "x", "constants.pkl": evil})
     assert list(index_torch_bin(other)) == ["w"]
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+@pytest.mark.parametrize("where", ["below state_dict", "beside it"])
+def test_attack_inside_a_training_checkpoint_is_refused_and_not_run(tmp_path, name, where):
+    """The bytes of each attack, without their header and end, as a value below or beside a good state dict."""
+    mark = tmp_path / "mark"
+    evil = re.sub(rb"^\x80.(\x95.{8})?", b"", payloads(mark)[name], flags=re.DOTALL)[:-1]
+    tensor = tensor_pickle()[2:-1]  # a dict of one tensor
+    inner = b"}" + binary("w") + evil + b"s" if where == "below state_dict" else tensor
+    pickled = b"\x80\x02}(" + binary("state_dict") + inner + binary("more") + evil + b"u."
+    path = archive(tmp_path / "m.pt", pickled)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        index_training_checkpoint(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("value", [b"ctorch\nFloatStorage\n", b"(" + binary(1) + b"ctorch\nFloatStorage\nt"])
+def test_names_beside_the_state_dict_are_refused(tmp_path, value):
+    pickled = b"\x80\x02}(" + binary("state_dict") + tensor_pickle()[2:-1] + binary("more") + value + b"u."
+    with pytest.raises(UserError, match="holds a name beside its state_dict"):
+        index_training_checkpoint(archive(tmp_path / "m.pt", pickled))
+
+
+def test_values_that_hold_themselves_or_others_often_take_no_time(tmp_path):
+    pairs = (b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))  # each a pair of the one before: 2^60 in all
+    for value in (b"]q\x00h\x00a", b"(]q\x00" + b"".join(pairs) + b"t"):
+        pickled = b"\x80\x02}(" + binary("state_dict") + tensor_pickle()[2:-1] + binary("more") + value + b"u."
+        assert list(index_training_checkpoint(archive(tmp_path / "m.pt", pickled))[0]) == ["w"]
 
 
 # ----------------------------------------------------------------------------------------------------------- nonsense
