@@ -33,6 +33,9 @@ _LICENCES = {
     "SPO-Diffusion-Models/Step-Aware_Preference_Models": _APACHE,
     "yuvalkirstain/PickScore_v1": Licence("", "its page names none; its code is under MIT"),
     "openai/clip-vit-large-patch14": _MIT,
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": _MIT,
+    "xswu/HPSv2": _APACHE,
+    "christophschuhmann/improved-aesthetic-predictor": _APACHE,
     "RockeyCoss/SPO": _MIT,
     "AIDC-AI/Diffusion-SDPO": _APACHE,
 }
