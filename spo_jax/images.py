@@ -12,7 +12,7 @@ from spo_jax.files import atomic_write
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1] (clipped) to uint8 in [0, 255], rounded to the nearest, halves to even ones, as diffusers does."""
+    """Images in [-1, 1] (clipped) to uint8 in [0, 255]; rounded as diffusers does, halves to even numbers."""
     return np.rint(np.clip(np.asarray(images, np.float32) / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 

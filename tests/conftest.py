@@ -31,7 +31,7 @@ FAST = {
     "data": ("test_prompt_files.py", "test_prompts.py"),
     "diffusion": ("test_guidance.py", "test_process.py"),
     "distributed": ("test_mesh.py", "test_roll_call.py"),
-    "evaluation": ("test_colorfulness.py",),
+    "evaluation": ("test_colorfulness.py", "test_preprocess.py"),
     "formats": ("test_home.py", "test_hub.py", "test_remote.py", "test_safetensors_io.py", "test_write_pipeline.py"),
     "models": ("test_configs.py", "test_layers.py"),
     "planning": ("test_collectives.py",),

@@ -6,9 +6,10 @@ one table.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +19,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, PyTree
 
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 from spo_jax.evaluation.image_metric import ImageMetric, ScorePictures
 from spo_jax.evaluation.preprocess import RESIZES, TORCHVISION, TRANSFORMERS, clip_pixels, hpsv2_pixels
 from spo_jax.files import sha256_of
 from spo_jax.formats.hub import missing, pinned, remote_of, resolve_model
-from spo_jax.formats.open_clip import open_clip_ids, read_open_clip
+from spo_jax.formats.open_clip import cleaned, open_clip_ids, read_open_clip
 from spo_jax.formats.pipeline import read_clip
-from spo_jax.formats.tokenizers import ClipTokenizer, read_tokenizer, tokenize
+from spo_jax.formats.tokenizers import ClipTokenizer, cut_warning, read_tokenizer, tokenize
 from spo_jax.formats.weights import TRANSFORMERS_STEM, open_file, read_params, weight_files
 from spo_jax.models.aesthetic import AestheticHead
 from spo_jax.models.clip import CLIPModel
@@ -44,6 +45,7 @@ PLACES = {
     "clip": CLIP_L,
     "clip_h": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c",
 }
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 AESTHETIC_WIDTH = 768  # of the embeddings of OpenAI's ViT-L/14
 
 Settings = dict[str, str | int | float]
@@ -102,7 +104,7 @@ def _open_plain(
     towers = make_towers(clip, params, options)
     scale = towers.scale if own_scale else 100.0
     prepare = functools.partial(clip_pixels, size=clip.image_size, rule=TRANSFORMERS)
-    score = cosine_score(towers, prepare, functools.partial(tokenize, tokenizer), scale)
+    score = cosine_score(towers, prepare, functools.partial(_clip_ids, tokenizer), scale)
     settings = weights | source | {"resize": "pil_crop, crop of transformers"} | _common(options) | {"scale": scale}
     return ImageMetric(title, meaning, score, settings)
 
@@ -116,18 +118,18 @@ def open_hpsv2(name: str, place: str | None, options: MetricOptions) -> ImageMet
         place = place or PLACES[name]
         path = _file_in(place, _HPSV2_FILES[name])
         clip, params = read_open_clip(path, options.dtype)
-        tokenizer, source = _tokenizer(clip, path.parent, options)
+        tokenizer, source = _tokenizer(clip, path, options)
         weights = _sources(place, [path])
     towers = make_towers(clip, params, options)
     prepare = functools.partial(hpsv2_pixels, size=clip.image_size, resize=resize)
-    score = cosine_score(towers, prepare, functools.partial(open_clip_ids, tokenizer), 100.0)
+    score = cosine_score(towers, prepare, functools.partial(_hpsv2_ids, tokenizer), 100.0)
     settings = weights | source | {"resize": resize} | _common(options) | {"scale": 100.0}
     title = {"hpsv2": "HPSv2", "hpsv2.1": "HPSv2.1"}[name]
     return ImageMetric(title, "What people preferred on HPD v2.", score, settings)
 
 
 def open_aesthetic(place: str | None, options: MetricOptions) -> ImageMetric:
-    """LAION's aesthetic predictor V2: a linear map of the unit-length embedding of OpenAI's ViT-L/14, 1 to 10."""
+    """LAION's aesthetic predictor V2: a linear map of the unit-length embedding of OpenAI's ViT-L/14."""
     with _naming("aesthetic"):
         place = place or PLACES["aesthetic"]
         path = _file_in(place, _AESTHETIC_FILE)
@@ -191,7 +193,7 @@ def cosine_score(
 def in_batches(
     program: Callable[[np.ndarray], jax.Array], rows: Iterable[np.ndarray], batch_size: int
 ) -> Float[np.ndarray, "n ..."]:
-    """What ``program`` gives for rows of one shape, in batches of one size; the last one is filled up with its last row.
+    """What ``program`` gives for rows of one shape, in batches of one size; the last is filled up with its last row.
 
     Rows are made while they are asked for, so that only one batch of prepared images is in memory.
     """
@@ -243,18 +245,13 @@ def _check_pairs(pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> None
         raise ValueError(f"{len(pictures)} images and {len(prompts)} prompts")
 
 
-class _naming:
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
     """Puts the metric's name before the sentence of a UserError."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, UserError):
-            raise UserError(f"Metric {self.name}: {error}") from error
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"Metric {name}: {error}") from error
 
 
 def _file_in(place: str, file: str) -> Path:
@@ -271,18 +268,37 @@ def _file_in(place: str, file: str) -> Path:
     return path
 
 
-def _tokenizer(clip: CLIPModel, folder: Path, options: MetricOptions) -> tuple[ClipTokenizer, Settings]:
-    """The tokenizer, fitted to the text tower, and where it is from."""
-    beside = folder.is_dir() and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    source = options.tokenizer or (str(folder) if beside else CLIP_L)
-    return read_tokenizer(source, clip.tower), {"tokenizer": source}
+def _tokenizer(clip: CLIPModel, path: Path, options: MetricOptions) -> tuple[ClipTokenizer, Settings]:
+    """The tokenizer, fitted to the text tower, and where it is from; ``path`` is the weights' file or folder."""
+    folder = path if path.is_dir() else path.parent
+    whole = any(all((folder / name).is_file() for name in (*files, "tokenizer_config.json")) for files in _VOCABULARIES)
+    source = options.tokenizer or (None if whole else CLIP_L)
+    if source is None:
+        return read_tokenizer(folder, clip.tower), {"tokenizer": "beside the weights"}
+    return read_tokenizer(source, clip.tower), {"tokenizer": _named(source)}
+
+
+def _clip_ids(tokenizer: ClipTokenizer, texts: list[str]) -> np.ndarray:
+    if warning := cut_warning([tokenizer], texts):
+        notice(warning)
+    return tokenize(tokenizer, texts)
+
+
+def _hpsv2_ids(tokenizer: ClipTokenizer, texts: list[str]) -> np.ndarray:
+    if warning := cut_warning([tokenizer], [cleaned(text) for text in texts]):
+        notice(warning)
+    return open_clip_ids(tokenizer, texts)
 
 
 def _sources(place: str, files: Sequence[Path], what: str = "weights") -> Settings:
     """Where weights are from, with the commit, and the SHA-256 of each file."""
+    return {what: _named(place), **{f"sha256 of {file.name}": sha256_of(file) for file in files}}
+
+
+def _named(place: str) -> str:
+    """The name with its commit, or the path."""
     remote = remote_of(place)
-    named = str(dataclasses.replace(pinned(remote), sha256="")) if remote else str(place)
-    return {what: named} | {f"sha256 of {file.name}": sha256_of(file) for file in files}
+    return str(dataclasses.replace(pinned(remote), sha256="")) if remote else str(place)
 
 
 def _common(options: MetricOptions) -> Settings:

@@ -47,7 +47,7 @@ def longer_side(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def padding(height: int, width: int, size: int) -> tuple[int, int]:
-    """Rows above and columns left of an image that is centred on a square of ``size``; the odd one is below or right."""
+    """Rows above and columns left of an image in the middle of a square; an odd one more is below or right."""
     return (size - height) // 2, (size - width) // 2
 
 
@@ -63,7 +63,8 @@ def pil_crop(image: np.ndarray, size: int, rule: str) -> np.ndarray:
     Returns:
       uint8 [size, size, 3].
     """
-    height, width = shorter_side(*_checked(image).shape[:2], size)
+    height, width = _checked(image).shape[:2]
+    height, width = shorter_side(height, width, size)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     top, left = centre(height, size, rule), centre(width, size, rule)
     return np.asarray(resized)[top : top + size, left : left + size]

@@ -46,7 +46,9 @@ _START, _END = "<start_of_text>", "<end_of_text>"
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
-def read_open_clip(path: Path, dtype: DTypeLike = jnp.float32, *, sharding: Placement = None) -> tuple[CLIPModel, PyTree]:
+def read_open_clip(
+    path: Path, dtype: DTypeLike = jnp.float32, *, sharding: Placement = None
+) -> tuple[CLIPModel, PyTree]:
     """A CLIP from a weight file of open_clip, and its parameters, both in ``dtype``; exact GELU, as ViT-H-14 has it.
 
     Raises:
@@ -86,9 +88,7 @@ def _original(key: str) -> Original:
     return Original(f"visual.transformer.resblocks.{layer[1]}.{theirs}{joint}{leaf}", third=number)
 
 
-def _find(
-    path: Path, arrays: Mapping[str, StoredArray], shapes: PyTree, config: Path | None
-) -> dict[str, StoredArray]:
+def _find(path: Path, arrays: Mapping[str, StoredArray], shapes: PyTree, config: Path | None) -> dict[str, StoredArray]:
     """The arrays of a file by their keys in transformers, if it has the keys and shapes of the model and no others."""
     model = f"the model in {config}" if config else f"a ViT-H-14 (for another model, put its {CONFIG} beside it)"
     found, used = {}, set()
