@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,7 +17,14 @@ from jaxtyping import PyTree
 from spo_jax.errors import UserError, first_line
 from spo_jax.formats.json_files import Json
 from spo_jax.formats.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM
-from spo_jax.models import AutoencoderKL, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
+from spo_jax.models import (
+    AutoencoderKL,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    ImageReward,
+    UNet2DConditionModel,
+)
 from spo_jax.types import AddedConditions
 
 
@@ -38,7 +45,7 @@ PARTS = {
 
 
 def build(
-    model: type[nn.Module], config: Json, dtype: DTypeLike, *, where: str, **options: bool
+    model: type[nn.Module], config: Json, dtype: DTypeLike, *, where: str, **options: Hashable
 ) -> tuple[nn.Module, PyTree]:
     """The network of class ``model`` that a ``config.json`` describes, and the shapes of its parameters, in ``dtype``.
 
@@ -57,14 +64,14 @@ def build(
 
 @functools.lru_cache(maxsize=16)  # tracing takes seconds, and a plan asks again for each estimate
 def _built(
-    from_config: Callable[..., nn.Module], config: str, dtype: np.dtype, **options: bool
+    from_config: Callable[..., nn.Module], config: str, dtype: np.dtype, **options: Hashable
 ) -> tuple[nn.Module, PyTree]:
     network = from_config(json.loads(config), dtype=dtype, **options)
     return network, network_shapes(network, dtype)
 
 
 def network_shapes(network: nn.Module, dtype: DTypeLike = jnp.float32) -> PyTree:
-    """A tree of ``jax.ShapeDtypeStruct`` for the parameters of a UNet, an autoencoder, a text encoder or a CLIP."""
+    """A tree of ``jax.ShapeDtypeStruct`` for the parameters of one of the networks that are imported here."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     inputs: tuple[jax.Array | AddedConditions | None, ...]
     match network:
@@ -79,6 +86,9 @@ def network_shapes(network: nn.Module, dtype: DTypeLike = jnp.float32) -> PyTree
         case CLIPModel():
             pixels = jnp.zeros((1, network.image_size, network.image_size, 3))
             inputs = (pixels, tokens, jnp.zeros(1)) if network.step_aware else (pixels, tokens)
+        case ImageReward():
+            size = network.sizes.image_size
+            inputs = (jnp.zeros((1, size, size, 3)), tokens, tokens == 0)
         case _:
             inputs = (tokens,)
     shapes = jax.eval_shape(lambda *a: network.init(jax.random.key(0), *a), *inputs)["params"]

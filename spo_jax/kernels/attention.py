@@ -34,10 +34,12 @@ def multi_head_attention(
     key: Float[Array, "b k c"],
     value: Float[Array, "b k c"],
     num_heads: int,
-    mask: Bool[Array, "1 1 q k"] | None = None,
+    mask: Bool[Array, "#b 1 #q k"] | None = None,
     kind: str = "auto",
 ) -> Float[Array, "b q c"]:
     """Attention of several heads with a float32 softmax; ``kind`` is one of ``KINDS``.
+
+    ``mask`` is false where a query does not see a key; one for all samples, or for all queries, has the length 1 there.
 
     The platform is that of the mesh that ``jit_on`` compiles for, or else of this machine's devices.
     """

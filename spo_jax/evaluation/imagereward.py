@@ -1,0 +1,120 @@
+"""ImageReward v1.0 (arXiv 2304.05977) as its authors' program gives it, of 8-bit pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float32, PyTree, UInt8
+from PIL import Image
+
+from spo_jax.errors import UserError, notice
+from spo_jax.evaluation.image_metric import ImageMetric
+from spo_jax.formats.imagereward import (
+    MAX_TOKENS,
+    find_files,
+    read_imagereward,
+    read_wordpiece,
+    tokenize_wordpiece,
+)
+from spo_jax.formats.tokenizers import cut_warning
+from spo_jax.models.blip import RELEASED, REWARD_MEAN, REWARD_STD, Sizes
+
+# CLIP's, not ImageNet's.
+PIXEL_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
+PIXEL_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
+
+
+def open_imagereward(
+    place: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    sizes: Sizes = RELEASED,
+    batch_size: int = 16,
+) -> ImageMetric:
+    """The metric ImageReward.
+
+    Args:
+      place: a folder with ``ImageReward.pt``, ``med_config.json`` and ``vocab.txt``, or a repository of the hub with
+        the first two; None is the authors' at a commit.
+      dtype: of the weights and of what is computed; float32 is computed at full precision on any device.
+      sizes: what the files do not say, which is that of the release.
+      batch_size: pictures at a time; all batches are of this size, so that one program is compiled.
+
+    Raises:
+      UserError: a file is missing, or is not of ImageReward v1.0.
+    """
+    files = find_files(place)
+    network, params = read_imagereward(files, sizes=sizes, dtype=dtype)
+    tokenizer = read_wordpiece(files.vocabulary, network.text_encoder.vocab_size)
+    if network.text_encoder.max_position_embeddings < MAX_TOKENS:
+        raise UserError(
+            f"File {files.config}: max_position_embeddings is less than the {MAX_TOKENS} tokens of a prompt."
+        )
+    exact = jnp.dtype(dtype) == jnp.float32
+
+    @jax.jit
+    def rewards(params: PyTree, pixels: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        return network.apply({"params": params}, pixels, tokens, mask)
+
+    def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images and {len(prompts)} prompts; each image has its own")
+        if warning := cut_warning([tokenizer], prompts):
+            notice(warning)
+        parts = [np.zeros(0, np.float32)]
+        for start in range(0, len(images), batch_size):
+            some = slice(start, start + batch_size)
+            pixels = np.stack([normalized(pil_crop(image, sizes.image_size)) for image in images[some]])
+            rows = pixels, *tokenize_wordpiece(tokenizer, list(prompts[some]))
+            count = len(pixels)
+            # The last batch is filled up with its last picture.
+            full = [np.pad(x, [(0, batch_size - count)] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in rows]
+            with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+                parts.append(np.asarray(rewards(params, *full))[:count])
+        return np.concatenate(parts)
+
+    return ImageMetric(
+        "ImageReward",
+        "How well an image fits its prompt and how good it is, as people chose (ImageReward v1.0): 0 on average.",
+        score,
+        {
+            "model": "ImageReward v1.0",
+            **{f"sha256 of {path.name}": _sha256(path) for path in files},
+            "resize": f"Pillow's bicubic, shorter side {sizes.image_size}, centre crop as torchvision's",
+            "scale": f"(output - {REWARD_MEAN}) / {REWARD_STD}",
+            "max_tokens": MAX_TOKENS,
+            "dtype": str(jnp.dtype(dtype)),
+        },
+    )
+
+
+def pil_crop(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """The middle square of an image whose shorter side is made ``size`` by Pillow's bicubic filter, in 8 bits.
+
+    Sizes and places are those of torchvision's ``Resize`` and ``CenterCrop``.
+    """
+    height, width = image.shape[:2]
+    short, long = min(height, width), int(size * max(height, width) / min(height, width))
+    if short != size:
+        new = (size, long) if width <= height else (long, size)
+        image = np.asarray(Image.fromarray(image).resize(new, Image.Resampling.BICUBIC))
+    height, width = image.shape[:2]
+    top, left = round((height - size) / 2), round((width - size) / 2)  # a half goes to the even number
+    return image[top : top + size, left : left + size]
+
+
+def normalized(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 3"]:
+    """Pixels float32 as the network takes them."""
+    return (image.astype(np.float32) / np.float32(255) - PIXEL_MEAN) / PIXEL_STD
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
