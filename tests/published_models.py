@@ -10,7 +10,6 @@ import torch
 
 from spo_jax.formats.hub import local
 from spo_jax.formats.remote import parse_remote
-from spo_jax.spo import config as spo_config
 from tests.hub_server import files_of
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -38,7 +37,7 @@ def repositories() -> dict[str, dict[str, bytes]]:
     emoji = files_of(local("emoji:model"))
     pipeline = {path: content for path, content in emoji.items() if path.split("/")[0] in PIPELINE}
     captions = local("emoji:prompts/spo.txt").read_text(encoding="utf-8").splitlines()
-    training, held_out = parse_remote(spo_config.TRAINING_PROMPTS), parse_remote(spo_config.HELD_OUT_PROMPTS)
+    training, held_out = parse_remote(PROMPT_SETS["spo-4k"]), parse_remote(PROMPT_SETS["pickapic-test"])
     return {
         SD15: pipeline | NOT_READ,
         PREFERENCE_MODELS: preference_models(("sd-v1-5", "sdxl")),
@@ -62,7 +61,7 @@ def preference_models(names: tuple[str, ...]) -> dict[str, bytes]:
 
 def prompts_as_served(files: dict[str, dict[str, bytes]]) -> dict[str, str]:
     """The two prompt files of a config with the checksums of what is served in their place: texts are not shipped."""
-    names = {"config.prompts": spo_config.TRAINING_PROMPTS, "config.evaluation.prompts": spo_config.HELD_OUT_PROMPTS}
+    names = {"config.prompts": PROMPT_SETS["spo-4k"], "config.evaluation.prompts": PROMPT_SETS["pickapic-test"]}
     given = {}
     for key, name in names.items():
         remote = parse_remote(name)

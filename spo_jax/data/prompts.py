@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spo_jax.data.prompt_sets import PROMPT_SETS
 from spo_jax.errors import UserError, first_line
 from spo_jax.formats.hub import fetched
 
@@ -41,6 +42,8 @@ def read_prompts(path: str | Path) -> list[str]:
     objects with a ``"caption"``, or JSON lines of the same (``.jsonl``), or a table with such a column (``.csv``,
     ``.tsv``). ``"prompt"`` and ``"text"`` may stand for ``"caption"``.
 
+    A prompt set of ``prompt_sets.py`` goes by its name, such as "parti".
+
     A data set, ``tfds:NAME@SPLIT`` or ``tfds:FOLDER@SPLIT``, is one that TensorFlow Datasets has prepared; the split is
     ``train`` if none is named, and the feature one of the same names.
 
@@ -48,7 +51,8 @@ def read_prompts(path: str | Path) -> list[str]:
       UserError: the file is missing, unreadable, larger than 64 MiB, of another format, not UTF-8 (or UTF-16 with a
         mark), not valid, or has no prompt in it; the data set is not there, or has no such split or feature.
     """
-    return _from_tfds(str(path)) if str(path).startswith(TFDS) else _from_file(fetched(path))
+    path = PROMPT_SETS.get(str(path), str(path))
+    return _from_tfds(path) if path.startswith(TFDS) else _from_file(fetched(path))
 
 
 def _from_tfds(source: str) -> list[str]:

@@ -6,21 +6,11 @@ The values are the paper's recipe for SD1.5; the files in ``configs/`` change th
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from spo_jax.data.prompt_sets import PROMPT_SETS
 from spo_jax.runs.config import BASE_RANGES, MAX_BATCH, MAX_COUNT, MAX_PIXELS, Range, base_config, check_base, refuse
 
-# The paper's 4,000 prompts, out of Pick-a-Pic's training split.
-TRAINING_PROMPTS = (
-    "github:RockeyCoss/SPO@27a86428edcff3b25dcce8001be94a7a01608f58/"
-    "spo_training_and_inference/assets/prompts/4k_training_prompts.json"
-    "#sha256=804018fcb30bc9bed28a2a0518855bffd386675a3c5138f96b925071cbae6fc4"
-)
 # The step-aware preference models that the authors have released, one for SD1.5 and one for SDXL.
 PREFERENCE_MODELS = "SPO-Diffusion-Models/Step-Aware_Preference_Models@0930261d5a1fb701f35d20c0ea8c145fe2c73738"
-# 487 of Pick-a-Pic v2's test split; the paper's 500 left the hub with their data set.
-HELD_OUT_PROMPTS = (
-    "github:AIDC-AI/Diffusion-SDPO@84fb241c1b89705a247da8b0d6047798ca49830d/prompts/papv2.json"
-    "#sha256=531f3ca923035b5f17dbcbc60a7d7dfa476219e59b0e99617bb3f0afabf5663b"
-)
 
 
 def get_config() -> ConfigDict:
@@ -30,7 +20,7 @@ def get_config() -> ConfigDict:
     # Text lines, a JSON list of {"caption": ...}, JSON lines (.jsonl) or a table (.csv, .tsv) with such a column, or
     # tfds:NAME@SPLIT; a local file, github:owner/repo@commit/path, or org/name@commit/path of the hub, each with
     # #sha256=... behind it if its content is to be checked.
-    c.prompts = TRAINING_PROMPTS
+    c.prompts = PROMPT_SETS["spo-4k"]
     c.num_batches = 1000  # batches of prompts to train on
     c.prompts_per_batch = 40  # over all devices together
     c.offload = False  # True keeps text encoders and evaluation's judge in the host's memory while they are not used
@@ -84,7 +74,7 @@ def get_config() -> ConfigDict:
     c.validation.num_prompts = 16  # the first prompts of the evaluation file
 
     c.evaluation = ConfigDict()
-    c.evaluation.prompts = HELD_OUT_PROMPTS  # never trained on
+    c.evaluation.prompts = PROMPT_SETS["pickapic-test"]  # never trained on
     c.evaluation.num_prompts = 500  # the first so many of the file, or all that it has
     c.evaluation.batch_size = 8  # pictures at a time, over all devices together; rounded up so that they can be split
     c.evaluation.eta = 0.0  # deterministic DDIM

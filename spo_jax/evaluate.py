@@ -1,0 +1,284 @@
+"""Measures models: images of the same prompts and noise, scored by the metrics that papers report.
+
+python -m spo_jax.evaluate --model=emoji:model --lora=runs/demo --prompts=emoji:prompts/held_out.txt \\
+    --metrics=colorfulness,clip=emoji:model/clip --seeds=4 --out=runs/eval
+python -m spo_jax.evaluate --images=a=pictures/a --images=b=pictures/b --prompts=parti --metrics=pickscore --out=...
+
+Each --model and each --lora (on the first --model) is measured; the first one is what the others are compared with. Run
+the same command again to go on after an interruption, or with more metrics. docs/metrics.md says what is measured how.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from tqdm import tqdm
+
+from spo_jax import cli
+from spo_jax.errors import UserError, notice
+
+if TYPE_CHECKING:  # these import networks, and a wrong flag should not wait for that
+    from spo_jax.evaluation.image_metric import ImageMetric
+    from spo_jax.evaluation.pictures import Rows, SampleRows
+
+MODEL = flags.DEFINE_multi_string("model", [], "Pipeline, as of spo_jax.generate; may be given several times.")
+LORA = flags.DEFINE_multi_string(
+    "lora",
+    [],
+    "LoRA file or --workdir, also with a strength, FILE:0.7; each is a model of its own, on the first --model.",
+)
+IMAGES = flags.DEFINE_multi_string("images", [], "NAME=FOLDER of images that exist, in the order of their names.")
+PROMPTS = flags.DEFINE_string("prompts", None, "A prompt set (parti, hpd, pickapic-test, geneval, spo-4k) or a file.")
+NUM_PROMPTS = flags.DEFINE_integer("num_prompts", None, "Only the first so many.", lower_bound=1)
+METRICS = flags.DEFINE_list("metrics", [], "Names with commas between, also with a place of the files, NAME=PLACE.")
+SEEDS = flags.DEFINE_integer("seeds", 1, "Images of a prompt.", lower_bound=1, upper_bound=10_000)
+SEED = cli.seed_flag("Root of the noise.")
+SOLVER = flags.DEFINE_enum("solver", "ddim", ["ddim", "dpmpp_2m"], "dpmpp_2m needs fewer steps.")
+STEPS = flags.DEFINE_integer("num_steps", 20, "Steps of the solver.", lower_bound=1, upper_bound=1000)
+GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 5.0, "Of classifier-free guidance.", 0.0, 1000.0)
+ETA = flags.DEFINE_float("eta", 0.0, "DDIM's eta.", lower_bound=0.0, upper_bound=1.0)
+HEIGHT = cli.side_flag("height")
+WIDTH = cli.side_flag("width")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "In which the pipeline computes.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images at a time.", lower_bound=1, upper_bound=2**16)
+SCORED_AT_ONCE = 64
+OUT = flags.DEFINE_string("out", None, "Folder for images, scores, results and report.")
+
+
+class Entry(NamedTuple):
+    """A model: its name in tables, its pipeline, adapters, or the folder of images that exist."""
+
+    name: str
+    base: str = ""
+    lora: str = ""
+    folder: str = ""
+
+
+def entries() -> list[Entry]:
+    """What the flags name, the first one first; UserError if two have one name."""
+    found = [Entry(_name(model), base=model) for model in MODEL.value]
+    found += [Entry(_name(lora), base=MODEL.value[0] if MODEL.value else "", lora=lora) for lora in LORA.value]
+    for text in IMAGES.value:
+        name, sign, folder = text.partition("=")
+        if not sign or not name or not folder:
+            raise UserError(f"--images={text} must be NAME=FOLDER, for example --images=theirs=pictures/theirs.")
+        found.append(Entry(_name(name), folder=folder))
+    names = [entry.name for entry in found]
+    if not found:
+        raise UserError("Nothing to measure: give --model, --lora or --images.")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"Two models are called {twice[0]!r}; rename a file or a folder.")
+    return found
+
+
+def _name(text: str) -> str:
+    """The last part of a path or of a name on the hub, as a folder may be called."""
+    last = Path(text.rstrip("/")).name.partition("@")[0]
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in last.removesuffix(".safetensors")) or "model"
+
+
+def main() -> None:
+    """Checks everything, makes what is missing, measures, and writes results and report."""
+    for flag, example in ((PROMPTS, "parti"), (OUT, "runs/eval"), (METRICS, "pickscore,clip")):
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing; for example --{flag.name}={example}.")
+    if SOLVER.value != "ddim" and ETA.value > 0:
+        raise UserError(f"--eta belongs to --solver=ddim; leave it out with --solver={SOLVER.value}.")
+    models, out = entries(), Path(OUT.value)
+
+    from spo_jax.data.prompts import read_prompts
+    from spo_jax.evaluation.image_metrics import named_metrics, open_metric
+    from spo_jax.evaluation.layouts import image_path
+    from spo_jax.evaluation.pictures import Rows, given_pictures, read_picture
+    from spo_jax.files import write_text
+
+    metrics = named_metrics(METRICS.value)
+    rows = Rows(read_prompts(PROMPTS.value)[: NUM_PROMPTS.value], SEEDS.value)
+    given = {entry.name: given_pictures(Path(entry.folder), rows) for entry in models if entry.folder}
+    settings = settings_of(models, rows, given)
+    record(out, settings)
+    missing = [e for e in models if not all(image_path(out, e.name, *place).is_file() for place in rows.places)]
+    if missing:
+        for name, place in metrics.items():
+            open_metric(name, place)  # what is not there or does not fit should not wait for the images
+        for path in (path for paths in given.values() for path in paths):
+            read_picture(path)
+    write_text(out / "prompts.json", json.dumps(rows.prompts, indent=0, ensure_ascii=False) + "\n")
+    for entry in missing:
+        make_pictures(entry, rows, given, out)
+    opened = {name: score_pictures(name, place, models, rows, out) for name, place in metrics.items()}
+    finish(out, models, rows, settings, opened)
+
+
+def settings_of(models: list[Entry], rows: Rows, given: dict[str, list[Path]]) -> dict[str, Any]:
+    """What decides the images, as it is stored with the numbers."""
+    from spo_jax.evaluation.identity import sha256_of_file, sha256_of_weights
+
+    def of(entry: Entry) -> dict[str, str]:
+        if entry.folder:
+            digest = hashlib.sha256("".join(map(sha256_of_file, given[entry.name])).encode())
+            return {"images": entry.folder, "sha256": digest.hexdigest()}
+        told = {"model": entry.base, "sha256": sha256_of_weights(entry.base)} if entry.base else {}
+        return told | ({"lora": entry.lora, "lora_sha256": sha256_of_weights(entry.lora)} if entry.lora else {})
+
+    text = json.dumps(rows.prompts, ensure_ascii=False)
+    sampling = {
+        flag.name: flag.value for flag in (SOLVER, STEPS, GUIDANCE_SCALE, ETA, HEIGHT, WIDTH, DTYPE, BATCH_SIZE)
+    }
+    return {
+        "models": {entry.name: of(entry) for entry in models},
+        "prompts": PROMPTS.value,
+        "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "num_prompts": len(rows.prompts),
+        "seeds": rows.num_seeds,
+        "seed": SEED.value,
+        **sampling,
+        "negative_prompt": "",
+        "images": "PNG, 8 bits, rounded half to even",
+    }
+
+
+def record(out: Path, settings: dict[str, Any]) -> None:
+    """Keeps the settings, or makes sure that those of before are the same; models may be added.
+
+    Raises:
+      UserError: the folder has images of other settings, or cannot be written.
+    """
+    from spo_jax.files import check_place, write_text
+
+    path = out / "settings.json"
+    check_place(path)
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        known, now = before.pop("models"), dict(settings["models"])
+        differs = [key for key in before if before[key] != settings.get(key)]
+        differs += [f"models.{name}" for name in known if name in now and known[name] != now[name]]
+        if differs:
+            key = differs[0]
+            was = before.get(key, known.get(key.removeprefix("models.")))
+            raise UserError(f"--out={out} has images of other settings ({key} was {was!r}); choose another folder.")
+        settings = settings | {"models": known | now}
+    write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def make_pictures(entry: Entry, rows: Rows, given: dict[str, list[Path]], out: Path) -> None:
+    """Makes the images of a model that are missing."""
+    from spo_jax.evaluation.pictures import sample_pictures, take_pictures
+
+    if entry.folder:
+        take_pictures(given[entry.name], entry.name, rows, out)
+        return
+    sample, mesh_size = sampler_of(entry, rows)
+    with tqdm(total=len(rows.places), desc=entry.name, unit="image", dynamic_ncols=True) as progress:
+        for count in sample_pictures(sample, entry.name, rows, out, BATCH_SIZE.value, mesh_size):
+            progress.update(count)
+
+
+def sampler_of(entry: Entry, rows: Rows) -> tuple[SampleRows, int]:
+    """Reads a model; its sampler, and how many devices split a batch."""
+    from spo_jax.diffusion.dpm_solver import make_dpm_schedule
+    from spo_jax.diffusion.schedule import make_schedule
+    from spo_jax.distributed.mesh import make_mesh, replicated
+    from spo_jax.evaluation.pictures import make_sampler
+    from spo_jax.formats.base import base_of, read_base
+    from spo_jax.formats.lora import read_adapters
+    from spo_jax.formats.tokenizers import cut_warning, tokenizers_of
+    from spo_jax.sampling.generate import SamplingOptions
+
+    mesh, loras = make_mesh(-1, 1), [entry.lora] if entry.lora else []
+    base = base_of(loras, model=entry.base or None, variant=None, unet=None, vae=None)
+    size = {"height": HEIGHT.value, "width": WIDTH.value}
+    pipeline = read_base(base, jnp.dtype(DTYPE.value), sharding=replicated(mesh), **size)
+    if warning := cut_warning(tokenizers_of(pipeline), rows.prompts, "prompts"):
+        notice(warning)
+    lora = jax.device_put(read_adapters(loras, pipeline.params), replicated(mesh))
+    make = make_dpm_schedule if SOLVER.value == "dpmpp_2m" else make_schedule
+    schedule = make(pipeline.scheduler_config, STEPS.value)
+    options = SamplingOptions(GUIDANCE_SCALE.value, ETA.value, SOLVER.value)
+    return make_sampler(pipeline, lora, schedule, options, rows, SEED.value, mesh), mesh.size
+
+
+def score_pictures(name: str, place: str | None, models: list[Entry], rows: Rows, out: Path) -> ImageMetric:
+    """Scores all images by one metric, some at a time, and adds them to ``scores.csv``; what is there is kept."""
+    from spo_jax.evaluation.image_metrics import open_metric
+    from spo_jax.evaluation.layouts import image_path
+    from spo_jax.evaluation.pictures import read_picture
+    from spo_jax.evaluation.score_table import Row, append_rows, open_rows, scored
+    from spo_jax.files import write_text
+
+    metric = open_metric(name, place)
+    kept = out / "metrics" / f"{name}.json"
+    told = json.dumps(metric.settings, indent=2, ensure_ascii=False) + "\n"
+    if kept.is_file() and kept.read_text(encoding="utf-8") != told:
+        raise UserError(
+            f"--out={out} has scores of {name} with other settings ({kept}); choose another folder, or delete the "
+            f"column in scores.csv and {kept}."
+        )
+    write_text(kept, told)
+    columns, before = open_rows(out / "scores.csv", [name])
+    done = {key[:3] for key in scored(before) if key[3] == name}
+    # Pieces are always the same ones, so that a score does not depend on where an interruption was.
+    everything = [(entry.name, *at) for entry in models for at in rows.places]
+    with tqdm(total=len(everything), desc=name, unit="image", dynamic_ncols=True) as progress:
+        for start in range(0, len(everything), SCORED_AT_ONCE):
+            some = everything[start : start + SCORED_AT_ONCE]
+            progress.update(len(some))
+            if done.issuperset(some):
+                continue
+            prompts = [rows.prompts[prompt] for _, prompt, _ in some]
+            scores = metric.score([read_picture(image_path(out, *at)) for at in some], prompts)
+            told = zip(some, prompts, scores, strict=True)
+            new = [Row(*at, prompt, {name: float(score)}) for at, prompt, score in told if at not in done]
+            append_rows(out / "scores.csv", columns, new)
+    return metric
+
+
+def finish(
+    out: Path, models: list[Entry], rows: Rows, settings: dict[str, Any], metrics: dict[str, ImageMetric]
+) -> None:
+    """Writes the whole table, the results and the report."""
+    from spo_jax.evaluation.evaluation_report import write_reports
+    from spo_jax.evaluation.results import summarise
+    from spo_jax.evaluation.score_table import make_table, read_rows
+
+    names, columns = [entry.name for entry in models], list(metrics)
+    known, made = read_rows(out / "scores.csv")
+    whole = {"prompts": rows.prompts, "seeds": range(rows.num_seeds)}
+    with contextlib.suppress(UserError):  # not all models may have all metrics of earlier commands
+        write_table(out / "scores.csv", make_table(made, known, **whole))
+    table = make_table([row for row in made if row.model in names], columns, models=names, **whole)
+    stored = settings | {"metrics": {name: metric.settings for name, metric in metrics.items()}}
+    results = summarise(table, stored, metrics=metrics, roles=roles(models, metrics))
+    write_reports(out, results, table)
+    print((out / "results.md").read_text(encoding="utf-8"))
+    print(f"Report: {out / 'report.html'}\nNumbers: {out / 'results.json'}\nScores: {out / 'scores.csv'}")
+
+
+def roles(models: list[Entry], metrics: dict[str, ImageMetric]) -> dict[tuple[str, str], str]:
+    """What is said beside the number of a metric that trained a model: of a --workdir, which names its scorer."""
+    from spo_jax.formats.hub import local, with_strength
+    from spo_jax.formats.json_files import read_json
+
+    found = {}
+    for entry in models:
+        file = local(with_strength(entry.lora)[0]) / "config.json" if entry.lora else None
+        if file is None or not file.is_file():
+            continue
+        scorer = read_json(file).get("scorer", {}).get("path", "")
+        for name, metric in metrics.items():
+            if scorer and str(metric.settings.get("weights", "")).partition("@")[0] == scorer.partition("@")[0]:
+                found[entry.name, name] = "The model learned from this metric."
+            elif name == "pickscore" and "Step-Aware_Preference_Models" in scorer:
+                found[entry.name, name] = "The scorer that the model learned from began as PickScore."
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(main)
