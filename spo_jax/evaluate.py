@@ -26,6 +26,7 @@ from spo_jax.errors import UserError, notice
 
 if TYPE_CHECKING:  # these import networks, and a wrong flag should not wait for that
     from spo_jax.evaluation.image_metric import ImageMetric
+    from spo_jax.evaluation.image_metrics import MetricOptions
     from spo_jax.evaluation.pictures import Rows, SampleRows
 
 MODEL = flags.DEFINE_multi_string("model", [], "Pipeline, as of spo_jax.generate; may be given several times.")
@@ -48,6 +49,10 @@ HEIGHT = cli.side_flag("height")
 WIDTH = cli.side_flag("width")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "In which the pipeline computes.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images at a time.", lower_bound=1, upper_bound=2**16)
+METRIC_BATCH_SIZE = flags.DEFINE_integer("metric_batch_size", 16, "Images that a metric's network sees.", 1, 2**16)
+HPSV2_RESIZE = flags.DEFINE_enum(
+    "hpsv2_resize", "tensor", ["tensor", "tensor_antialias", "pil_crop"], "See docs/metrics.md."
+)
 SCORED_AT_ONCE = 64
 OUT = flags.DEFINE_string("out", None, "Folder for images, scores, results and report.")
 
@@ -107,7 +112,7 @@ def main() -> None:
     missing = [e for e in models if not all(image_path(out, e.name, *place).is_file() for place in rows.places)]
     if missing:
         for name, place in metrics.items():
-            open_metric(name, place)  # what is not there or does not fit should not wait for the images
+            open_metric(name, place, options())  # what is not there or does not fit should not wait for the images
         for path in (path for paths in given.values() for path in paths):
             read_picture(path)
     write_text(out / "prompts.json", json.dumps(rows.prompts, indent=0, ensure_ascii=False) + "\n")
@@ -117,13 +122,21 @@ def main() -> None:
     finish(out, models, rows, settings, opened)
 
 
+def options() -> MetricOptions:
+    """How metrics are computed."""
+    from spo_jax.evaluation.image_metrics import MetricOptions
+
+    return MetricOptions(batch_size=METRIC_BATCH_SIZE.value, hpsv2_resize=HPSV2_RESIZE.value)
+
+
 def settings_of(models: list[Entry], rows: Rows, given: dict[str, list[Path]]) -> dict[str, Any]:
     """What decides the images, as it is stored with the numbers."""
-    from spo_jax.evaluation.identity import sha256_of_file, sha256_of_weights
+    from spo_jax.evaluation.identity import sha256_of_weights
+    from spo_jax.files import sha256_of
 
     def of(entry: Entry) -> dict[str, str]:
         if entry.folder:
-            digest = hashlib.sha256("".join(map(sha256_of_file, given[entry.name])).encode())
+            digest = hashlib.sha256("".join(map(sha256_of, given[entry.name])).encode())
             return {"images": entry.folder, "sha256": digest.hexdigest()}
         told = {"model": entry.base, "sha256": sha256_of_weights(entry.base)} if entry.base else {}
         return told | ({"lora": entry.lora, "lora_sha256": sha256_of_weights(entry.lora)} if entry.lora else {})
@@ -213,7 +226,7 @@ def score_pictures(name: str, place: str | None, models: list[Entry], rows: Rows
     from spo_jax.evaluation.score_table import Row, append_rows, open_rows, scored
     from spo_jax.files import write_text
 
-    metric = open_metric(name, place)
+    metric = open_metric(name, place, options())
     kept = out / "metrics" / f"{name}.json"
     told = json.dumps(metric.settings, indent=2, ensure_ascii=False) + "\n"
     if kept.is_file() and kept.read_text(encoding="utf-8") != told:
@@ -250,10 +263,10 @@ def finish(
 
     names, columns = [entry.name for entry in models], list(metrics)
     known, made = read_rows(out / "scores.csv")
-    whole = {"prompts": rows.prompts, "seeds": range(rows.num_seeds)}
+    prompts, seeds = rows.prompts, range(rows.num_seeds)
     with contextlib.suppress(UserError):  # not all models may have all metrics of earlier commands
-        write_table(out / "scores.csv", make_table(made, known, **whole))
-    table = make_table([row for row in made if row.model in names], columns, models=names, **whole)
+        write_table(out / "scores.csv", make_table(made, known, prompts=prompts, seeds=seeds))
+    table = make_table([row for row in made if row.model in names], columns, models=names, prompts=prompts, seeds=seeds)
     stored = settings | {"metrics": {name: metric.settings for name, metric in metrics.items()}}
     results = summarise(table, stored, metrics=metrics, roles=roles(models, metrics))
     write_reports(out, results, table)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Float32, PyTree, UInt8
-from PIL import Image
+from jaxtyping import PyTree
 
 from spo_jax.errors import UserError, notice
 from spo_jax.evaluation.image_metric import ImageMetric
+from spo_jax.evaluation.preprocess import TORCHVISION, clip_pixels
+from spo_jax.files import sha256_of
 from spo_jax.formats.imagereward import (
     MAX_TOKENS,
     find_files,
@@ -25,10 +24,6 @@ from spo_jax.formats.imagereward import (
 )
 from spo_jax.formats.tokenizers import cut_warning
 from spo_jax.models.blip import RELEASED, REWARD_MEAN, REWARD_STD, Sizes
-
-# CLIP's, not ImageNet's.
-PIXEL_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
-PIXEL_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 
 
 def open_imagereward(
@@ -71,7 +66,7 @@ def open_imagereward(
         parts = [np.zeros(0, np.float32)]
         for start in range(0, len(images), batch_size):
             some = slice(start, start + batch_size)
-            pixels = np.stack([normalized(pil_crop(image, sizes.image_size)) for image in images[some]])
+            pixels = np.stack([clip_pixels(image, sizes.image_size, TORCHVISION) for image in images[some]])
             rows = pixels, *tokenize_wordpiece(tokenizer, list(prompts[some]))
             count = len(pixels)
             # The last batch is filled up with its last picture.
@@ -86,35 +81,10 @@ def open_imagereward(
         score,
         {
             "model": "ImageReward v1.0",
-            **{f"sha256 of {path.name}": _sha256(path) for path in files},
+            **{f"sha256 of {path.name}": sha256_of(path) for path in files},
             "resize": f"Pillow's bicubic, shorter side {sizes.image_size}, centre crop as torchvision's",
             "scale": f"(output - {REWARD_MEAN}) / {REWARD_STD}",
             "max_tokens": MAX_TOKENS,
             "dtype": str(jnp.dtype(dtype)),
         },
     )
-
-
-def pil_crop(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """The middle square of an image whose shorter side is made ``size`` by Pillow's bicubic filter, in 8 bits.
-
-    Sizes and places are those of torchvision's ``Resize`` and ``CenterCrop``.
-    """
-    height, width = image.shape[:2]
-    short, long = min(height, width), int(size * max(height, width) / min(height, width))
-    if short != size:
-        new = (size, long) if width <= height else (long, size)
-        image = np.asarray(Image.fromarray(image).resize(new, Image.Resampling.BICUBIC))
-    height, width = image.shape[:2]
-    top, left = round((height - size) / 2), round((width - size) / 2)  # a half goes to the even number
-    return image[top : top + size, left : left + size]
-
-
-def normalized(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 3"]:
-    """Pixels float32 as the network takes them."""
-    return (image.astype(np.float32) / np.float32(255) - PIXEL_MEAN) / PIXEL_STD
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

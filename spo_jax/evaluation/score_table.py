@@ -18,7 +18,6 @@ from spo_jax.errors import UserError
 from spo_jax.files import saying_where, write_text
 
 COLUMNS = ("model", "prompt_id", "seed", "prompt")
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 class ScoreTable(NamedTuple):
@@ -160,7 +159,7 @@ def make_table(
             place = (places[0][row.model], places[1][name], row.prompt_id, places[2][row.seed])
             if known[place]:
                 raise UserError(f"{source} has {name} of {_image(row)} twice; remove one of the rows.")
-            if not abs(score) <= _LARGEST:  # nor is a NaN
+            if not _is_finite(score):
                 raise UserError(
                     f"{source} has {score} as {name} of {_image(row)}, which is not a finite number; score it again."
                 )
@@ -319,6 +318,12 @@ def _read(path: Path, ours: bool) -> tuple[list[str], list[tuple[int, dict[str, 
             raise UserError(f"{path}, line {line}: {len(cells)} cells under {len(header)} columns; mend the row.")
         rows.append((line, dict(zip(header, cells, strict=True))))
     return header, rows, torn
+
+
+def _is_finite(score: float) -> bool:
+    """As a float32: the shortest text of its largest number is a little above it."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(np.float32(score)))
 
 
 def _float(path: Path, line: int, name: str, cell: str) -> float:

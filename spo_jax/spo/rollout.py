@@ -45,7 +45,7 @@ def make_draw_pool(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, proce
     sampling = config.sampling
     options = PoolOptions(sampling.num_plain_steps, sampling.num_inner_steps, sampling.eta, sampling.continuation)
 
-    def draw(params: dict[str, PyTree], trained: PyTree, prompts: PromptBatch, key: jax.Array) -> Pool:
+    def pool(params: dict[str, PyTree], trained: PyTree, prompts: PromptBatch, key: jax.Array) -> Pool:
         batch_size = prompts.embeddings.shape[0]
         noise = draw_pool_noise(
             rng.stream(key, "pool"),
@@ -76,7 +76,7 @@ def make_draw_pool(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, proce
 
         return draw_pool(predict, process, noise, options, score)
 
-    return draw
+    return pool
 
 
 def make_score_pool(config: ConfigDict, scorer: Scorer) -> ScorePool:

@@ -12,7 +12,7 @@ from configs import sd15, sdxl, spm_sd15
 from spo_jax.distributed.mesh import batch_sharding, jit_on, make_mesh
 from spo_jax.distributed.sharding import gathered, partition_spec, path_names, weight_sharding, weight_shardings
 from spo_jax.errors import UserError
-from spo_jax.models import attention
+from spo_jax.kernels import attention, xla
 from spo_jax.models.unet import UNet2DConditionModel
 from spo_jax.planning.collectives import collectives
 from spo_jax.planning.shapes import make_run
@@ -162,7 +162,8 @@ def test_split_weights_travel_once_for_each_use_and_nothing_else_does():
     batch = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split) for shape in inputs]
     program = jit_on(mesh, lambda params, *batch: unet.apply({"params": params}, *batch), out_shardings=split)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "MAX_LOGITS", 1024)
+        patch.setattr(attention, "SMALL_LOGITS", 1024)
+        patch.setattr(xla, "SAMPLE_LOGITS", 1024)
         traffic = collectives(program.lower(weights, *batch).compile().as_text())
     travelling = [4 * x.size for x in jax.tree.leaves(weights) if not x.sharding.is_fully_replicated]
     assert len(travelling) > 40

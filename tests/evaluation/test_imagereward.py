@@ -11,7 +11,8 @@ import torch
 
 from spo_jax.errors import UserError
 from spo_jax.evaluation import imagereward
-from spo_jax.evaluation.imagereward import normalized, open_imagereward, pil_crop
+from spo_jax.evaluation.imagereward import open_imagereward
+from spo_jax.evaluation.preprocess import TORCHVISION, normalised, pil_crop
 from spo_jax.formats import download, hub
 from spo_jax.formats import imagereward as files
 from spo_jax.models.blip import Sizes
@@ -62,7 +63,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def pixels(golden):
-    return normalized(golden["ir_pil_uint8"].reshape(-1, 32, 3)).reshape(-1, 32, 32, 3)
+    return normalised(golden["ir_pil_uint8"].reshape(-1, 32, 3)).reshape(-1, 32, 32, 3)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,9 @@ def test_no_token_is_replaced_and_the_added_ones_are_last(tokens):
 
 
 def test_crops(golden, pictures):
-    crops = np.stack([pil_crop(picture, 32) for picture in pictures])
+    crops = np.stack([pil_crop(picture, 32, TORCHVISION) for picture in pictures])
     np.testing.assert_array_equal(crops, golden["ir_pil_uint8"])
-    np.testing.assert_array_equal(normalized(crops[0])[None], golden["ir_pixels"])
+    np.testing.assert_array_equal(normalised(crops[0])[None], golden["ir_pixels"])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_the_crop_is_in_the_middle(shape, corner):
     """At the shorter side's own length nothing is resized; half a pixel goes to the even number."""
     rows, columns = np.indices(shape)
     places = np.stack([rows, columns, rows], axis=-1).astype(np.uint8)
-    found = pil_crop(places, 40)
+    found = pil_crop(places, 40, TORCHVISION)
     assert found.shape == (40, 40, 3)
     np.testing.assert_array_equal(found[0, 0, :2], corner)
 

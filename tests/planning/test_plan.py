@@ -361,7 +361,7 @@ def worst_of(sizes, limit):
 def test_knobs_are_turned_for_the_program_that_needs_most_until_all_fit():
     def sizes(config):
         return {
-            "pool": config.prompts_per_batch * ((config.scorer.chunk or 40) + 9) / 10,
+            "score": config.prompts_per_batch * ((config.scorer.chunk or 40) + 9) / 10,
             "update": config.train.minibatch_size * (1 if config.remat else 3),
             "evaluation": config.evaluation.batch_size,
         }

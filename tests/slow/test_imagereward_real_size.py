@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from spo_jax.evaluation.imagereward import normalized, open_imagereward, pil_crop
+from spo_jax.evaluation.imagereward import open_imagereward
+from spo_jax.evaluation.preprocess import TORCHVISION, normalised, pil_crop
 from spo_jax.formats import imagereward as files
 from spo_jax.formats import names
 from spo_jax.formats.networks import network_shapes
@@ -152,7 +153,7 @@ def test_rewards_of_real_size(tmp_path, reference):
 
     tokenizer = files.read_wordpiece(tmp_path / files.VOCABULARY, 30524)
     tokens, mask = files.tokenize_wordpiece(tokenizer, prompts)
-    pixels = np.stack([normalized(pil_crop(picture, 224)) for picture in pictures]).transpose(0, 3, 1, 2)
+    pixels = np.stack([normalised(pil_crop(picture, 224, TORCHVISION)) for picture in pictures]).transpose(0, 3, 1, 2)
     expected = reference(*map(torch.from_numpy, (pixels, tokens.astype(np.int64), mask))).numpy()
     print("rewards", expected, "largest difference", np.abs(found - expected).max())
     assert expected.std() > 0.01

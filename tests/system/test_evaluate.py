@@ -1,102 +1,157 @@
-"""``spo_jax.pair_accuracy``: its table, its numbers, and a user's mistakes."""
+"""``spo_jax.evaluate``: images, scores and report of several models; interruptions; an independent count; mistakes."""
 
+import csv
 import json
-import re
+import shutil
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 
+from spo_jax.formats.lora_write import write_lora
+from spo_jax.formats.pipeline import read_part
 from spo_jax.images import write_png
-from tests.system.commands import ROOT, environment, run
+from tests.lora_files import random_adapters
+from tests.small_pipeline import small_pipeline
+from tests.system.commands import environment
 from tests.system.forks import run_forked
 
-NUM_PAIRS = 9
+PROMPTS = ["a red apple", "a fox on a teal background", "a blue owl"]
+METRICS = "colorfulness,scorer=emoji:model/scorer"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Grey and colourful flat images, of which people prefer the colourful ones; the last pair is a tie."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    lines = []
-    for i in range(NUM_PAIRS):
-        colour = np.roll([250, 30, generator.integers(30, 250)], i)
-        pictures = [colour, np.full(3, generator.integers(60, 200))]
-        label = 1.0 if i % 2 else 0.0
-        for name, picture in zip("ab", pictures if label else pictures[::-1], strict=True):
-            write_png(folder / f"{i}{name}.png", np.broadcast_to(picture, (40, 40, 3)).astype(np.uint8))
-        label = 0.5 if i == NUM_PAIRS - 1 else label
-        caption = (
-            "a red apple" if i else "a red apple and many more words than the text encoder has room for in its table"
-        )
-        line = {"caption": caption, "image_a": f"{i}a.png", "image_b": f"{i}b.png", "label": label}
-        lines.append(json.dumps(line))
-    (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    out = folder / "prepared"
-    prepare = [sys.executable, "-m", "spo_jax.prepare", f"--source={folder}", "--split=test", f"--out={out}"]
-    result = run(prepare, environment())
+def folder(tmp_path_factory):
+    """Prompts, and adapters that change every image."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    _, params = read_part("unet", small_pipeline() / "unet")
+    write_lora(folder / "strong", {"unet": random_adapters(params, 2, 0)})
+    return folder
+
+
+def command(folder, out, *more, metrics=METRICS):
+    return [
+        *(sys.executable, "-m", "spo_jax.evaluate", f"--prompts={folder}/prompts.txt", f"--metrics={metrics}"),
+        *("--seeds=2", "--num_steps=2", "--batch_size=2", f"--out={out}", *more),
+    ]
+
+
+def models(folder):
+    return f"--model={small_pipeline()}", f"--lora={folder}/strong"
+
+
+def run(arguments):
+    return run_forked(arguments, environment())
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder):
+    out = folder / "out"
+    result = run(command(folder, out, *models(folder)))
     assert result.returncode == 0, result.stderr
-    return out
+    return out, result
 
 
-def evaluate(data, *arguments, split="test", num_devices=1, run=run_forked):
-    given = {argument.partition("=")[0] for argument in arguments}
-    common = [f"--pairs={data}@{split}", "--model=emoji:model", "--guidance_scale=2", "--num_workers=0"]
-    common = [argument for argument in common if argument.partition("=")[0] not in given]
-    env = environment(num_devices) | {"PYTHONPATH": f"{ROOT}:{data.parent}"}
-    return run([sys.executable, "-m", "spo_jax.pair_accuracy", *common, *arguments], env)
+def rows_of(out):
+    with (out / "scores.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def test_a_judge_of_ones_own(data, tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scorers.md").read_text(encoding="utf-8"), re.DOTALL)
-    (data.parent / "my_judge.py").write_text(code, encoding="utf-8")
-    out = tmp_path / "new" / "accuracy.json"
-    arguments = ["--fn=my_judge:score", "--timesteps=951,0", "--num_pairs=7", "--batch_size=4", f"--out={out}"]
-    result = evaluate(data, *arguments, "--plain=emoji:model/clip", run=run)
+def test_each_image_of_each_model_is_scored(evaluated):
+    out, result = evaluated
+    rows = rows_of(out)
+    assert [(r["model"], r["prompt_id"], r["seed"], r["prompt"]) for r in rows] == [
+        (model, str(i), str(seed), prompt)
+        for model in ("model", "strong")
+        for i, prompt in enumerate(PROMPTS)
+        for seed in range(2)
+    ]
+    assert {"results.json", "results.md", "results.tex", "results.png", "report.html"} <= {
+        p.name for p in out.iterdir()
+    }
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    text = json.dumps(results)
+    assert "prompts_sha256" in text and "guidance_scale" in text and "lora_sha256" in text
+    assert "Report:" in result.stdout
+
+
+def test_models_share_the_noise_and_prompts_and_seeds_do_not(folder, evaluated):
+    out, _ = evaluated
+    again = folder / "again"
+    weak = folder / "weak"
+    shutil.copytree(folder / "strong", weak)
+    result = run(
+        command(folder, again, f"--model={small_pipeline()}", f"--lora={folder}/weak:0", metrics="colorfulness")
+    )
     assert result.returncode == 0, result.stderr
-    numbers = json.loads(out.read_text(encoding="utf-8"))
-    assert [row["timestep"] for row in numbers["timesteps"]] == [0, 951]
-    assert (numbers["num_pairs"], numbers["num_ties"], numbers["fn"]) == (7, 0, "my_judge:score")
-    first, last = numbers["timesteps"]
-    assert first["accuracy"]["scorer"]["value"] == 1, "nearly nothing is hidden at t = 0"
-    assert first["accuracy"]["scorer"] == first["accuracy"]["told_0"], "it does not look at the timestep"
-    assert set(first["gain"]) == {"told_0", "plain"} and last["gain"]["told_0"]["value"] == 0
-    assert "| scorer " in result.stdout and "| gain over plain" in result.stdout and "7 pairs" in result.stdout
+    names = sorted(path.name for path in (again / "images" / "model").iterdir())
+    pictures = [(again / "images" / "model" / name).read_bytes() for name in names]
+    assert len(set(pictures)) == len(names) == 6
+    # Adapters of strength 0 are the base model: the same noise gives the same image.
+    assert pictures == [path.read_bytes() for path in sorted((again / "images" / "weak_0").iterdir())]
+    assert pictures == [(out / "images" / "model" / name).read_bytes() for name in names], "and in every run"
 
 
-def test_a_step_aware_model_beside_itself_kept_from_knowing_the_timestep(data):
-    result = evaluate(data, "--scorer=emoji:model/scorer", "--timesteps=501", num_devices=2)
+def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(folder, evaluated, tmp_path):
+    out, _ = evaluated
+    half = shutil.copytree(out, tmp_path / "half")
+    (half / "images" / "strong" / "00001_1.png").unlink()
+    shutil.rmtree(half / "images" / "model")
+    text = (half / "scores.csv").read_bytes()
+    (half / "scores.csv").write_bytes(text[: 2 * len(text) // 3])  # in the middle of a line
+    result = run(command(folder, half, *models(folder)))
     assert result.returncode == 0, result.stderr
-    labels = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("|")]
-    assert [labels[0], *labels[2:]] == ["pairwise accuracy", "scorer", "told_0", "gain over told_0"]
-    assert "8 pairs, ties left out: 1." in result.stdout
-    assert "warning: 1 of 2 captions are longer than the 16 tokens" in result.stderr
+    for name in ("scores.csv", "results.json", "report.html"):
+        assert (half / name).read_bytes() == (out / name).read_bytes(), name
+    for path in (out / "images").rglob("*.png"):
+        assert (half / path.relative_to(out)).read_bytes() == path.read_bytes()
+
+
+def test_given_images_have_the_scores_that_an_independent_program_computes(folder, evaluated, tmp_path):
+    """Colourfulness again, by NumPy, of the files; and images of any program in a folder have the same numbers."""
+    out, _ = evaluated
+    theirs = tmp_path / "theirs"
+    for i, path in enumerate(sorted((out / "images" / "strong").iterdir())):
+        write_png(theirs / f"image {i + 5}.png", np.asarray(PIL.Image.open(path)))
+    result = run(command(folder, tmp_path / "given", f"--images=b={theirs}", metrics="colorfulness"))
+    assert result.returncode == 0, result.stderr
+    found = [float(row["colorfulness"]) for row in rows_of(tmp_path / "given")]
+    ours = [float(row["colorfulness"]) for row in rows_of(out) if row["model"] == "strong"]
+    assert found == ours
+    for score, path in zip(ours, sorted((out / "images" / "strong").iterdir()), strict=True):
+        red, green, blue = np.moveaxis(np.asarray(PIL.Image.open(path), np.float64), -1, 0)
+        axes = red - green, (red + green) / 2 - blue
+        expected = np.hypot(*(x.std() for x in axes)) + 0.3 * np.hypot(*(x.mean() for x in axes))
+        np.testing.assert_allclose(score, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "change, message",
     [
-        ([], "Give either --scorer (for example --scorer=runs/spm/best) or --fn=my_module:score"),
-        (["--scorer=a", "--fn=b:c"], "Give either --scorer"),
-        (["--scorer=a", "--pairs="], "--pairs is missing; for example --pairs="),
-        (["--scorer=a", "--model="], "--model is missing; for example --model=emoji:model"),
-        (["--scorer=a", "--timesteps=0,x"], "--timesteps=0,x must be numbers from 0"),
-        (["--scorer=a", "--out=accuracy.csv"], "--out=accuracy.csv must name a JSON file"),
-        (["--fn=absent:score"], "--fn=absent:score: there is no module absent"),
-        (["--scorer=a", "--pairs=b"], "Data 'b' must be written as FOLDER@SPLIT"),
-        (["--scorer=no/such/scorer"], "'no/such/scorer' does not exist here"),
-        (["--fn=builtins:print", "--timesteps=0,1000"], "--timesteps=1000 is beyond the model's last, 999"),
-        (["--fn=builtins:print"], "--fn=builtins:print gives no array"),
+        (["--metrics=pickscor"], "'pickscor' is no metric"),
+        (["--metrics=scorer=/not/here"], "/not/here"),
+        (["--metrics=imagereward=/not/here"], "/not/here"),
+        (["--images=x=/not/here"], "--images=/not/here is no folder"),
+        (["--prompts=/not/here.txt"], "does not exist"),
+        (["--solver=dpmpp_2m", "--eta=1"], "--eta belongs to --solver=ddim"),
+        (["--seeds=3"], "seeds was 2"),
     ],
 )
-def test_a_mistake_ends_with_one_sentence(data, arguments, words):
-    result = evaluate(data, *arguments)
-    last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 2 and last.startswith("spo_jax: error: ") and words in last, result.stderr
-    assert "Traceback" not in result.stderr and not result.stdout.strip().startswith("|")
+def test_mistakes_end_with_one_sentence_before_anything_is_sampled(folder, evaluated, change, message):
+    out = evaluated[0] if change == ["--seeds=3"] else folder / "nothing"
+    kept = [option for option in command(folder, out, *models(folder)) if option.split("=")[0] not in str(change)]
+    result = run([*kept, *change])
+    assert result.returncode == 2 and message in result.stderr
+    assert not (folder / "nothing" / "images").exists()
 
 
-def test_a_split_that_is_not_there(data):
-    result = evaluate(data, "--scorer=emoji:model/scorer", split="train", run=run)
-    assert result.returncode == 2 and "has no split 'train', only test." in result.stderr, result.stderr
+def test_images_that_are_damaged_or_too_few_are_refused(folder, evaluated, tmp_path):
+    pictures = shutil.copytree(evaluated[0] / "images" / "strong", tmp_path / "pictures")
+    (pictures / "00000_0.png").write_bytes((pictures / "00000_0.png").read_bytes()[:60])
+    result = run(command(folder, tmp_path / "a", f"--images=x={pictures}", metrics="colorfulness"))
+    assert result.returncode == 2 and "00000_0.png is damaged" in result.stderr
+    (pictures / "00000_0.png").unlink()
+    result = run(command(folder, tmp_path / "b", f"--images=x={pictures}", metrics="colorfulness"))
+    assert result.returncode == 2 and "has 5 images, and 3 prompts with --seeds=2 need 6" in result.stderr

@@ -71,7 +71,7 @@ def test_evidence_is_written(undisturbed):
 def test_every_program_compiles_once(undisturbed):
     """Also the one that measures base and tuned model."""
     _, result = undisturbed
-    for program in ("pool", "arrange", "exchange", "update", "measure_batch"):
+    for program in ("pool", "score", "arrange", "exchange", "update", "measure_batch"):
         count = result.stderr.count(f"Finished XLA compilation of jit({program})")
         assert count == 1, f"{program} was compiled {count} times"
 
