@@ -50,6 +50,9 @@ WIDTH = cli.side_flag("width")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "In which the pipeline computes.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images at a time.", lower_bound=1, upper_bound=2**16)
 METRIC_BATCH_SIZE = flags.DEFINE_integer("metric_batch_size", 16, "Images that a metric's network sees.", 1, 2**16)
+METRIC_TOKENIZER = flags.DEFINE_string(
+    "metric_tokenizer", None, "Of metrics with a CLIP: a folder; by default that beside the weights, or OpenAI's."
+)
 HPSV2_RESIZE = flags.DEFINE_enum(
     "hpsv2_resize", "tensor", ["tensor", "tensor_antialias", "pil_crop"], "See docs/metrics.md."
 )
@@ -126,7 +129,8 @@ def options() -> MetricOptions:
     """How metrics are computed."""
     from spo_jax.evaluation.image_metrics import MetricOptions
 
-    return MetricOptions(batch_size=METRIC_BATCH_SIZE.value, hpsv2_resize=HPSV2_RESIZE.value)
+    size, tokenizer = METRIC_BATCH_SIZE.value, METRIC_TOKENIZER.value
+    return MetricOptions(batch_size=size, hpsv2_resize=HPSV2_RESIZE.value, tokenizer=tokenizer)
 
 
 def settings_of(models: list[Entry], rows: Rows, given: dict[str, list[Path]]) -> dict[str, Any]:
@@ -247,8 +251,8 @@ def score_pictures(name: str, place: str | None, models: list[Entry], rows: Rows
                 continue
             prompts = [rows.prompts[prompt] for _, prompt, _ in some]
             scores = metric.score([read_picture(image_path(out, *at)) for at in some], prompts)
-            told = zip(some, prompts, scores, strict=True)
-            new = [Row(*at, prompt, {name: float(score)}) for at, prompt, score in told if at not in done]
+            every = zip(some, prompts, scores, strict=True)
+            new = [Row(*at, prompt, {name: float(score)}) for at, prompt, score in every if at not in done]
             append_rows(out / "scores.csv", columns, new)
     return metric
 
@@ -259,7 +263,7 @@ def finish(
     """Writes the whole table, the results and the report."""
     from spo_jax.evaluation.evaluation_report import write_reports
     from spo_jax.evaluation.results import summarise
-    from spo_jax.evaluation.score_table import make_table, read_rows
+    from spo_jax.evaluation.score_table import make_table, read_rows, write_table
 
     names, columns = [entry.name for entry in models], list(metrics)
     known, made = read_rows(out / "scores.csv")

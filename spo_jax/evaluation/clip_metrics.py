@@ -99,7 +99,7 @@ def _open_plain(
     with _naming(name):
         path = resolve_model(place)
         clip, params = read_clip(path, step_aware=False, dtype=options.dtype)
-        tokenizer, source = _tokenizer(clip, path, options)
+        tokenizer, source = tokenizer_of(clip, path, options)
         weights = _sources(place, weight_files(path, TRANSFORMERS_STEM))
     towers = make_towers(clip, params, options)
     scale = towers.scale if own_scale else 100.0
@@ -118,7 +118,7 @@ def open_hpsv2(name: str, place: str | None, options: MetricOptions) -> ImageMet
         place = place or PLACES[name]
         path = _file_in(place, _HPSV2_FILES[name])
         clip, params = read_open_clip(path, options.dtype)
-        tokenizer, source = _tokenizer(clip, path, options)
+        tokenizer, source = tokenizer_of(clip, path, options)
         weights = _sources(place, [path])
     towers = make_towers(clip, params, options)
     prepare = functools.partial(hpsv2_pixels, size=clip.image_size, resize=resize)
@@ -268,13 +268,18 @@ def _file_in(place: str, file: str) -> Path:
     return path
 
 
-def _tokenizer(clip: CLIPModel, path: Path, options: MetricOptions) -> tuple[ClipTokenizer, Settings]:
-    """The tokenizer, fitted to the text tower, and where it is from; ``path`` is the weights' file or folder."""
+def tokenizer_of(clip: CLIPModel, path: Path, options: MetricOptions) -> tuple[ClipTokenizer, Settings]:
+    """The tokenizer, fitted to the text tower, and where it is from; ``path`` is the weights' file or folder.
+
+    It is that of the options, or one beside the weights, in their folder or in ``tokenizer`` next to it as a pipeline
+    has it, or else CLIP_L's.
+    """
     folder = path if path.is_dir() else path.parent
-    whole = any(all((folder / name).is_file() for name in (*files, "tokenizer_config.json")) for files in _VOCABULARIES)
-    source = options.tokenizer or (None if whole else CLIP_L)
-    if source is None:
-        return read_tokenizer(folder, clip.tower), {"tokenizer": "beside the weights"}
+    for beside in (folder, folder.parent / "tokenizer"):
+        files = ([*names, "tokenizer_config.json"] for names in _VOCABULARIES)
+        if not options.tokenizer and any(all((beside / name).is_file() for name in names) for names in files):
+            return read_tokenizer(beside, clip.tower), {"tokenizer": "beside the weights"}
+    source = options.tokenizer or CLIP_L
     return read_tokenizer(source, clip.tower), {"tokenizer": _named(source)}
 
 

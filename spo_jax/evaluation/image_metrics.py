@@ -11,13 +11,13 @@ import numpy as np
 
 from spo_jax.errors import UserError
 from spo_jax.evaluation.clip_metrics import (
-    CLIP_L,
     MetricOptions,
     in_batches,
     open_aesthetic,
     open_clip_score,
     open_hpsv2,
     open_pickscore,
+    tokenizer_of,
 )
 from spo_jax.evaluation.identity import sha256_of_weights
 from spo_jax.evaluation.image_metric import ImageMetric
@@ -26,7 +26,7 @@ from spo_jax.evaluation.metrics import colorfulness
 from spo_jax.formats.hub import resolve_model
 from spo_jax.formats.pipeline import read_clip
 from spo_jax.formats.scorers import load_function
-from spo_jax.formats.tokenizers import read_tokenizer, tokenize
+from spo_jax.formats.tokenizers import tokenize
 from spo_jax.preference.scorers import make_clip_scorer
 
 # ``(place, options) -> metric``: a folder, a file or a name on the hub, None for the published one at its commit.
@@ -40,10 +40,7 @@ def open_scorer(place: str | None, options: MetricOptions) -> ImageMetric:
         raise UserError("Metric scorer needs a preference model, for example --metrics=scorer=runs/spm/best.")
     clip, params = read_clip(place, step_aware=None, dtype=options.dtype)
     scorer = make_clip_scorer(clip)
-    folder = resolve_model(place)
-    folder = folder if folder.is_dir() else folder.parent
-    beside = (folder / "tokenizer_config.json").is_file()
-    tokenizer = read_tokenizer(options.tokenizer or (folder if beside else CLIP_L), clip.tower)
+    tokenizer, source = tokenizer_of(clip, resolve_model(place), options)
     encode = jax.jit(scorer.encode_text)
 
     @jax.jit
@@ -62,8 +59,8 @@ def open_scorer(place: str | None, options: MetricOptions) -> ImageMetric:
             found.append(np.asarray(program(params, *full))[: len(rows[0])])
         return np.concatenate(found)
 
-    settings = {"weights": place, "sha256": sha256_of_weights(place), "images": "8-bit", "timestep": 0}
-    settings["dtype"] = jnp.dtype(options.dtype).name
+    settings = source | {"weights": place, "sha256": sha256_of_weights(place), "images": "8-bit", "timestep": 0}
+    settings |= {"dtype": jnp.dtype(options.dtype).name}
     meaning = "What a preference model gives: of one that a model learned from it shows that training worked."
     return ImageMetric("Preference score", meaning, score, settings)
 
@@ -76,7 +73,7 @@ def open_colorfulness(place: str | None, options: MetricOptions) -> ImageMetric:
 
     def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
         del prompts
-        return np.array([colorfulness(image[None] / np.float32(127.5) - 1)[0] for image in images], np.float32)
+        return np.array([colorfulness(jnp.asarray(image / np.float32(127.5) - 1)) for image in images], np.float32)
 
     meaning = "Of the image alone; no measure of quality, but a large rise is a sign of oversaturated images."
     return ImageMetric("Colourfulness", meaning, score, {"images": "8-bit"}, ".1f", reads_prompts=False)
@@ -87,7 +84,7 @@ def open_function(place: str | None, options: MetricOptions) -> ImageMetric:
     del options
     if place is None:
         raise UserError("Metric function needs a function, for example --metrics=function=my_module:score.")
-    function = load_function(place, "--metrics=function")
+    function: Callable[..., object] = load_function(place, "--metrics=function")
 
     def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
         scores = np.asarray(function(list(images), list(prompts)), np.float32)

@@ -10,7 +10,7 @@ ROOMS = (
     *("errors", "rng", "types", "files", "images"),
     *("distributed", "kernels", "models", "diffusion", "preference", "formats", "data", "sampling", "evaluation"),
     *("runs", "spm", "spo", "methods", "planning", "cli", "emoji"),
-    *("main", "generate", "pair_accuracy", "export", "prepare", "fetch", "plan"),
+    *("main", "generate", "evaluate", "pair_accuracy", "export", "prepare", "fetch", "plan"),
 )
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE / "configs")
 
