@@ -23,6 +23,7 @@ def get_config(device: str = "") -> ConfigDict:
     c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5@451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
     c.scorer.path = f"{config.PREFERENCE_MODELS}/sd-v1-5_step-aware_preference_model.bin"
     c.scorer.chunk, c.remat = 8, True  # keeps a device below 16 GB, see docs/memory.md
+    c.evaluation.metrics = (*c.evaluation.metrics, "pickscore", "clip")
     if device == "16gb":
         c.prompts_per_batch, c.num_batches = 4, 10_000
         c.train.minibatch_size, c.train.accumulation_steps = 4, 10

@@ -32,6 +32,7 @@ def get_config(device: str = "") -> ConfigDict:
     c.train.minibatch_size, c.train.accumulation_steps = 8, 2
     c.evaluation.batch_size = 4
     c.scorer.chunk, c.remat = 1, True  # without remat an update keeps 49 GB of activations: docs/memory.md
+    c.evaluation.metrics = (*c.evaluation.metrics, "pickscore", "clip")
     if device == "16gb":
         c.prompts_per_batch, c.num_batches = 1, 40_000
         c.train.minibatch_size, c.train.accumulation_steps = 1, 16

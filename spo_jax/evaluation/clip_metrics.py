@@ -21,6 +21,7 @@ from jaxtyping import Float, PyTree
 
 from spo_jax.errors import UserError, notice
 from spo_jax.evaluation.image_metric import ImageMetric, ScorePictures
+from spo_jax.evaluation.metric_places import AESTHETIC_FILE, CLIP_L, HPSV2_FILES, PLACES
 from spo_jax.evaluation.preprocess import RESIZES, TORCHVISION, TRANSFORMERS, clip_pixels, hpsv2_pixels
 from spo_jax.files import sha256_of
 from spo_jax.formats.hub import missing, pinned, remote_of, resolve_model
@@ -31,20 +32,6 @@ from spo_jax.formats.weights import TRANSFORMERS_STEM, open_file, read_params, w
 from spo_jax.models.aesthetic import AestheticHead
 from spo_jax.models.clip import CLIPModel
 
-CLIP_L = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
-_HPSV2 = "xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a"
-_HPSV2_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
-_AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
-# Where each metric's weights are by default. All read the vocabulary of CLIP_L, the same in all of them.
-PLACES = {
-    "pickscore": "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800",
-    "hpsv2": f"{_HPSV2}/{_HPSV2_FILES['hpsv2']}",
-    "hpsv2.1": f"{_HPSV2}/{_HPSV2_FILES['hpsv2.1']}",
-    "aesthetic": "github:christophschuhmann/improved-aesthetic-predictor@6934dd81792f086e613a121dbce43082cb8be85e/"
-    f"{_AESTHETIC_FILE}#sha256=21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
-    "clip": CLIP_L,
-    "clip_h": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c",
-}
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 AESTHETIC_WIDTH = 768  # of the embeddings of OpenAI's ViT-L/14
 
@@ -116,7 +103,7 @@ def open_hpsv2(name: str, place: str | None, options: MetricOptions) -> ImageMet
         if resize not in RESIZES:
             raise UserError(f"the resize {resize!r} is not known; choose one of {', '.join(RESIZES)}.")
         place = place or PLACES[name]
-        path = _file_in(place, _HPSV2_FILES[name])
+        path = _file_in(place, HPSV2_FILES[name])
         clip, params = read_open_clip(path, options.dtype)
         tokenizer, source = tokenizer_of(clip, path, options)
         weights = _sources(place, [path])
@@ -132,7 +119,7 @@ def open_aesthetic(place: str | None, options: MetricOptions) -> ImageMetric:
     """LAION's aesthetic predictor V2: a linear map of the unit-length embedding of OpenAI's ViT-L/14."""
     with _naming("aesthetic"):
         place = place or PLACES["aesthetic"]
-        path = _file_in(place, _AESTHETIC_FILE)
+        path = _file_in(place, AESTHETIC_FILE)
         head = read_aesthetic_head(path)
         clip_path = resolve_model(options.aesthetic_clip)
         clip, params = read_clip(clip_path, step_aware=False, dtype=options.dtype)
@@ -223,7 +210,7 @@ def read_aesthetic_head(path: Path) -> PyTree:
     if first is None or first.shape != (1024, AESTHETIC_WIDTH):
         raise UserError(
             f"Weight file {path} is not the aesthetic predictor V2, whose layers.0.weight is [1024, 768]; give "
-            f"{_AESTHETIC_FILE} (V1's heads, such as sa_0_4_vit_l_14_linear.pth, are other metrics)."
+            f"{AESTHETIC_FILE} (V1's heads, such as sa_0_4_vit_l_14_linear.pth, are other metrics)."
         )
     return read_params(weights, shapes)
 

@@ -34,3 +34,4 @@ class ImageMetric:
     settings: dict[str, str | int | float]
     form: str = ".3f"
     reads_prompts: bool = True
+    compares: bool = True  # it can say which of two images of a prompt is better

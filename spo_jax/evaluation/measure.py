@@ -19,7 +19,7 @@ from spo_jax import rng
 from spo_jax.diffusion.schedule import Schedule
 from spo_jax.distributed.mesh import batch_sharding, round_up
 from spo_jax.distributed.pieces import map_in_pieces, piece_size
-from spo_jax.evaluation.metrics import Metric
+from spo_jax.evaluation.metrics import Described, Metric
 from spo_jax.files import write_text
 from spo_jax.formats.pipeline import Pipeline
 from spo_jax.sampling.encode import shard_prompts
@@ -127,7 +127,7 @@ def measure(
     return Measured(*jax.tree.map(lambda *parts: np.concatenate(parts), *results))
 
 
-def summarize(base: Measured, tuned: Measured, metrics: Mapping[str, Metric]) -> dict[str, object]:
+def summarize(base: Measured, tuned: Measured, metrics: Mapping[str, Described]) -> dict[str, object]:
     """Means of both models by metric; of those that compare images also the base model's spread and the win rate."""
     compared = [name for name, metric in metrics.items() if metric.compares]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,19 @@ class Metric:
     encode_text: EncodeText | None = None
     tokenizer: Tokenizer | None = None
     compares: bool = True
+
+
+class Described(Protocol):
+    """What is said of a metric, and whether it compares images of a prompt; a ``Metric`` or an ``ImageMetric``."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def meaning(self) -> str: ...
+    @property
+    def form(self) -> str: ...
+    @property
+    def compares(self) -> bool: ...
 
 
 class NamedScorer(NamedTuple):
@@ -157,7 +170,7 @@ def colorfulness(images: Float[Array, "*n h w 3"]) -> Float[Array, "*n"]:
     return spread + 0.3 * offset
 
 
-def meaning_of(name: str, metric: Metric, model: str) -> str:
+def meaning_of(name: str, metric: Described, model: str) -> str:
     """What a report says of a metric of a model; the emoji world's simulated people prefer colourfulness."""
     if name == "colorfulness" and model.startswith("emoji:"):
         return "It is the true preference of the emoji world, which training knows only through the scorer."

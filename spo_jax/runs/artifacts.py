@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from spo_jax.data.prompts import TFDS
 from spo_jax.distributed.agreement import agree_text, everyone
 from spo_jax.errors import UserError, notice
+from spo_jax.evaluation.metric_places import places_of
 from spo_jax.formats import download
 from spo_jax.formats.download import RemoteFile, Unreachable, in_bytes
 from spo_jax.formats.hub import exists, local, not_here, remote_of, with_strength
@@ -47,7 +48,7 @@ class Artifact(NamedTuple):
     """Something that a config names.
 
     ``key`` is the config's key, ``what`` says what it is for, ``name`` is as the config has it. ``variant`` is that of
-    its weight files; without ``weights`` only configs and tokenizers are read.
+    its weight files; without ``weights`` only configs and tokenizers are read. A run does without what is ``optional``.
     """
 
     key: str
@@ -55,6 +56,7 @@ class Artifact(NamedTuple):
     name: str
     variant: str = ""
     weights: bool = True
+    optional: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,13 @@ def artifacts_of(config: ConfigDict) -> list[Artifact]:
         found.append(Artifact(key, what, name, variant, weights=not key.endswith("tokenizer")))
         if key == "model":
             found += [Artifact(key, "its tokenizer", tokenizer, weights=False) for tokenizer in _tokenizers_of(name)]
+    names = {artifact.name for artifact in found}
+    for metric in config.evaluation.metrics if "evaluation" in config else ():
+        for place, weights in places_of(metric):
+            if place not in names:
+                names.add(place)
+                what = f"metric {metric}" if weights else f"vocabulary of metric {metric}"
+                found.append(Artifact("evaluation.metrics", what, place, weights=weights, optional=True))
     return found
 
 
@@ -211,9 +220,9 @@ def fetch_missing(stocks: Sequence[Stock]) -> None:
 
     Raises:
       UserError: a file cannot be had or written, or is not what it should be; or one sentence that names all that is
-        out of reach, when the rest is here.
+        out of reach, when the rest is here. What is optional is not asked for.
     """
-    out_of_reach = [stock for stock in stocks if not stock.complete and stock.unreachable]
+    out_of_reach = [s for s in stocks if not s.complete and s.unreachable and not s.artifact.optional]
     lacking = [stock for stock in stocks if not stock.complete and not stock.unreachable]
     download.check_space([(stock.remote, file) for stock in lacking for file in stock.lacking])
 
@@ -227,6 +236,8 @@ def fetch_missing(stocks: Sequence[Stock]) -> None:
             try:
                 download.fetch(stock.remote, file, again=file in stock.damaged)
             except Unreachable as error:
+                if stock.artifact.optional:
+                    break
                 left = [s for s in lacking if not all(download.is_here(s.remote, f) for f in s.missing)]
                 raise UserError(missing_sentence([*out_of_reach, *left], error.reason)) from error
     if out_of_reach:

@@ -36,6 +36,7 @@ FREE_KEYS = (
     "chunk",
     "data.num_workers",
     "evaluation.batch_size",
+    "evaluation.every",
     "evaluation.metrics",
     "mesh",
     "offload",

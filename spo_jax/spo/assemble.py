@@ -132,6 +132,7 @@ class SPO:
         images = round_up(min(config.evaluation.batch_size, count), self.mesh.size)
         sheets = math.ceil(batches / config.validation.every) if config.validation.every else 0
         shown = math.ceil(min(config.validation.num_prompts, count) / images)
+        curve = math.ceil(batches / config.evaluation.every) if config.evaluation.every else 0
         return {
             "encode": batches + held_out,
             "pool": batches,
@@ -140,7 +141,8 @@ class SPO:
             "exchange": updates,
             "update": updates,
             "metric texts": held_out,
-            "evaluation": 2 * math.ceil(count / images) + sheets * shown,  # of base and tuned model, and the sheets
+            # Of base and tuned model, curves, and the sheets.
+            "evaluation": (2 + curve) * math.ceil(count / images) + sheets * shown,
         }
 
 
@@ -231,7 +233,8 @@ def _metrics(
         return NamedScorer(make_clip_scorer(clip), CLIP, loaded.tokenizer("", pipeline.tokenizer, clip.tower))
 
     setup = MetricSetup(of_preference, of_clip)
-    return {name: METRICS[name](setup) for name in config.evaluation.metrics}, params
+    # The others score finished images: see ``spo/evaluation.py``.
+    return {name: METRICS[name](setup) for name in config.evaluation.metrics if name in METRICS}, params
 
 
 # --------------------------------------------------------------------------------------------------------- programs

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spo_jax.evaluation.metrics import Metric, meaning_of
+from spo_jax.evaluation.metrics import Described, meaning_of
 from spo_jax.formats.hub import find_file, with_strength
 from spo_jax.formats.lora_write import KOHYA_FILE_NAME
 from spo_jax.formats.remote import is_weight_file
@@ -34,7 +34,7 @@ _PROMPT = "a fox on a teal background"
 
 
 def write_model_card(
-    path: str | Path, *, summary: Summary, metrics: Mapping[str, Metric], num_prompts: int, xl: bool
+    path: str | Path, *, summary: Summary, metrics: Mapping[str, Described], num_prompts: int, xl: bool
 ) -> None:
     """Writes the card, ``README.md`` in the --workdir of the run, of what ``summary.json`` holds.
 
@@ -93,7 +93,7 @@ def _introduction(config: Mapping[str, Any], full: bool) -> str:
     )
 
 
-def _results(summary: Summary, metrics: Mapping[str, Metric]) -> str:
+def _results(summary: Summary, metrics: Mapping[str, Described]) -> str:
     base, tuned, config = summary["base"], summary["tuned"], summary["config"]
     rows = []
     for name, metric in metrics.items():

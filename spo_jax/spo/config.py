@@ -78,7 +78,9 @@ def get_config() -> ConfigDict:
     c.evaluation.num_prompts = 500  # the first so many of the file, or all that it has
     c.evaluation.batch_size = 8  # pictures at a time, over all devices together; rounded up so that they can be split
     c.evaluation.eta = 0.0  # deterministic DDIM
-    # Of METRICS in evaluation/metrics.py; the first one leads the report.
+    c.evaluation.every = 0  # batches between two measurements of the tuned model, for curves; 0: at the end only
+    # Of METRICS in evaluation/metrics.py, the first of which leads the report, and of docs/metrics.md: those score the
+    # images at the end, as files would be, NAME or NAME=PLACE; one that cannot be loaded is told and left out.
     c.evaluation.metrics = ("preference_score", "alignment_top1", "colorfulness")
     c.evaluation.judge = (
         "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"  # CLIP of alignment_top1
@@ -107,6 +109,7 @@ RANGES = BASE_RANGES | {
     "validation.num_prompts": Range(1, MAX_BATCH),
     "evaluation.num_prompts": Range(1, MAX_COUNT),
     "evaluation.batch_size": Range(1, MAX_BATCH),
+    "evaluation.every": Range(1, MAX_COUNT, special=(0, "at the end only")),
     "evaluation.eta": Range(0.0, 1.0),
 }
 
@@ -114,6 +117,7 @@ RANGES = BASE_RANGES | {
 def check(config: ConfigDict, num_devices: int = 1) -> None:
     """Raises UserError for a value that no run on so many devices can use, by its key."""
     # These import the networks; a config file is read without them.
+    from spo_jax.evaluation.image_metrics import IMAGE_METRICS
     from spo_jax.evaluation.metrics import METRICS
     from spo_jax.formats.scorers import load_function
     from spo_jax.preference.losses import OBJECTIVES
@@ -121,6 +125,7 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
 
     check_base(config, RANGES, ("prompts_per_batch", "train.minibatch_size"), num_devices)
     metrics = config.evaluation.metrics
+    unknown = {name for name in metrics if name not in METRICS and name.partition("=")[0] not in IMAGE_METRICS}
     sampling, num_pool_steps = config.sampling, config.sampling.num_steps - config.sampling.num_plain_steps
     refuse(
         config,
@@ -130,7 +135,7 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
             ("sampling.continuation", sampling.continuation in ("random", "win"), "random or win"),
             ("scorer.kind", config.scorer.kind in SCORERS, " or ".join(SCORERS)),
             ("loss.kind", config.loss.kind in OBJECTIVES, " or ".join(OBJECTIVES)),
-            ("evaluation.metrics", bool(metrics) and set(metrics) <= set(METRICS), f"some of {', '.join(METRICS)}"),
+            ("evaluation.metrics", bool(metrics) and not unknown, f"some of {', '.join([*METRICS, *IMAGE_METRICS])}"),
             ("lora.init", not (config.lora.init and config.lora.rank == 0), "empty where lora.rank is 0"),
         ],
     )

@@ -14,8 +14,11 @@ from jaxtyping import PyTree
 from spo_jax.distributed.mesh import fetch
 from spo_jax.distributed.offload import to_device
 from spo_jax.distributed.processes import is_main_process
-from spo_jax.errors import notice
+from spo_jax.errors import UserError, notice
+from spo_jax.evaluation.image_metric import ImageMetric
+from spo_jax.evaluation.image_metrics import MetricOptions, open_metric
 from spo_jax.evaluation.measure import Measured, Texts, measure, summarize, write_scores
+from spo_jax.evaluation.metrics import Described
 from spo_jax.formats.lora_write import write_kohya, write_lora
 from spo_jax.formats.tokenizers import tokenize
 from spo_jax.formats.write_pipeline import write_pipeline
@@ -53,6 +56,35 @@ def measure_model(spo: SPO, trained: PyTree, held_out: HeldOut, key: jax.Array) 
     return measure(spo.programs["evaluation"], params, trained, held_out, key, batch_size=size, mesh=spo.mesh)
 
 
+def measure_images(spo: SPO, models: dict[str, Measured]) -> dict[str, ImageMetric]:
+    """Adds the scores of the metrics that see finished images, by the first process; returns these metrics.
+
+    One that cannot be loaded is told, and left out.
+    """
+    found: dict[str, ImageMetric] = {}
+    for text in spo.config.evaluation.metrics:
+        if text in spo.metrics:
+            continue
+        name, _, place = text.partition("=")
+        try:
+            metric = open_metric(name, place or None, MetricOptions())
+        except UserError as error:
+            notice(f"config.evaluation.metrics: {name} is left out. {error}")
+            continue
+        for measured in models.values():
+            measured.scores[name] = metric.score(list(to_uint8(measured.images)), spo.held_out)
+        found[name] = metric
+    return found
+
+
+def measure_curve(spo: SPO, loop: Loop, held_out: HeldOut, key: jax.Array) -> dict[str, float]:
+    """Means of the tuned model on the held-out prompts by metric, ``evaluation/NAME``, for the row of a batch."""
+    measured = measure_model(spo, loop.state.result, held_out, key)
+    if is_main_process():
+        measure_images(spo, {"tuned": measured})
+    return {f"evaluation/{name}": float(np.mean(scores)) for name, scores in measured.scores.items()}
+
+
 def untrained(trained: PyTree) -> PyTree:
     """The base model in the form of ``trained``: adapters of zeros, so that the program for tuned adapters serves it.
 
@@ -82,8 +114,11 @@ def finish(spo: SPO, loop: Loop, workdir: Path, held_out: HeldOut, key: jax.Arra
     unlearned = nothing_learned(config, int(state.step), fetch(state.result.get("lora")))
     base = measure_model(spo, untrained(state.result), held_out, key)
     tuned = measure_model(spo, state.result, held_out, key)
+    metrics: dict[str, Described] = {**spo.metrics}
+    if is_main_process():
+        metrics |= measure_images(spo, {"base": base, "tuned": tuned})
     summary = {
-        **summarize(base, tuned, spo.metrics),
+        **summarize(base, tuned, metrics),
         "seconds": round(time.time() - began + loop.extra["seconds"], 1),
         "seconds_training": round(seconds_training, 1),
         "seed": config.seed,
@@ -100,13 +135,15 @@ def finish(spo: SPO, loop: Loop, workdir: Path, held_out: HeldOut, key: jax.Arra
     write_report(
         workdir / "report.html",
         summary=summary,
-        metrics=spo.metrics,
+        metrics=metrics,
         rows=read_metrics(workdir / METRICS_FILE),
         samples=list(images)[:NUM_REPORT_IMAGES],
     )
     xl = spo.pipeline.text_encoder_2 is not None
-    write_model_card(workdir / "README.md", summary=summary, metrics=spo.metrics, num_prompts=len(spo.prompts), xl=xl)
-    wins = ", ".join(f"{rate:.1%} by {spo.metrics[name].title.lower()}" for name, rate in summary["win_rate"].items())
+    write_model_card(workdir / "README.md", summary=summary, metrics=metrics, num_prompts=len(spo.prompts), xl=xl)
+    wins = ", ".join(
+        f"{rate:.1%} by {_in_a_sentence(metrics[name].title)}" for name, rate in summary["win_rate"].items()
+    )
     if np.array_equal(base.images, tuned.images):
         wins = "none, as its images are those of the base model,"
     print(
@@ -137,3 +174,8 @@ def write_result(workdir: Path, spo: SPO, trained: PyTree) -> None:
             replaced=pipeline.replaced,
             variant=pipeline.variant,
         )
+
+
+def _in_a_sentence(title: str) -> str:
+    """A title whose first letter is small, unless it is a name such as CLIP."""
+    return title if title[1:2].isupper() or title[1:] != title[1:].lower() else title.lower()

@@ -16,7 +16,7 @@ from spo_jax.formats.tokenizers import cut_warning, tokenizers_of
 from spo_jax.runs.load import Weights
 from spo_jax.runs.loop import Loop, RunFolder, Unit
 from spo_jax.spo.assemble import SPO, assemble
-from spo_jax.spo.evaluation import encode_held_out, finish, show_validation, write_result
+from spo_jax.spo.evaluation import encode_held_out, finish, measure_curve, show_validation, write_result
 from spo_jax.spo.rollout import rollout_metrics
 from spo_jax.spo.steps import collect, draw, next_prompts, run_updates
 from spo_jax.spo.update import clipped_warning, update_metrics
@@ -54,7 +54,11 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
                 break  # without updates of this batch: the next run makes the same pool again
             sampled = time.time()
             state, updates = run_updates(spo, loop.state, prompts, rollout, num_valid)
+            updated = time.time()
             loop.advance(state)
+            curve = {}
+            if loop.due(config.evaluation.every):
+                curve = measure_curve(spo, loop, held_out, evaluation_key)
             rows.append(
                 {
                     "epoch": batch // num_batches(len(spo.prompts), config.prompts_per_batch),
@@ -62,7 +66,8 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
                     **update_metrics(updates),
                     "seconds_pool": drawn - start,
                     "seconds_score": sampled - drawn,
-                    "seconds_update": time.time() - sampled,
+                    "seconds_update": updated - sampled,
+                    **curve,
                 }
             )
             loop.log(rows[-1], "loss", "preference_score_mean")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spo_jax.evaluation.metrics import Metric, meaning_of
+from spo_jax.evaluation.metrics import Described, meaning_of
 from spo_jax.files import write_text
 from spo_jax.runs.html import captioned, curve, duration, escaped, is_finite, number, page, settings, show_cards, table
 from spo_jax.runs.metrics import Row, Summary
@@ -37,7 +37,7 @@ def write_report(
     path: str | Path,
     *,
     summary: Summary,
-    metrics: Mapping[str, Metric],
+    metrics: Mapping[str, Described],
     rows: Sequence[Row],
     samples: Sequence[tuple[str, np.ndarray, np.ndarray]],
 ) -> None:
@@ -70,7 +70,7 @@ def write_report(
     write_text(Path(path), page("SPO report", sections))
 
 
-def _headline(summary: Summary, metrics: Mapping[str, Metric]) -> str:
+def _headline(summary: Summary, metrics: Mapping[str, Described]) -> str:
     base, tuned, spread, wins = (summary[key] for key in ("base", "tuned", "base_std", "win_rate"))
     model = str(summary["config"].get("model", ""))
 
