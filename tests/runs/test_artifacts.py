@@ -10,7 +10,8 @@ from configs import sd15, tiny
 from spo_jax.errors import UserError
 from spo_jax.formats import download
 from spo_jax.formats.hub import fetched
-from spo_jax.runs.artifacts import artifacts_of, fetch_command, look_up, ready, take_stock
+from spo_jax.formats.remote import parse_remote
+from spo_jax.runs.artifacts import Stock, artifacts_of, fetch_command, fetch_missing, look_up, ready, take_stock
 from spo_jax.runs.checkpoint import check_workdir
 from spo_jax.spm import config as spm_config
 from spo_jax.spo import config as spo_config
@@ -98,7 +99,7 @@ def test_local_name_that_is_not_there_is_refused_before_the_hub_is_asked(hub):
     "config", [tiny.get_config(), spo_config.get_config(), spm_config.get_config(), sd15.get_config()]
 )
 def test_every_name_is_a_value_of_its_config(config):
-    flat = {artifact.key: artifact.name for artifact in artifacts_of(config)}
+    flat = {artifact.key: artifact.name for artifact in artifacts_of(config) if not artifact.optional}
     for key, name in flat.items():
         value = config
         for part in key.split("."):
@@ -171,3 +172,18 @@ def test_the_command_that_fetches_has_the_flags_of_this_one(monkeypatch):
     monkeypatch.setattr("sys.argv", given)
     command = "python -m spo_jax.fetch --config configs/tiny.py '--config.model=a b' --config.vae x"
     assert fetch_command() == command
+
+
+def test_a_run_does_without_what_is_optional_and_out_of_reach():
+    """Files of a metric: the run tells later that it left the metric out."""
+    config = sd15.get_config()
+    found = {artifact.what: artifact for artifact in artifacts_of(config) if artifact.optional}
+    assert set(found) == {"metric pickscore"}, "the CLIP of the other one is read anyway"
+    for optional in (True, False):
+        artifact = found["metric pickscore"]._replace(optional=optional)
+        stock = Stock(artifact, parse_remote(artifact.name), None, unreachable="no network")
+        if optional:
+            fetch_missing([stock])
+        else:
+            with pytest.raises(UserError, match=r"Missing here, and out of reach \(no network\)"):
+                fetch_missing([stock])
