@@ -15,6 +15,8 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
+from benchmarks.measure import Turn
 from benchmarks.random_weights import RandomWeights
 from configs import sd15, tiny
 from spo_jax import cli
@@ -70,6 +73,7 @@ def main() -> None:
     report: Row = {"device": device.device_kind, "platform": device.platform, "count": jax.device_count()}
     report |= {"jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib"), "rehearsal": REHEARSE.value}
     parts: dict[str, Callable[[], Any]] = {"attention": attention, "iteration": iteration, "pytorch": pytorch}
+    parts["pytorch_iteration"] = lambda: pytorch_iteration(SECONDS.value - (time.monotonic() - began))
     for name, part in parts.items():
         if time.monotonic() - began > SECONDS.value:
             report[name] = f"left out: {SECONDS.value} s were over"
@@ -228,6 +232,33 @@ def pytorch() -> list[Row] | str:
     return rows
 
 
+def pytorch_iteration(seconds: float) -> Row | str:
+    """The released program's iteration in PyTorch on random models, and ours on the same; in processes of their own."""
+    from benchmarks.models import SIZES, model_folder  # ours, without PyTorch
+
+    packages = [name for name in ("torch", "diffusers", "peft") if importlib.util.find_spec(name) is None]
+    if packages:
+        return f"{', '.join(packages)} not installed"
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not REHEARSE.value:
+        return "torch sees no GPU"
+    name = "tiny" if REHEARSE.value else "sd15"
+    folder, device = str(model_folder(name, "")), "gpu" if on_gpu else "cpu"
+    turn = json.dumps(Turn(name, folder, SIZES[name].work, device, "bfloat16" if on_gpu else "float32", 1))
+    found: Row = {}
+    for side in ("pytorch", "our"):
+        command = [sys.executable, "-m", f"benchmarks.{side}_iteration", turn]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=max(1, seconds / 2))
+        except subprocess.TimeoutExpired:
+            found[side] = "out of time"
+            continue
+        found[side] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr[-300:]
+    return found
+
+
 # --------------------------------------------------------------------------------------------------------------- table
 def table(report: Row) -> str:
     """The report as Markdown."""
@@ -261,9 +292,12 @@ def table(report: Row) -> str:
             lines.append(f"| {name} | {' | '.join(cells)} |")
         rates = f"{row['images_per_second']:.2f} candidates and {row['pairs_per_second']:.2f} pairs a second"
         lines += ["", f"{row['prompts']} prompts, {row['dtype']}: {rates}."]
-    lines += [
-        f"{name}: {report[name]}" for name in ("attention", "iteration", "pytorch") if isinstance(report[name], str)
-    ]
+    if isinstance(sides := report["pytorch_iteration"], dict):
+        told = {side: row for side, row in sides.items() if isinstance(row, dict)}
+        times = (f"{side} {row['sampling']:.2f} and {row['update']:.2f} s" for side, row in told.items())
+        lines.append(f"Against PyTorch, sampling with scoring and update: {', '.join(times)}.")
+    names = ("attention", "iteration", "pytorch", "pytorch_iteration")
+    lines += [f"{name}: {report[name]}" for name in names if isinstance(report[name], str)]
     return "\n".join(lines) + "\n"
 
 

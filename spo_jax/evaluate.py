@@ -56,6 +56,13 @@ METRIC_TOKENIZER = flags.DEFINE_string(
 HPSV2_RESIZE = flags.DEFINE_enum(
     "hpsv2_resize", "tensor", ["tensor", "tensor_antialias", "pil_crop"], "See docs/metrics.md."
 )
+SCORES = flags.DEFINE_multi_string(
+    "scores", [], "CSV of another program's scores: model, prompt_id or prompt, seed, a column for each metric."
+)
+EXPORT = flags.DEFINE_multi_string(
+    "export", [], "LAYOUT=FOLDER: the images as hpsv2, geneval or t2i-compbench read them, in a folder for each model."
+)
+LAYOUTS = ("hpsv2", "geneval", "t2i-compbench")
 SCORED_AT_ONCE = 64
 OUT = flags.DEFINE_string("out", None, "Folder for images, scores, results and report.")
 
@@ -95,8 +102,11 @@ def _name(text: str) -> str:
 def main() -> None:
     """Checks everything, makes what is missing, measures, and writes results and report."""
     for flag, example in ((PROMPTS, "parti"), (OUT, "runs/eval"), (METRICS, "pickscore,clip")):
-        if not flag.value:
+        if not flag.value and not (flag is METRICS and (SCORES.value or EXPORT.value)):
             raise UserError(f"--{flag.name} is missing; for example --{flag.name}={example}.")
+    for text in EXPORT.value:
+        if text.partition("=")[0] not in LAYOUTS or not text.partition("=")[2]:
+            raise UserError(f"--export={text} must be LAYOUT=FOLDER, with one of {', '.join(LAYOUTS)}.")
     if SOLVER.value != "ddim" and ETA.value > 0:
         raise UserError(f"--eta belongs to --solver=ddim; leave it out with --solver={SOLVER.value}.")
     models, out = entries(), Path(OUT.value)
@@ -122,7 +132,14 @@ def main() -> None:
     for entry in missing:
         make_pictures(entry, rows, given, out)
     opened = {name: score_pictures(name, place, models, rows, out) for name, place in metrics.items()}
-    finish(out, models, rows, settings, opened)
+    theirs = {name for path in SCORES.value for name in take_scores(Path(path), models, rows, out)}
+    if opened or theirs:
+        finish(out, models, rows, settings, opened, sorted(theirs))
+    for text in EXPORT.value:
+        layout, _, folder = text.partition("=")
+        for entry in models:
+            export(layout, entry.name, Path(folder) / entry.name, out)
+            print(f"Wrote {Path(folder) / entry.name}.")
 
 
 def options() -> MetricOptions:
@@ -257,15 +274,51 @@ def score_pictures(name: str, place: str | None, models: list[Entry], rows: Rows
     return metric
 
 
+def take_scores(path: Path, models: list[Entry], rows: Rows, out: Path) -> list[str]:
+    """Adds another program's scores of these images to ``scores.csv``; the names of its metrics."""
+    from spo_jax.evaluation.score_table import append_rows, import_scores, open_rows, scored, table_rows
+
+    names = [entry.name for entry in models]
+    table = import_scores(path, models=names, prompts=rows.prompts, seeds=range(rows.num_seeds))
+    columns, before = open_rows(out / "scores.csv", table.metrics)
+    done = scored(before)
+    new = []
+    for row in table_rows(table):
+        left = {name: x for name, x in row.scores.items() if (row.model, row.prompt_id, row.seed, name) not in done}
+        new += [row._replace(scores=left)] if left else []
+    append_rows(out / "scores.csv", columns, new)
+    return list(table.metrics)
+
+
+def export(layout: str, model: str, folder: Path, out: Path) -> None:
+    """Writes a model's images in the layout of a benchmark, see ``layouts.py``."""
+    from spo_jax.data.prompt_sets import PROMPT_SETS
+    from spo_jax.evaluation import layouts
+    from spo_jax.formats.hub import fetched
+
+    if layout == "hpsv2":
+        layouts.export_hpsv2(out, model, folder)
+    elif layout == "geneval":
+        metadata = layouts.read_geneval_metadata(fetched(PROMPT_SETS["geneval"]))
+        layouts.export_geneval(out, model, folder, metadata=metadata)
+    else:
+        layouts.export_t2i_compbench(out, model, folder)
+
+
 def finish(
-    out: Path, models: list[Entry], rows: Rows, settings: dict[str, Any], metrics: dict[str, ImageMetric]
+    out: Path,
+    models: list[Entry],
+    rows: Rows,
+    settings: dict[str, Any],
+    metrics: dict[str, ImageMetric],
+    theirs: list[str],
 ) -> None:
-    """Writes the whole table, the results and the report."""
+    """Writes the whole table, the results and the report; ``theirs`` are metrics of other programs."""
     from spo_jax.evaluation.evaluation_report import write_reports
     from spo_jax.evaluation.results import summarise
     from spo_jax.evaluation.score_table import make_table, read_rows, write_table
 
-    names, columns = [entry.name for entry in models], list(metrics)
+    names, columns = [entry.name for entry in models], [*metrics, *theirs]
     known, made = read_rows(out / "scores.csv")
     prompts, seeds = rows.prompts, range(rows.num_seeds)
     with contextlib.suppress(UserError):  # not all models may have all metrics of earlier commands

@@ -156,3 +156,23 @@ def test_images_that_are_damaged_or_too_few_are_refused(folder, evaluated, tmp_p
     (pictures / "00000_0.png").unlink()
     result = run(command(folder, tmp_path / "b", f"--images=x={pictures}", metrics="colorfulness"))
     assert result.returncode == 2 and "has 5 images, and 3 prompts with --seeds=2 need 6" in result.stderr
+
+
+def test_scores_of_another_program_get_the_same_statistics(folder, evaluated, tmp_path):
+    out = shutil.copytree(evaluated[0], tmp_path / "out")
+    lines = ["model,prompt_id,seed,their score"]
+    lines += [f"{row['model']},{row['prompt_id']},{row['seed']},{row['colorfulness']}" for row in rows_of(out)]
+    (tmp_path / "theirs.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    result = run(command(folder, out, *models(folder), f"--scores={tmp_path}/theirs.csv", metrics="colorfulness"))
+    assert result.returncode == 0, result.stderr
+    assert all(row["their score"] == row["colorfulness"] for row in rows_of(out))
+    assert "their score" in (out / "results.md").read_text(encoding="utf-8")
+    assert "their score" in json.dumps(json.loads((out / "results.json").read_text(encoding="utf-8")))
+
+
+def test_images_are_exported_in_the_layout_of_a_benchmark_or_refused(folder, evaluated, tmp_path):
+    out = shutil.copytree(evaluated[0], tmp_path / "out")
+    folders = [f"--export={layout}={tmp_path}/{layout}" for layout in ("t2i-compbench", "nothing")]
+    refused = [run(command(folder, out, *models(folder), export)) for export in folders]
+    assert refused[0].returncode == refused[1].returncode == 2
+    assert "10" in refused[0].stderr and "one of hpsv2, geneval, t2i-compbench" in refused[1].stderr
