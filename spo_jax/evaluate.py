@@ -16,13 +16,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from absl import flags
 from tqdm import tqdm
 
 from spo_jax import cli
-from spo_jax.errors import UserError, notice
+from spo_jax.errors import UserError
 
 if TYPE_CHECKING:  # these import networks, and a wrong flag should not wait for that
     from spo_jax.evaluation.image_metric import ImageMetric
@@ -217,26 +215,11 @@ def make_pictures(entry: Entry, rows: Rows, given: dict[str, list[Path]], out: P
 
 def sampler_of(entry: Entry, rows: Rows) -> tuple[SampleRows, int]:
     """Reads a model; its sampler, and how many devices split a batch."""
-    from spo_jax.diffusion.dpm_solver import make_dpm_schedule
-    from spo_jax.diffusion.schedule import make_schedule
-    from spo_jax.distributed.mesh import make_mesh, replicated
-    from spo_jax.evaluation.pictures import make_sampler
-    from spo_jax.formats.base import base_of, read_base
-    from spo_jax.formats.lora import read_adapters
-    from spo_jax.formats.tokenizers import cut_warning, tokenizers_of
-    from spo_jax.sampling.generate import SamplingOptions
+    from spo_jax.evaluation.pictures import Sampling, open_sampler
 
-    mesh, loras = make_mesh(-1, 1), [entry.lora] if entry.lora else []
-    base = base_of(loras, model=entry.base or None, variant=None, unet=None, vae=None)
-    size = {"height": HEIGHT.value, "width": WIDTH.value}
-    pipeline = read_base(base, jnp.dtype(DTYPE.value), sharding=replicated(mesh), **size)
-    if warning := cut_warning(tokenizers_of(pipeline), rows.prompts, "prompts"):
-        notice(warning)
-    lora = jax.device_put(read_adapters(loras, pipeline.params), replicated(mesh))
-    make = make_dpm_schedule if SOLVER.value == "dpmpp_2m" else make_schedule
-    schedule = make(pipeline.scheduler_config, STEPS.value)
-    options = SamplingOptions(GUIDANCE_SCALE.value, ETA.value, SOLVER.value)
-    return make_sampler(pipeline, lora, schedule, options, rows, SEED.value, mesh), mesh.size
+    size = (HEIGHT.value, WIDTH.value)
+    sampling = Sampling(SOLVER.value, STEPS.value, GUIDANCE_SCALE.value, ETA.value, size, DTYPE.value, SEED.value)
+    return open_sampler(entry.base or None, [entry.lora] if entry.lora else [], rows, sampling)
 
 
 def score_pictures(name: str, place: str | None, models: list[Entry], rows: Rows, out: Path) -> ImageMetric:

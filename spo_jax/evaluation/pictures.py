@@ -21,11 +21,15 @@ from jaxtyping import PyTree
 from PIL import Image
 
 from spo_jax import rng
-from spo_jax.diffusion.schedule import Schedule
-from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated, round_up
-from spo_jax.errors import UserError
+from spo_jax.diffusion.dpm_solver import make_dpm_schedule
+from spo_jax.diffusion.schedule import Schedule, make_schedule
+from spo_jax.distributed.mesh import batch_sharding, jit_on, make_mesh, replicated, round_up
+from spo_jax.errors import UserError, notice
 from spo_jax.evaluation.layouts import image_path
+from spo_jax.formats.base import base_of, read_base
+from spo_jax.formats.lora import read_adapters
 from spo_jax.formats.pipeline import Pipeline
+from spo_jax.formats.tokenizers import cut_warning, tokenizers_of
 from spo_jax.images import to_uint8, write_png
 from spo_jax.sampling.encode import encode_prompts, make_encode, shard_prompts
 from spo_jax.sampling.generate import SamplingOptions, make_generate
@@ -48,6 +52,37 @@ class Rows(NamedTuple):
 
 # ``(prompt numbers, seed numbers) -> images [B, H, W, 3]`` of one model.
 SampleRows = Callable[[Sequence[int], Sequence[int]], np.ndarray]
+
+
+class Sampling(NamedTuple):
+    """How a command's flags want images: ``size`` is (height, width), None for what the model was trained for."""
+
+    solver: str
+    num_steps: int
+    guidance_scale: float
+    eta: float
+    size: tuple[int | None, int | None]
+    dtype: str
+    seed: int
+
+
+def open_sampler(model: str | None, loras: Sequence[str], rows: Rows, sampling: Sampling) -> tuple[SampleRows, int]:
+    """Reads a model with adapters; its sampler, and how many devices split a batch.
+
+    Raises:
+      UserError: the model or its adapters cannot be read or do not fit.
+    """
+    mesh = make_mesh(-1, 1)
+    base = base_of(loras, model=model, variant=None, unet=None, vae=None)
+    height, width = sampling.size
+    pipeline = read_base(base, jnp.dtype(sampling.dtype), sharding=replicated(mesh), height=height, width=width)
+    if warning := cut_warning(tokenizers_of(pipeline), rows.prompts, "prompts"):
+        notice(warning)
+    lora = jax.device_put(read_adapters(loras, pipeline.params), replicated(mesh))
+    make = make_dpm_schedule if sampling.solver == "dpmpp_2m" else make_schedule
+    schedule = make(pipeline.scheduler_config, sampling.num_steps)
+    options = SamplingOptions(sampling.guidance_scale, sampling.eta, sampling.solver)
+    return make_sampler(pipeline, lora, schedule, options, rows, sampling.seed, mesh), mesh.size
 
 
 def make_sampler(
@@ -151,8 +186,8 @@ def given_pictures(folder: Path, rows: Rows) -> list[Path]:
     found = sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=_natural)
     if len(found) != (count := len(rows.places)):
         raise UserError(
-            f"--images={folder} has {len(found)} images, and {len(rows.prompts)} prompts with --seeds="
-            f"{rows.num_seeds} need {count}, in the order of their names: all of the first prompt, then the second's."
+            f"--images={folder} has {len(found)} images, and {len(rows.prompts)} prompts with "
+            f"{rows.num_seeds} of each need {count}, in the order of their names: first those of the first prompt."
         )
     return found
 

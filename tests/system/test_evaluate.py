@@ -155,7 +155,7 @@ def test_images_that_are_damaged_or_too_few_are_refused(folder, evaluated, tmp_p
     assert result.returncode == 2 and "00000_0.png is damaged" in result.stderr
     (pictures / "00000_0.png").unlink()
     result = run(command(folder, tmp_path / "b", f"--images=x={pictures}", metrics="colorfulness"))
-    assert result.returncode == 2 and "has 5 images, and 3 prompts with --seeds=2 need 6" in result.stderr
+    assert result.returncode == 2 and "has 5 images, and 3 prompts with 2 of each need 6" in result.stderr
 
 
 def test_scores_of_another_program_get_the_same_statistics(folder, evaluated, tmp_path):
