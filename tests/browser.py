@@ -50,7 +50,7 @@ class Browser:
 
     def _message(self):
         while b"\0" not in self._rest:
-            assert select.select([self._read], [], [], 20)[0], "the browser does not answer"
+            assert select.select([self._read], [], [], 60)[0], "the browser does not answer"
             self._rest += os.read(self._read, 2**20) or b"{}\0"
         message, _, self._rest = self._rest.partition(b"\0")
         assert message != b"{}", "the browser has ended"
@@ -65,7 +65,7 @@ class Browser:
 
     def wait(self, expression):
         """Until it is true."""
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while not self.value(expression):
             assert time.monotonic() < end, f"{expression} stays false: {self.value('document.body.innerText')}"
             time.sleep(0.01)

@@ -41,6 +41,7 @@ FAST = {
         "test_statistics.py",
     ),
     "formats": ("test_home.py", "test_hub.py", "test_remote.py", "test_safetensors_io.py", "test_write_pipeline.py"),
+    "labelling": ("test_server.py", "test_session.py"),
     "models": ("test_configs.py", "test_layers.py"),
     "planning": ("test_collectives.py",),
     "preference": ("test_accuracy.py", "test_pairs.py"),

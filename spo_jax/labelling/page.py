@@ -34,13 +34,13 @@ button:focus-visible { outline: 3px solid var(--main); outline-offset: 2px; }
 button:disabled { cursor: default; opacity: .55; }
 .images button { padding: clamp(.35rem, 1vw, .8rem); display: grid; place-items: center; }
 .images button:disabled { opacity: 1; }
-.images img { display: block; width: 100%; height: min(46vw, max(150px, 100dvh - 21rem)); object-fit: contain;
+.images img { display: block; width: 100%; height: min(46vw, max(150px, 100dvh - 20rem)); object-fit: contain;
   border-radius: .4rem; }
 .images img.small { image-rendering: pixelated; }
 .keys button { padding: .6rem .4rem; font-weight: 600; line-height: 1.3; }
 kbd { font: inherit; font-size: .85em; font-weight: 400; color: var(--soft); white-space: nowrap; }
 .keys kbd { display: block; }
-@media (hover: none) { kbd, .keys kbd { display: none; } }
+@media (hover: none) and (max-width: 700px) { kbd, .keys kbd { display: none; } }
 footer { display: flex; align-items: center; justify-content: space-between; gap: 1rem; min-height: 3.6rem;
   padding-bottom: .9rem; font-size: .9rem; color: var(--soft); }
 footer button { padding: .4rem .9rem; white-space: nowrap; } #said.wrong { color: var(--wrong); font-weight: 600; }

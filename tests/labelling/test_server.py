@@ -89,7 +89,16 @@ def test_images_are_shown_on_the_sides_of_the_log(served):
 @pytest.mark.parametrize(
     "path",
     [
-        *("image/3/0", "image/0/2", "image/-1/0", "image/0", "image/0/0/", "image/0/0?x", "image/%D9%A3/0", "secret.txt"),
+        *(
+            "image/3/0",
+            "image/0/2",
+            "image/-1/0",
+            "image/0",
+            "image/0/0/",
+            "image/0/0?x",
+            "image/%D9%A3/0",
+            "secret.txt",
+        ),
         *("images/0_0.png", "../secret.txt", "image/0/../../secret.txt", "%2e%2e/secret.txt", "pairs.jsonl", "/"),
     ],
 )
