@@ -79,9 +79,9 @@ def main() -> None:
 
     desk, token = Desk(out, pairs, SEED.value), secrets.token_urlsafe()
     with make_server(desk, token, PORT.value) as server:
-        print(f"{len(desk.labels)} of {len(pairs)} pairs have a label. Ctrl-C ends this; the same command goes on.")
-        print(f"Open this address in a browser on this machine:\n{address_of(server, token)}", flush=True)
         try:
+            print(f"{len(desk.labels)} of {len(pairs)} pairs have a label. Ctrl-C ends this; the same command goes on.")
+            print(f"Open this address in a browser on this machine:\n{address_of(server, token)}", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:
             print(f"\nWrote {len(desk.labels)} of {len(pairs)} pairs to {out / 'pairs.jsonl'}.")
