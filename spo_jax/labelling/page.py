@@ -34,7 +34,7 @@ button:focus-visible { outline: 3px solid var(--main); outline-offset: 2px; }
 button:disabled { cursor: default; opacity: .55; }
 .images button { padding: clamp(.35rem, 1vw, .8rem); display: grid; place-items: center; }
 .images button:disabled { opacity: 1; }
-.images img { display: block; width: 100%; height: min(46vw, max(150px, 100dvh - 20rem)); object-fit: contain;
+.images img { display: block; width: 100%; height: min(46vw, max(150px, 100dvh - 22rem)); object-fit: contain;
   border-radius: .4rem; }
 .images img.small { image-rendering: pixelated; }
 .keys button { padding: .6rem .4rem; font-weight: 600; line-height: 1.3; }
