@@ -4,8 +4,9 @@ python -m spo_jax.evaluate --model=emoji:model --lora=runs/demo --prompts=emoji:
     --metrics=colorfulness,clip=emoji:model/clip --seeds=4 --out=runs/eval
 python -m spo_jax.evaluate --images=a=pictures/a --images=b=pictures/b --prompts=parti --metrics=pickscore --out=...
 
-Each --model and each --lora (on the first --model) is measured; the first one is what the others are compared with. Run
-the same command again to go on after an interruption, or with more metrics. docs/metrics.md says what is measured how.
+Each --model is measured, and on the first one each --unet and each --lora; without --model it is the one that a --lora
+was trained with. The first one is what the others are compared with. Run the same command again to go on after an
+interruption, or with more metrics. docs/metrics.md says what is measured how.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ if TYPE_CHECKING:  # these import networks, and a wrong flag should not wait for
     from spo_jax.evaluation.image_metric import ImageMetric
     from spo_jax.evaluation.image_metrics import MetricOptions
     from spo_jax.evaluation.pictures import Rows, SampleRows
+    from spo_jax.formats.base import Base
 
 MODEL = flags.DEFINE_multi_string("model", [], "Pipeline, as of spo_jax.generate; may be given several times.")
+VARIANT = flags.DEFINE_string("variant", None, "Of the weight files, such as fp16.")
+UNET = flags.DEFINE_multi_string("unet", [], "A UNet as trainers save it; each is a model of its own.")
+VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the models'.")
 LORA = flags.DEFINE_multi_string(
     "lora",
     [],
@@ -71,15 +76,22 @@ class Entry(NamedTuple):
     """A model: its name in tables, its pipeline, adapters, or the folder of images that exist."""
 
     name: str
-    base: str = ""
+    base: Base | None = None
     lora: str = ""
     folder: str = ""
 
 
 def entries() -> list[Entry]:
     """What the flags name, the first one first; UserError if two have one name."""
-    found = [Entry(_name(model), base=model) for model in MODEL.value]
-    found += [Entry(_name(lora), base=MODEL.value[0] if MODEL.value else "", lora=lora) for lora in LORA.value]
+    from spo_jax.formats.base import Base, base_of
+
+    variant, vae = VARIANT.value, VAE.value
+    bases = [Base(model, variant or "", vae=vae or "") for model in MODEL.value]
+    if not bases and (LORA.value or UNET.value):
+        bases = [base_of(LORA.value, model=None, variant=variant, unet=None, vae=vae)]
+    found = [Entry(_name(base.model), base) for base in bases]
+    found += [Entry(_name(unet), bases[0]._replace(unet=unet)) for unet in UNET.value]
+    found += [Entry(_name(lora), bases[0], lora) for lora in LORA.value]
     for text in IMAGES.value:
         name, sign, folder = text.partition("=")
         if not sign or not name or not folder:
@@ -159,8 +171,10 @@ def settings_of(models: list[Entry], rows: Rows, given: dict[str, list[Path]]) -
         if entry.folder:
             digest = hashlib.sha256("".join(map(sha256_of, given[entry.name])).encode())
             return {"images": entry.folder, "sha256": digest.hexdigest()}
-        told = {"model": entry.base, "sha256": sha256_of_weights(entry.base)} if entry.base else {}
-        return told | ({"lora": entry.lora, "lora_sha256": sha256_of_weights(entry.lora)} if entry.lora else {})
+        assert entry.base is not None
+        named = {**entry.base._asdict(), "lora": entry.lora}
+        told = {key: name for key, name in named.items() if name}
+        return told | {f"{key}_sha256": sha256_of_weights(name) for key, name in told.items() if key != "variant"}
 
     text = json.dumps(rows.prompts, ensure_ascii=False)
     sampling = {
@@ -221,15 +235,15 @@ def sampler_of(entry: Entry, rows: Rows) -> tuple[SampleRows, int]:
     from spo_jax.diffusion.schedule import make_schedule
     from spo_jax.distributed.mesh import make_mesh, replicated
     from spo_jax.evaluation.pictures import make_sampler
-    from spo_jax.formats.base import base_of, read_base
+    from spo_jax.formats.base import read_base
     from spo_jax.formats.lora import read_adapters
     from spo_jax.formats.tokenizers import cut_warning, tokenizers_of
     from spo_jax.sampling.generate import SamplingOptions
 
     mesh, loras = make_mesh(-1, 1), [entry.lora] if entry.lora else []
-    base = base_of(loras, model=entry.base or None, variant=None, unet=None, vae=None)
+    assert entry.base is not None
     size = {"height": HEIGHT.value, "width": WIDTH.value}
-    pipeline = read_base(base, jnp.dtype(DTYPE.value), sharding=replicated(mesh), **size)
+    pipeline = read_base(entry.base, jnp.dtype(DTYPE.value), sharding=replicated(mesh), **size)
     if warning := cut_warning(tokenizers_of(pipeline), rows.prompts, "prompts"):
         notice(warning)
     lora = jax.device_put(read_adapters(loras, pipeline.params), replicated(mesh))
