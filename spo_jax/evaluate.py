@@ -4,8 +4,9 @@ python -m spo_jax.evaluate --model=emoji:model --lora=runs/demo --prompts=emoji:
     --metrics=colorfulness,clip=emoji:model/clip --seeds=4 --out=runs/eval
 python -m spo_jax.evaluate --images=a=pictures/a --images=b=pictures/b --prompts=parti --metrics=pickscore --out=...
 
-Each --model and each --lora (on the first --model) is measured; the first one is what the others are compared with. Run
-the same command again to go on after an interruption, or with more metrics. docs/metrics.md says what is measured how.
+Each --model is measured, and on the first one each --unet and each --lora; without --model it is the one that a --lora
+was trained with. The first one is what the others are compared with. Run the same command again to go on after an
+interruption, or with more metrics. docs/metrics.md says what is measured how.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ if TYPE_CHECKING:  # these import networks, and a wrong flag should not wait for
     from spo_jax.evaluation.image_metric import ImageMetric
     from spo_jax.evaluation.image_metrics import MetricOptions
     from spo_jax.evaluation.pictures import Rows, SampleRows
+    from spo_jax.formats.base import Base
 
 MODEL = flags.DEFINE_multi_string("model", [], "Pipeline, as of spo_jax.generate; may be given several times.")
+VARIANT = flags.DEFINE_string("variant", None, "Of the weight files, such as fp16.")
+UNET = flags.DEFINE_multi_string("unet", [], "A UNet as trainers save it; each is a model of its own.")
+VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the models'.")
 LORA = flags.DEFINE_multi_string(
     "lora",
     [],
@@ -69,15 +74,22 @@ class Entry(NamedTuple):
     """A model: its name in tables, its pipeline, adapters, or the folder of images that exist."""
 
     name: str
-    base: str = ""
+    base: Base | None = None
     lora: str = ""
     folder: str = ""
 
 
 def entries() -> list[Entry]:
     """What the flags name, the first one first; UserError if two have one name."""
-    found = [Entry(_name(model), base=model) for model in MODEL.value]
-    found += [Entry(_name(lora), base=MODEL.value[0] if MODEL.value else "", lora=lora) for lora in LORA.value]
+    from spo_jax.formats.base import Base, base_of
+
+    variant, vae = VARIANT.value, VAE.value
+    bases = [Base(model, variant or "", vae=vae or "") for model in MODEL.value]
+    if not bases and (LORA.value or UNET.value):
+        bases = [base_of(LORA.value, model=None, variant=variant, unet=None, vae=vae)]
+    found = [Entry(_name(base.model), base) for base in bases]
+    found += [Entry(_name(unet), bases[0]._replace(unet=unet)) for unet in UNET.value]
+    found += [Entry(_name(lora), bases[0], lora) for lora in LORA.value]
     for text in IMAGES.value:
         name, sign, folder = text.partition("=")
         if not sign or not name or not folder:
@@ -157,8 +169,10 @@ def settings_of(models: list[Entry], rows: Rows, given: dict[str, list[Path]]) -
         if entry.folder:
             digest = hashlib.sha256("".join(map(sha256_of, given[entry.name])).encode())
             return {"images": entry.folder, "sha256": digest.hexdigest()}
-        told = {"model": entry.base, "sha256": sha256_of_weights(entry.base)} if entry.base else {}
-        return told | ({"lora": entry.lora, "lora_sha256": sha256_of_weights(entry.lora)} if entry.lora else {})
+        assert entry.base is not None
+        named = {**entry.base._asdict(), "lora": entry.lora}
+        told = {key: name for key, name in named.items() if name}
+        return told | {f"{key}_sha256": sha256_of_weights(name) for key, name in told.items() if key != "variant"}
 
     text = json.dumps(rows.prompts, ensure_ascii=False)
     sampling = {
@@ -219,7 +233,8 @@ def sampler_of(entry: Entry, rows: Rows) -> tuple[SampleRows, int]:
 
     size = (HEIGHT.value, WIDTH.value)
     sampling = Sampling(SOLVER.value, STEPS.value, GUIDANCE_SCALE.value, ETA.value, size, DTYPE.value, SEED.value)
-    return open_sampler(entry.base or None, [entry.lora] if entry.lora else [], rows, sampling)
+    assert entry.base is not None
+    return open_sampler(entry.base, [entry.lora] if entry.lora else [], rows, sampling)
 
 
 def score_pictures(name: str, place: str | None, models: list[Entry], rows: Rows, out: Path) -> ImageMetric:

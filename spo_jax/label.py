@@ -22,10 +22,14 @@ from spo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from spo_jax.evaluation.pictures import Rows
+    from spo_jax.formats.base import Base
 
 MODEL = flags.DEFINE_string(
     "model", None, "Pipeline, as of spo_jax.generate; by default the one that the --workdir of --lora was trained with."
 )
+VARIANT = flags.DEFINE_string("variant", None, "Of the weight files, such as fp16.")
+UNET = flags.DEFINE_string("unet", None, "UNet to use instead of the model's.")
+VAE = flags.DEFINE_string("vae", None, "Autoencoder to use instead of the model's.")
 LORA = flags.DEFINE_multi_string(
     "lora", [], "LoRA file or --workdir, also with a strength, FILE:0.7; given several times, their sum."
 )
@@ -67,11 +71,11 @@ def main() -> None:
     from spo_jax.labelling.session import Pair
 
     rows = Rows(read_prompts(PROMPTS.value)[: NUM_PROMPTS.value], 2)
-    given = [] if made else given_pictures(Path(IMAGES.value), rows)
-    record(out, settings_of(rows, given))
+    base, given = base_of_flags() if made else None, [] if made else given_pictures(Path(IMAGES.value), rows)
+    record(out, settings_of(rows, base, given))
     if not all(image_path(out, FOLDER, *place).is_file() for place in rows.places):
-        if made:
-            sample(rows, out)
+        if base is not None:
+            sample(base, rows, out)
         else:
             take_pictures(given, FOLDER, rows, out)
     names = [[image_path("", FOLDER, i, seed).as_posix() for seed in range(2)] for i in range(len(rows.prompts))]
@@ -87,7 +91,14 @@ def main() -> None:
             print(f"\nWrote {len(desk.labels)} of {len(pairs)} pairs to {out / 'pairs.jsonl'}.")
 
 
-def settings_of(rows: Rows, given: list[Path]) -> dict[str, Any]:
+def base_of_flags() -> Base:
+    """The model, with its variant, UNet and autoencoder; of the run of --lora where --model is missing."""
+    from spo_jax.formats.base import base_of
+
+    return base_of(LORA.value, model=MODEL.value, variant=VARIANT.value, unet=UNET.value, vae=VAE.value)
+
+
+def settings_of(rows: Rows, base: Base | None, given: list[Path]) -> dict[str, Any]:
     """What decides the images and the labels' meaning: a folder has pairs of one such."""
     from spo_jax.evaluation.identity import sha256_of_weights
     from spo_jax.files import sha256_of
@@ -97,11 +108,13 @@ def settings_of(rows: Rows, given: list[Path]) -> dict[str, Any]:
         "num_prompts": len(rows.prompts),
         "seed": SEED.value,
     }
-    if given:
+    if base is None:
         return told | {"images_sha256": hashlib.sha256("".join(map(sha256_of, given)).encode()).hexdigest()}
+    named = {key: name for key, name in base._asdict().items() if name}
     sampling = (SOLVER, STEPS, GUIDANCE_SCALE, HEIGHT, WIDTH, DTYPE, BATCH_SIZE)
     return {
-        **({"model": MODEL.value, "sha256": sha256_of_weights(MODEL.value)} if MODEL.value else {}),
+        **named,
+        **{f"{key}_sha256": sha256_of_weights(name) for key, name in named.items() if key != "variant"},
         **({"lora": LORA.value, "lora_sha256": [sha256_of_weights(lora) for lora in LORA.value]} if LORA.value else {}),
         **told,
         **{flag.name: flag.value for flag in sampling},
@@ -125,7 +138,7 @@ def record(out: Path, settings: dict[str, Any]) -> None:
     write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
-def sample(rows: Rows, out: Path) -> None:
+def sample(base: Base, rows: Rows, out: Path) -> None:
     """Makes the images that are missing."""
     from tqdm import tqdm
 
@@ -133,7 +146,7 @@ def sample(rows: Rows, out: Path) -> None:
 
     size = (HEIGHT.value, WIDTH.value)
     sampling = Sampling(SOLVER.value, STEPS.value, GUIDANCE_SCALE.value, 0.0, size, DTYPE.value, SEED.value)
-    sampler, mesh_size = open_sampler(MODEL.value, LORA.value, rows, sampling)
+    sampler, mesh_size = open_sampler(base, LORA.value, rows, sampling)
     with tqdm(total=len(rows.places), unit="image", dynamic_ncols=True) as progress:
         for count in sample_pictures(sampler, FOLDER, rows, out, BATCH_SIZE.value, mesh_size):
             progress.update(count)

@@ -26,7 +26,7 @@ from spo_jax.diffusion.schedule import Schedule, make_schedule
 from spo_jax.distributed.mesh import batch_sharding, jit_on, make_mesh, replicated, round_up
 from spo_jax.errors import UserError, notice
 from spo_jax.evaluation.layouts import image_path
-from spo_jax.formats.base import base_of, read_base
+from spo_jax.formats.base import Base, read_base
 from spo_jax.formats.lora import read_adapters
 from spo_jax.formats.pipeline import Pipeline
 from spo_jax.formats.tokenizers import cut_warning, tokenizers_of
@@ -66,14 +66,13 @@ class Sampling(NamedTuple):
     seed: int
 
 
-def open_sampler(model: str | None, loras: Sequence[str], rows: Rows, sampling: Sampling) -> tuple[SampleRows, int]:
+def open_sampler(base: Base, loras: Sequence[str], rows: Rows, sampling: Sampling) -> tuple[SampleRows, int]:
     """Reads a model with adapters; its sampler, and how many devices split a batch.
 
     Raises:
       UserError: the model or its adapters cannot be read or do not fit.
     """
     mesh = make_mesh(-1, 1)
-    base = base_of(loras, model=model, variant=None, unet=None, vae=None)
     height, width = sampling.size
     pipeline = read_base(base, jnp.dtype(sampling.dtype), sharding=replicated(mesh), height=height, width=width)
     if warning := cut_warning(tokenizers_of(pipeline), rows.prompts, "prompts"):

@@ -1,5 +1,6 @@
 """Attention: every kind has the values and gradients of the formula; pieces, memory, no communication; refusals."""
 
+import functools
 import re
 
 import hypothesis.strategies as st
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import PartitionSpec
 
+from spo_jax.distributed.mesh import batch_sharding, jit_on, make_mesh
 from spo_jax.errors import UserError
 from spo_jax.kernels import attention, splash, xla
 from spo_jax.kernels.attention import multi_head_attention
@@ -197,3 +199,22 @@ def test_a_batch_that_is_split_over_devices_needs_no_communication():
     assert "while" in text
     assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", text)
     assert program.output_shardings[0].spec[0] == "data"
+
+
+def test_a_kernel_of_several_devices_computes_the_samples_of_each_without_communication(monkeypatch):
+    """Inside ``shard_map``, as the compiler cannot look into a kernel; splash, step by step, stands for all."""
+    monkeypatch.setattr(attention, "choose", lambda *_: "splash")
+    monkeypatch.setattr(splash, "attend", functools.partial(splash.attend, interpret=True))
+    mesh = make_mesh(4, 2)
+    *inputs, cotangent = tokens(0, 8, 64, 64, 1, 8)
+    placed = jax.device_put([x.reshape(8, 64, 8) for x in (*inputs, cotangent)], batch_sharding(mesh))
+
+    def both(query, key, value, cotangent):
+        out, backward = jax.vjp(lambda *xs: multi_head_attention(*xs, 1), query, key, value)
+        return out, *backward(cotangent)
+
+    program = jit_on(mesh, both).lower(*placed).compile()
+    for a, b in zip(program(*placed), naive(*inputs, cotangent), strict=True):
+        np.testing.assert_allclose(a.reshape(b.shape), b, atol=1e-5)
+        assert len(a.sharding.device_set) == 8
+    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", program.as_text())

@@ -148,6 +148,16 @@ def test_mistakes_end_with_one_sentence_before_anything_is_sampled(folder, evalu
     assert not (folder / "nothing" / "images").exists()
 
 
+def test_without_a_model_adapters_are_compared_with_the_one_they_were_trained_with(folder, tmp_path):
+    workdir = shutil.copytree(folder / "strong", tmp_path / "mine")
+    (workdir / "config.json").write_text(json.dumps({"model": str(small_pipeline())}), encoding="utf-8")
+    result = run(command(folder, tmp_path / "out", f"--lora={workdir}", metrics="colorfulness"))
+    assert result.returncode == 0, result.stderr
+    assert [row["model"] for row in rows_of(tmp_path / "out")] == ["model"] * 6 + ["mine"] * 6
+    result = run(command(folder, tmp_path / "other", f"--lora={folder}/strong", metrics="colorfulness"))
+    assert result.returncode == 2 and "--model is missing" in result.stderr
+
+
 def test_images_that_are_damaged_or_too_few_are_refused(folder, evaluated, tmp_path):
     pictures = shutil.copytree(evaluated[0] / "images" / "strong", tmp_path / "pictures")
     (pictures / "00000_0.png").write_bytes((pictures / "00000_0.png").read_bytes()[:60])
