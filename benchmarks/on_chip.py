@@ -15,6 +15,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ from spo_jax import cli
 from spo_jax.distributed.mesh import jit_on, make_mesh
 from spo_jax.errors import UserError
 from spo_jax.files import write_text
-from spo_jax.kernels.attention import KINDS, check_kind, choose, multi_head_attention
+from spo_jax.kernels.attention import KINDS, check_kind, choose, multi_head_attention, platform_of
 from spo_jax.planning.chips import CHIPS, GIB
 from spo_jax.planning.estimate import estimate_program, resident_bytes
 from spo_jax.planning.targets import Target
@@ -49,8 +50,8 @@ PROMPTS = flags.DEFINE_integer(
 )
 
 # What names a chip of CHIPS to JAX.
-NAMES = {"v5 lite": "v5e", "v6 lite": "v6e", "v5": "v5p", "H100": "h100", "H200": "h100", "A100": "a100-80", "L4": "l4"}
-NAMES |= {"4090": "rtx4090", "3090": "rtx3090"}
+NAMES = {r"v5 lite": "v5e", r"v6 lite": "v6e", r"v5": "v5p", r"H[12]00": "h100", r"A100": "a100-80", r"\bL4\b": "l4"}
+NAMES |= {r"RTX 4090\b": "rtx4090", r"RTX 3090\b": "rtx3090"}
 # Attention of SD1.5 and SDXL: name, batch, queries, keys, heads, size of a head.
 SHAPES = (
     ("SD1.5 64x64", 8, 4096, 4096, 8, 40),
@@ -112,11 +113,12 @@ def attention_of(name: str, batch: int, queries: int, keys: int, heads: int, siz
     with jax.default_matmul_precision("highest"):
         forward, gradient = programs("xla", exact)
         expected = forward(*exact[:3]), *gradient(*exact)
+    platform = platform_of(jax.devices()[0])
     for kind in KINDS[1:]:
         row: Row = {"shape": name, "kind": kind}
         try:
-            check_kind(kind, jax.devices()[0].platform, dtype)
-            if choose(kind, jax.devices()[0].platform, dtype, size, queries) != kind:
+            check_kind(kind, platform, dtype)
+            if choose(kind, platform, dtype, size, queries) != kind:
                 continue
             forward, gradient = programs(kind, given)
             found = forward(*given[:3]), *gradient(*given)
@@ -166,7 +168,7 @@ def iteration() -> Row:
     seconds("update", updated)
     row["images_per_second"] = pool.candidates.shape[0] * prompts * count * pool.candidates.shape[2] / row["pool_s"]
     row["pairs_per_second"] = min(pairs, prompts * count) / row["update_s"]
-    return row | planned(spo)(row)
+    return row | planned(spo, row)
 
 
 def timed(row: Row, name: str, call: Callable[[], Any]) -> Any:
@@ -180,25 +182,21 @@ def timed(row: Row, name: str, call: Callable[[], Any]) -> Any:
     return result
 
 
-def planned(spo: SPO) -> Callable[[Row], Row]:
-    """Compares with the plan: TFLOP/s, share of the peak, and GiB."""
+def planned(spo: SPO, row: Row) -> Row:
+    """TFLOP/s, share of the peak and planned GiB of each program, from the seconds in ``row``."""
     device = jax.devices()[0]
     platform = {"gpu": "cuda"}.get(device.platform, device.platform)
     target = Target(device.device_kind, platform, jax.device_count(), None)
-    chip = next((CHIPS[name] for part, name in NAMES.items() if part in device.device_kind), None)
-
-    def compare(row: Row) -> Row:
-        found: Row = {}
-        stays = sum(resident_bytes(spo).values())
-        for name in ("pool", "score", "update"):
-            flops, *own = estimate_program(spo.config, target, name)
-            found[f"{name}_tflops"] = flops / row[f"{name}_s"] / 1e12
-            found[f"{name}_planned_gib"] = (stays + sum(own)) / GIB
-            if chip is not None:
-                found[f"{name}_share"] = found[f"{name}_tflops"] / chip.tflops[spo.config.dtype]
-        return found
-
-    return compare
+    chip = next((CHIPS[name] for part, name in NAMES.items() if re.search(part, device.device_kind)), None)
+    found: Row = {}
+    stays = sum(resident_bytes(spo).values())
+    for name in ("pool", "score", "update"):
+        flops, *own = estimate_program(spo.config, target, name)
+        found[f"{name}_tflops"] = flops / row[f"{name}_s"] / 1e12
+        found[f"{name}_planned_gib"] = (stays + sum(own)) / GIB
+        if chip is not None:
+            found[f"{name}_share"] = found[f"{name}_tflops"] / chip.tflops[spo.config.dtype]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- pytorch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from spo_jax.distributed.sharding import path_names, weight_shardings
 from spo_jax.formats.base import Base
 from spo_jax.formats.pipeline import Pipeline
 from spo_jax.models.clip import CLIPModel
 from spo_jax.planning.shapes import Shapes
-from spo_jax.runs.load import Weights
 from spo_jax.runs.state import TrainState
 
 
@@ -37,16 +38,17 @@ class RandomWeights(Shapes):
         """Blank ones, enough for a batch."""
         return [""] * (limit or 64)
 
-    def state(self, make, params: PyTree, mesh: Mesh) -> TrainState:
+    def state(self, make: Callable[[PyTree], TrainState], params: PyTree, mesh: Mesh) -> TrainState:
         """The state, on its devices."""
-        return Weights.state(self, make, params, mesh)  # type: ignore[arg-type]
+        state = make(params)
+        return jax.device_put(state, weight_shardings(mesh, state))
 
 
 def drawn(shapes: PyTree) -> PyTree:
     """Arrays where the shapes say: scales one, biases zero, kernels of about unit gain."""
 
     def one(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
-        name = path[-1].key  # type: ignore[attr-defined]  (a key of a dict)
+        name = path_names(path)[-1]
         if name in ("bias", "scale"):
             return jnp.full(leaf.shape, name == "scale", leaf.dtype)
         fan_in = leaf.size // leaf.shape[-1] if leaf.ndim > 1 else 1

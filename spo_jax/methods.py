@@ -43,14 +43,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, object] | None:
 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     module_of(config.method, "config").check(config, mesh.size)
-    device = mesh.devices.flat[0]
-    attention.check_kind(config.attention, device.platform, config.dtype)
+    platform = attention.platform_of(mesh.devices.flat[0])
+    attention.check_kind(config.attention, platform, config.dtype)
     wandb_run.check(config)
     for name in (config.data.train, config.data.validation) if "data" in config else ():
         open_pairs(name)  # nothing is fetched for a run whose pairs are not there
     config, pins = artifacts.ready(config, workdir)
-    notice(attention.taken(config.attention, device.platform, config.dtype))
-    config = without_remat_on_cpu(config, device.platform)
+    notice(attention.describe_choice(config.attention, platform, config.dtype))
+    config = without_remat_on_cpu(config, platform)
     with wandb_run.finished():
         return module_of(config.method, "recipe").train(config, mesh, RunFolder(config, workdir, pins))
 

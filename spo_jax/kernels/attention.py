@@ -1,7 +1,7 @@
 """Scaled dot-product attention: which kind computes it is decided here, by platform, dtype, head size and lengths.
 
     xla      any platform   XLA's own operations, some of the work at a time          kernels/xla.py
-    cudnn    NVIDIA GPUs    cuDNN's fused kernels, in bfloat16                        kernels/cudnn.py
+    cudnn    NVIDIA GPUs    cuDNN's fused kernels, in bfloat16, from Ampere on        kernels/cudnn.py
     splash   TPUs           JAX's Pallas kernel                                       kernels/splash.py
 
 ``config.attention`` names one, or "auto". What a kind cannot compute (a mask, a large head) is left to ``xla``.
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from spo_jax.errors import UserError
 from spo_jax.kernels import cudnn, splash, xla
 
 KINDS = ("auto", "xla", "cudnn", "splash")
-_PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
+_PLATFORMS = {"cudnn": "cuda", "splash": "tpu"}
+_AMPERE = (8, 0)  # the first compute capability that cuDNN's fused attention runs on
 # Fewer logits a sample are computed at once, without a backward pass of our own.
 SMALL_LOGITS = 2**16
 # Shorter sequences are left to XLA on a TPU, which fuses their softmax.
@@ -71,19 +73,22 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array 
 
 
 def choose(kind: str, platform: str, dtype: DTypeLike, head_size: int, queries: int) -> str:
-    """The kind that computes an attention without a mask: that which is named or, where it cannot, "xla"."""
-    if kind in ("auto", "cudnn") and platform in _PLATFORMS["cudnn"]:
+    """The kind that computes an attention without a mask: that which is named or, where it cannot, "xla".
+
+    ``platform`` is as ``platform_of`` gives it.
+    """
+    if kind in ("auto", "cudnn") and platform == _PLATFORMS["cudnn"]:
         return "cudnn" if cudnn.fits(head_size, dtype) else "xla"
     long_enough = queries >= _SPLASH_QUERIES or kind == "splash"
-    if kind in ("auto", "splash") and platform in _PLATFORMS["splash"] and long_enough:
+    if kind in ("auto", "splash") and platform == _PLATFORMS["splash"] and long_enough:
         return "splash" if head_size <= splash.MAX_HEAD_SIZE else "xla"
     return "xla"
 
 
 def check_kind(kind: str, platform: str, dtype: DTypeLike) -> None:
     """Raises UserError if ``config.attention`` names a kind that a platform does not have."""
-    if platform not in _PLATFORMS.get(kind, (platform,)):
-        where = {"cudnn": "NVIDIA GPUs", "splash": "TPUs"}[kind]
+    if platform != _PLATFORMS.get(kind, platform):
+        where = {"cudnn": "NVIDIA GPUs from Ampere on", "splash": "TPUs"}[kind]
         raise UserError(f"config.attention = {kind!r} is for {where}, and this is a {platform}; use 'auto' or 'xla'.")
     if kind == "cudnn" and jnp.dtype(dtype) == jnp.float32:
         raise UserError(
@@ -91,16 +96,26 @@ def check_kind(kind: str, platform: str, dtype: DTypeLike) -> None:
         )
 
 
-def taken(kind: str, platform: str, dtype: DTypeLike) -> str:
+def describe_choice(kind: str, platform: str, dtype: DTypeLike) -> str:
     """A sentence on what a run takes."""
     kernel = choose(kind, platform, dtype, 64, _SPLASH_QUERIES)
     rest = "" if kernel == "xla" else ", and by xla where a head is large, a sequence short or a mask given"
     return f"attention by {kernel}{rest} (config.attention = {kind!r}, {platform}, {jnp.dtype(dtype)})."
 
 
+def platform_of(device: jax.Device) -> str:
+    """ "cpu", "tpu", "cuda" for a GPU that cuDNN has attention for, "gpu" for any other."""
+    if device.platform not in ("gpu", "cuda"):
+        return device.platform
+    capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))  # AMD's are others
+    return "cuda" if capability and tuple(map(int, capability.groups())) >= _AMPERE else "gpu"
+
+
 def _device() -> tuple[str, str]:
     """Platform and name of the devices that are compiled for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        return jax.default_backend(), jax.devices()[0].device_kind
-    return device.platform, device.device_kind
+    if device is None or device.platform == jax.default_backend():
+        here = jax.devices()[0]
+        return platform_of(here), here.device_kind
+    # A plan's, for a machine that is not here: its GPUs are those of planning/chips.py.
+    return ("cuda" if device.platform == "gpu" else device.platform), device.device_kind

@@ -40,9 +40,16 @@ def attend(
         max(size for size in range(_MULTIPLE, most + 1, _MULTIPLE) if length % size == 0)
         for length, most in zip((rows, columns), BLOCKS.get(chip, OTHER_BLOCKS), strict=True)
     )
-    forward = {"block_q": of_queries, "block_kv": of_keys}
-    backward = {f"{name}_{of}": size for name, size in forward.items() for of in ("dkv", "dq")}
-    sizes = splash.BlockSizes(**forward, **backward, block_kv_compute=of_keys, block_kv_dkv_compute=of_keys)  # type: ignore[arg-type]
+    sizes = splash.BlockSizes(
+        block_q=of_queries,
+        block_kv=of_keys,
+        block_kv_compute=of_keys,
+        block_q_dkv=of_queries,
+        block_kv_dkv=of_keys,
+        block_kv_dkv_compute=of_keys,
+        block_q_dq=of_queries,
+        block_kv_dq=of_keys,
+    )
     mask = masks.MultiHeadMask([masks.FullMask((rows, columns))] * heads)
     kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     # Queries look only at keys of their own segment, so nobody looks at those that only fill up.

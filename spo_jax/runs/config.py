@@ -75,7 +75,8 @@ def base_config() -> ConfigDict:
     c.unet = ""  # UNet to use instead of the pipeline's, a folder as trainers save it; empty: the pipeline's
     c.vae = ""  # autoencoder to use instead of the pipeline's, named as the model is; empty: the pipeline's
     c.dtype = "bfloat16"  # in which networks compute; "float32" on CPUs. What is trained stays float32
-    # Which attention: "xla" on any platform, "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPUs; "auto": the fastest.
+    # Which attention: "xla" on any platform, "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPUs; "auto": that of the
+    # platform where it can compute a layer, else "xla".
     c.attention = "auto"
     c.remat = False  # True computes activations again in the backward pass instead of keeping them: less memory
 

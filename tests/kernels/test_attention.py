@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import jax
@@ -129,7 +130,8 @@ def check_splash(queries, keys, size):
     [
         ("auto", "cpu", "float32", 40, 4096, "xla"),
         ("auto", "cuda", "bfloat16", 40, 4096, "cudnn"),
-        ("auto", "gpu", "bfloat16", 80, 257, "cudnn"),
+        ("auto", "cuda", "bfloat16", 80, 257, "cudnn"),
+        ("auto", "gpu", "bfloat16", 80, 257, "xla"),
         ("auto", "cuda", "float32", 40, 4096, "xla"),
         ("cudnn", "cuda", "bfloat16", 160, 256, "xla"),
         ("auto", "tpu", "bfloat16", 40, 4096, "splash"),
@@ -145,10 +147,25 @@ def test_a_kind_is_taken_where_it_can_compute(kind, platform, dtype, size, queri
 
 
 @pytest.mark.parametrize(
+    "platform, capability, expected",
+    [
+        ("gpu", "9.0", "cuda"),
+        ("gpu", "8.0", "cuda"),
+        ("gpu", "7.5", "gpu"),
+        ("gpu", "gfx90a", "gpu"),
+        ("tpu", "", "tpu"),
+    ],
+)
+def test_gpus_before_ampere_and_amds_have_no_cudnn_attention(platform, capability, expected):
+    assert attention.platform_of(SimpleNamespace(platform=platform, compute_capability=capability)) == expected
+
+
+@pytest.mark.parametrize(
     "kind, platform, dtype, message",
     [
-        ("cudnn", "cpu", "bfloat16", "'cudnn' is for NVIDIA GPUs, and this is a cpu"),
+        ("cudnn", "cpu", "bfloat16", "'cudnn' is for NVIDIA GPUs from Ampere on, and this is a cpu"),
         ("cudnn", "tpu", "bfloat16", "'cudnn' is for NVIDIA GPUs"),
+        ("cudnn", "gpu", "bfloat16", "from Ampere on, and this is a gpu"),
         ("splash", "cuda", "bfloat16", "'splash' is for TPUs"),
         ("cudnn", "cuda", "float32", "has no float32"),
     ],

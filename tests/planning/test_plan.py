@@ -317,7 +317,7 @@ def test_an_attention_that_the_target_does_not_have_is_refused():
     config = sd15.get_config()
     config.attention = "cudnn"
     planner.check(config, parse_target("h100:4"))
-    with pytest.raises(UserError, match="'cudnn' is for NVIDIA GPUs, and this is a tpu"):
+    with pytest.raises(UserError, match="'cudnn' is for NVIDIA GPUs from Ampere on, and this is a tpu"):
         planner.check(config, parse_target("v5e:2x2"))
 
 

@@ -5,7 +5,7 @@ import pytest
 from configs import sd15, tiny
 from spo_jax import methods
 from spo_jax.errors import UserError
-from spo_jax.kernels.attention import taken
+from spo_jax.kernels.attention import describe_choice
 
 
 def test_remat_is_off_on_a_cpu_and_a_sentence_says_so(capsys):
@@ -19,9 +19,9 @@ def test_remat_is_off_on_a_cpu_and_a_sentence_says_so(capsys):
 
 
 def test_a_run_says_which_attention_it_takes():
-    assert taken("auto", "cpu", "float32").startswith("attention by xla (")
-    assert taken("auto", "cuda", "bfloat16").startswith("attention by cudnn, and by xla where")
-    assert "splash" in taken("auto", "tpu", "bfloat16")
+    assert describe_choice("auto", "cpu", "float32").startswith("attention by xla (")
+    assert describe_choice("auto", "cuda", "bfloat16").startswith("attention by cudnn, and by xla where")
+    assert "splash" in describe_choice("auto", "tpu", "bfloat16")
 
 
 @pytest.mark.parametrize(
