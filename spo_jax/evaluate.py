@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -273,16 +274,26 @@ def score_pictures(name: str, place: str | None, models: list[Entry], rows: Rows
 
 
 def take_scores(path: Path, models: list[Entry], rows: Rows, out: Path) -> list[str]:
-    """Adds another program's scores of these images to ``scores.csv``; the names of its metrics."""
-    from spo_jax.evaluation.score_table import append_rows, import_scores, open_rows, scored, table_rows
+    """Adds another program's scores of these images to ``scores.csv``; the names of its metrics.
+
+    Raises:
+      UserError: the file is no such table, or ``scores.csv`` has another score of an image under the same name.
+    """
+    from spo_jax.evaluation.score_table import append_rows, import_scores, open_rows, table_rows
 
     names = [entry.name for entry in models]
     table = import_scores(path, models=names, prompts=rows.prompts, seeds=range(rows.num_seeds))
     columns, before = open_rows(out / "scores.csv", table.metrics)
-    done = scored(before)
+    known = {(*row[:3], name): np.float32(score) for row in before for name, score in row.scores.items()}
     new = []
     for row in table_rows(table):
-        left = {name: x for name, x in row.scores.items() if (row.model, row.prompt_id, row.seed, name) not in done}
+        for name, score in row.scores.items():
+            if (had := known.get((*row[:3], name), np.float32(score))) != np.float32(score):
+                raise UserError(
+                    f"--scores={path} has {score} as {name} of prompt {row.prompt_id}, seed {row.seed}, model "
+                    f"{row.model}, and {out / 'scores.csv'} has {had}; give the column another name, or choose another --out."
+                )
+        left = {name: score for name, score in row.scores.items() if (*row[:3], name) not in known}
         new += [row._replace(scores=left)] if left else []
     append_rows(out / "scores.csv", columns, new)
     return list(table.metrics)

@@ -15,7 +15,7 @@ import numpy as np
 
 from spo_jax.data.prompt_sets import PROMPT_SETS
 from spo_jax.errors import UserError, first_line
-from spo_jax.formats.hub import fetched
+from spo_jax.formats.hub import exists, fetched
 
 TFDS = "tfds:"
 FEATURES = ("caption", "prompt", "text")
@@ -35,6 +35,11 @@ _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BO
 _MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # behind UTF-32's, which begin with them
 
 
+def place_of(name: str) -> str:
+    """Where the prompts of a name are: a file that exists comes first, then the sets of ``prompt_sets.py``."""
+    return name if exists(name) else PROMPT_SETS.get(name, name)
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """Prompts that are not empty, from a file or a data set.
 
@@ -51,7 +56,7 @@ def read_prompts(path: str | Path) -> list[str]:
       UserError: the file is missing, unreadable, larger than 64 MiB, of another format, not UTF-8 (or UTF-16 with a
         mark), not valid, or has no prompt in it; the data set is not there, or has no such split or feature.
     """
-    path = PROMPT_SETS.get(str(path), str(path))
+    path = place_of(str(path))
     return _from_tfds(path) if path.startswith(TFDS) else _from_file(fetched(path))
 
 

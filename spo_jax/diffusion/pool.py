@@ -114,17 +114,7 @@ def draw_pool(
         step = process.transition(seen.x0, seen.noise, timestep, previous, options.eta)
         return step.mean + step.sigma * step_noise
 
-    # The first look needs no step before it; in one loop with the others the network is compiled once for all of them.
-    initial = noise.initial.astype(jnp.float32)[:, None]
-
-    def plain_step(seen: _Look, inputs: tuple[jax.Array, jax.Array]) -> tuple[_Look, None]:
-        step, step_noise = inputs
-        drawn = draw(seen, timesteps[step - 1], previous_timesteps[step - 1], step_noise[:, None])
-        return look(jnp.where(step == 0, initial, drawn), timesteps[step]), None
-
-    plain_noise = jnp.concatenate([jnp.zeros_like(noise.initial)[None], noise.plain])
-    seen, _ = jax.lax.scan(plain_step, _Look(initial, initial, initial), (jnp.arange(first + 1), plain_noise))
-
+    seen = _plain_steps(look, draw, process, noise)
     # Candidates start a step from one look [B, 1, ...] for all of them, or with inner steps from their own.
     size, num_starts = options.num_inner_steps + 1, num_candidates if options.num_inner_steps else 1
     best = options.continuation == "win"
@@ -164,6 +154,28 @@ def draw_pool(
         previous_timesteps=previous_timesteps[first:],
         num_inner_steps=options.num_inner_steps,
     )
+
+
+def _plain_steps(
+    look: Callable[[jax.Array, jax.Array], _Look],
+    draw: Callable[[_Look, jax.Array, jax.Array, jax.Array], jax.Array],
+    process: Process,
+    noise: PoolNoise,
+) -> _Look:
+    """The first d steps, with one sample; what the network sees after them, [B, 1, ...]."""
+    timesteps, previous_timesteps = process.timesteps, process.previous_timesteps
+    # The first look needs no step before it; in one loop with the others the network is compiled once for all of them.
+    initial = noise.initial.astype(jnp.float32)[:, None]
+
+    def plain_step(seen: _Look, inputs: tuple[jax.Array, jax.Array]) -> tuple[_Look, None]:
+        step, step_noise = inputs
+        drawn = draw(seen, timesteps[step - 1], previous_timesteps[step - 1], step_noise[:, None])
+        return look(jnp.where(step == 0, initial, drawn), timesteps[step]), None
+
+    plain_noise = jnp.concatenate([jnp.zeros_like(noise.initial)[None], noise.plain])
+    steps = jnp.arange(len(plain_noise))
+    seen, _ = jax.lax.scan(plain_step, _Look(initial, initial, initial), (steps, plain_noise))
+    return seen
 
 
 def score_pool(score: ScoreStep, pool: Pool) -> Pool:

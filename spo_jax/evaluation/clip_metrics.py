@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -154,7 +155,7 @@ def make_towers(clip: CLIPModel, params: PyTree, options: MetricOptions) -> Towe
                 features = clip.apply({"params": params}, rows, method=method).astype(jnp.float32)
             return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
-        return lambda rows: in_batches(functools.partial(program, params), rows, options.batch_size)
+        return lambda rows: in_batches(functools.partial(program, params), options.batch_size, rows)
 
     scale = float(np.exp(np.asarray(params["logit_scale"], np.float32)))
     return Towers(half(clip.image_features), half(clip.text_features), scale)
@@ -178,26 +179,18 @@ def cosine_score(
 
 
 def in_batches(
-    program: Callable[[np.ndarray], jax.Array], rows: Iterable[np.ndarray], batch_size: int
+    program: Callable[..., jax.Array], batch_size: int, *columns: Iterable[np.ndarray]
 ) -> Float[np.ndarray, "n ..."]:
-    """What ``program`` gives for rows of one shape, in batches of one size; the last is filled up with its last row.
+    """What ``program`` gives for columns of as many rows, in batches of one size; the last is filled with its last row.
 
-    Rows are made while they are asked for, so that only one batch of prepared images is in memory.
+    Rows of a column have one shape. They are made while they are asked for, so that only one batch of prepared images
+    is in memory.
     """
     results: list[np.ndarray] = []
-    batch: list[np.ndarray] = []
-
-    def run() -> None:
+    rows = zip(*columns, strict=True)
+    while batch := list(itertools.islice(rows, batch_size)):
         filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]
-        results.append(np.asarray(program(np.stack(filled)))[: len(batch)])
-        batch.clear()
-
-    for row in rows:
-        batch.append(row)
-        if len(batch) == batch_size:
-            run()
-    if batch:
-        run()
+        results.append(np.asarray(program(*map(np.stack, zip(*filled, strict=True))))[: len(batch)])
     return np.concatenate(results) if results else np.zeros((0, 1), np.float32)
 
 

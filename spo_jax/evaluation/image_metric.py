@@ -26,6 +26,7 @@ class ImageMetric:
       settings: what is stored with each number: files with their SHA-256, resize, scale, dtype.
       form: how a mean is written, such as ".2f".
       reads_prompts: whether the score depends on the prompt.
+      compares: whether it can say which of two images of a prompt is better.
     """
 
     title: str
@@ -34,4 +35,4 @@ class ImageMetric:
     settings: dict[str, str | int | float]
     form: str = ".3f"
     reads_prompts: bool = True
-    compares: bool = True  # it can say which of two images of a prompt is better
+    compares: bool = True

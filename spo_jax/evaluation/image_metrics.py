@@ -48,16 +48,12 @@ def open_scorer(place: str | None, options: MetricOptions) -> ImageMetric:
         return scorer.score(params, images / 127.5 - 1, texts, jnp.zeros(len(images), jnp.int32))
 
     def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
-        texts = in_batches(functools.partial(encode, params), tokenize(tokenizer, list(prompts)), options.batch_size)
-        found = []
-        for start in range(0, len(images), options.batch_size):
-            some = slice(start, start + options.batch_size)
-            if len({image.shape for image in images[some]}) > 1:
-                raise UserError("Metric scorer reads images of one size; these have several.")
-            rows = np.stack(images[some]).astype(np.float32), texts[some]
-            full = [np.pad(x, [(0, options.batch_size - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in rows]
-            found.append(np.asarray(program(params, *full))[: len(rows[0])])
-        return np.concatenate(found)
+        if len({image.shape for image in images}) > 1:
+            raise UserError("Metric scorer reads images of one size; these have several.")
+        tokens = tokenize(tokenizer, list(prompts))
+        texts = in_batches(functools.partial(encode, params), options.batch_size, tokens)
+        rows = (image.astype(np.float32) for image in images)
+        return in_batches(functools.partial(program, params), options.batch_size, rows, texts)
 
     settings = source | {"weights": place, "sha256": sha256_of_weights(place), "images": "8-bit", "timestep": 0}
     settings |= {"dtype": jnp.dtype(options.dtype).name}
@@ -127,5 +123,5 @@ def named_metrics(names: Iterable[str]) -> dict[str, str | None]:
 
 
 def open_metric(name: str, place: str | None, options: MetricOptions) -> ImageMetric:
-    """Reads a metric's files; UserError, with its name, if they are missing or another model's."""
+    """Reads a metric's files; UserError if they are missing or another model's."""
     return IMAGE_METRICS[name](place, options)

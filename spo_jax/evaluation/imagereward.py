@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -12,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from spo_jax.errors import UserError, notice
+from spo_jax.evaluation.clip_metrics import in_batches
 from spo_jax.evaluation.image_metric import ImageMetric
 from spo_jax.evaluation.preprocess import TORCHVISION, clip_pixels
 from spo_jax.files import sha256_of
@@ -61,19 +63,14 @@ def open_imagereward(
     def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images and {len(prompts)} prompts; each image has its own")
+        if not prompts:
+            return np.zeros(0, np.float32)
         if warning := cut_warning([tokenizer], prompts):
             notice(warning)
-        parts = [np.zeros(0, np.float32)]
-        for start in range(0, len(images), batch_size):
-            some = slice(start, start + batch_size)
-            pixels = np.stack([clip_pixels(image, sizes.image_size, TORCHVISION) for image in images[some]])
-            rows = pixels, *tokenize_wordpiece(tokenizer, list(prompts[some]))
-            count = len(pixels)
-            # The last batch is filled up with its last picture.
-            full = [np.pad(x, [(0, batch_size - count)] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in rows]
-            with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
-                parts.append(np.asarray(rewards(params, *full))[:count])
-        return np.concatenate(parts)
+        pixels = (clip_pixels(image, sizes.image_size, TORCHVISION) for image in images)
+        with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+            words = tokenize_wordpiece(tokenizer, list(prompts))
+            return in_batches(functools.partial(rewards, params), batch_size, pixels, *words).reshape(-1)
 
     return ImageMetric(
         "ImageReward",

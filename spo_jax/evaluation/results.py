@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from spo_jax.errors import UserError
+from spo_jax.evaluation.metrics import Described
 from spo_jax.evaluation.score_table import ScoreTable
 from spo_jax.evaluation.statistics import (
     LEVEL,
@@ -31,25 +32,13 @@ Results = dict[str, Any]  # what JSON can hold, see ``summarise``
 Roles = Mapping[tuple[str, str], str]  # (model, metric) -> a sentence
 
 
-class Described(Protocol):
-    """What a report says of a metric; an ``ImageMetric`` is one."""
-
-    @property
-    def title(self) -> str: ...
-
-    @property
-    def meaning(self) -> str: ...
-
-    @property
-    def form(self) -> str: ...
-
-
 class MetricText(NamedTuple):
     """See ``ImageMetric``, for a metric that another program computed."""
 
     title: str
     meaning: str = ""
     form: str = ".3f"
+    compares: bool = True
 
 
 def summarise(

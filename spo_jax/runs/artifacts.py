@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from spo_jax.data.prompts import TFDS
+from spo_jax.data.prompts import TFDS, place_of
 from spo_jax.distributed.agreement import agree_text, everyone
 from spo_jax.errors import UserError, notice
 from spo_jax.evaluation.metric_places import places_of
@@ -96,6 +96,8 @@ def artifacts_of(config: ConfigDict) -> list[Artifact]:
             name, _ = with_strength(name)
         elif key == "scorer.path" and config["scorer"]["fn"]:
             continue
+        elif key in ("prompts", "evaluation.prompts"):
+            name = place_of(name)
         variant = config["variant"] if key in ("model", "unet", "vae") else ""
         found.append(Artifact(key, what, name, variant, weights=not key.endswith("tokenizer")))
         if key == "model":

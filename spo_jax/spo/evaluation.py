@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from spo_jax.distributed.mesh import fetch
 from spo_jax.distributed.offload import to_device
 from spo_jax.distributed.processes import is_main_process
-from spo_jax.errors import UserError, notice
+from spo_jax.errors import UserError, first_line, notice
 from spo_jax.evaluation.image_metric import ImageMetric
 from spo_jax.evaluation.image_metrics import MetricOptions, open_metric
 from spo_jax.evaluation.measure import Measured, Texts, measure, summarize, write_scores
@@ -59,7 +59,7 @@ def measure_model(spo: SPO, trained: PyTree, held_out: HeldOut, key: jax.Array) 
 def measure_images(spo: SPO, models: dict[str, Measured]) -> dict[str, ImageMetric]:
     """Adds the scores of the metrics that see finished images, by the first process; returns these metrics.
 
-    One that cannot be loaded is told, and left out.
+    One that cannot be loaded, or does not fit the device beside the run, is told and left out.
     """
     found: dict[str, ImageMetric] = {}
     for text in spo.config.evaluation.metrics:
@@ -68,11 +68,12 @@ def measure_images(spo: SPO, models: dict[str, Measured]) -> dict[str, ImageMetr
         name, _, place = text.partition("=")
         try:
             metric = open_metric(name, place or None, MetricOptions())
-        except UserError as error:
-            notice(f"config.evaluation.metrics: {name} is left out. {error}")
+            made = [metric.score(list(to_uint8(measured.images)), spo.held_out) for measured in models.values()]
+        except (UserError, jax.errors.JaxRuntimeError) as error:
+            notice(f"config.evaluation.metrics: {name} is left out. {first_line(error)}")
             continue
-        for measured in models.values():
-            measured.scores[name] = metric.score(list(to_uint8(measured.images)), spo.held_out)
+        for measured, scores in zip(models.values(), made, strict=True):
+            measured.scores[name] = scores
         found[name] = metric
     return found
 
@@ -178,4 +179,4 @@ def write_result(workdir: Path, spo: SPO, trained: PyTree) -> None:
 
 def _in_a_sentence(title: str) -> str:
     """A title whose first letter is small, unless it is a name such as CLIP."""
-    return title if title[1:2].isupper() or title[1:] != title[1:].lower() else title.lower()
+    return title.lower() if title[1:].islower() else title

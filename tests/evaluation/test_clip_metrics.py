@@ -189,7 +189,7 @@ def test_any_number_of_pictures_is_scored_in_batches_of_one_shape():
         return rows.sum(axis=1)
 
     rows = np.arange(14.0).reshape(7, 2)
-    np.testing.assert_array_equal(in_batches(program, iter(rows), 3), rows.sum(axis=1))
+    np.testing.assert_array_equal(in_batches(program, 3, iter(rows)), rows.sum(axis=1))
     assert shapes == [(3, 2)] * 3
     small = scored("pickscore", FOLDER / "pickscore", batch_size=3)
     close(small, "pick_score", 2e-3)

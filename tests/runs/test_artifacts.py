@@ -7,6 +7,7 @@ import huggingface_hub.constants
 import pytest
 
 from configs import sd15, tiny
+from spo_jax.data.prompt_sets import PROMPT_SETS
 from spo_jax.errors import UserError
 from spo_jax.formats import download
 from spo_jax.formats.hub import fetched
@@ -172,6 +173,14 @@ def test_the_command_that_fetches_has_the_flags_of_this_one(monkeypatch):
     monkeypatch.setattr("sys.argv", given)
     command = "python -m spo_jax.fetch --config configs/tiny.py '--config.model=a b' --config.vae x"
     assert fetch_command() == command
+
+
+def test_prompt_sets_are_found_by_their_names():
+    config = sd15.get_config()
+    config.prompts, config.evaluation.prompts = "spo-4k", "parti"
+    named = {artifact.key: artifact.name for artifact in artifacts_of(config)}
+    for key, name in (("prompts", "spo-4k"), ("evaluation.prompts", "parti")):
+        assert named[key] == PROMPT_SETS[name] and parse_remote(named[key]).pinned
 
 
 def test_a_run_does_without_what_is_optional_and_out_of_reach():

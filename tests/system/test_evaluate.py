@@ -179,6 +179,11 @@ def test_scores_of_another_program_get_the_same_statistics(folder, evaluated, tm
     assert "their score" in (out / "results.md").read_text(encoding="utf-8")
     assert "their score" in json.dumps(json.loads((out / "results.json").read_text(encoding="utf-8")))
 
+    changed = [lines[0], *(f"{line.rpartition(',')[0]},0.5" for line in lines[1:])]
+    (tmp_path / "theirs.csv").write_text("\n".join(changed) + "\n", encoding="utf-8")
+    result = run(command(folder, out, *models(folder), f"--scores={tmp_path}/theirs.csv", metrics="colorfulness"))
+    assert result.returncode == 2 and "has 0.5 as their score of prompt 0" in result.stderr
+
 
 def test_images_are_exported_in_the_layout_of_a_benchmark_or_refused(folder, evaluated, tmp_path):
     out = shutil.copytree(evaluated[0], tmp_path / "out")
