@@ -289,9 +289,10 @@ def take_scores(path: Path, models: list[Entry], rows: Rows, out: Path) -> list[
     for row in table_rows(table):
         for name, score in row.scores.items():
             if (had := known.get((*row[:3], name), np.float32(score))) != np.float32(score):
+                where = f"prompt {row.prompt_id}, seed {row.seed}, model {row.model}"
                 raise UserError(
-                    f"--scores={path} has {score} as {name} of prompt {row.prompt_id}, seed {row.seed}, model "
-                    f"{row.model}, and {out / 'scores.csv'} has {had}; give the column another name, or choose another --out."
+                    f"--scores={path} has {score} as {name} of {where}, and {out / 'scores.csv'} has {had}; give the "
+                    "column another name, or choose another --out."
                 )
         left = {name: score for name, score in row.scores.items() if (*row[:3], name) not in known}
         new += [row._replace(scores=left)] if left else []
