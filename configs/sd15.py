@@ -1,6 +1,6 @@
 """SPO on Stable Diffusion 1.5, the paper's recipe (arXiv 2406.04314, with the constants of the released code).
 
-    python -m spo_jax.fetch --config=configs/sd15.py                        # downloads 11 GB; training would do it too
+    python -m spo_jax.fetch --config=configs/sd15.py                        # downloads 15 GB; training would do it too
     python -m spo_jax.main --config=configs/sd15.py --workdir=runs/sd15
 
 It trains on the paper's 4,000 prompts out of Pick-a-Pic with the released step-aware preference model as the scorer.

@@ -59,7 +59,7 @@ def without_remat_on_cpu(config: ConfigDict, platform: str) -> ConfigDict:
     """The config as a platform runs it: on a CPU ``config.remat`` is off, with a sentence."""
     if not config.remat or platform != "cpu":
         return config
-    notice("config.remat is off on a CPU, where it takes a fifth more time and saves no memory.")
+    notice("config.remat is off on a CPU, where it computes a fifth more and saves no memory.")
     config = config.copy_and_resolve_references()
     config.remat = False
     return config

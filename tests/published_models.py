@@ -8,6 +8,7 @@ import json
 import safetensors.numpy
 import torch
 
+from spo_jax.data.prompt_sets import PROMPT_SETS
 from spo_jax.formats.hub import local
 from spo_jax.formats.remote import parse_remote
 from tests.hub_server import files_of

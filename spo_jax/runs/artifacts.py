@@ -195,26 +195,36 @@ def take_stock(config: ConfigDict) -> list[Stock]:
     A server is asked where something is missing; without network it tells what can be told from this machine.
 
     Raises:
-      UserError: a repository or file does not exist, or is not accessible.
+      UserError: a repository or file does not exist, or is not accessible, and is not optional.
     """
     stocks, unreachable = [], {"hub": "", "github": ""}  # why, by site
     for artifact, remote in _remotes(config):
-        options: dict[str, Any] = {"variant": artifact.variant, "weights": artifact.weights}
-        with _named_key(artifact):
-            files = download.list_files(remote, network=False, **options) if remote.pinned else None
-            all_here = files is not None and all(download.is_here(remote, file) for file in files)
-            if not unreachable[remote.site] and not all_here:
-                try:
-                    if not remote.pinned:  # look_up has tried; what a second try finds would be no pin of the run
-                        download.commit_of(remote)
-                        raise Unreachable("", "its commit could not be looked up")
-                    files = download.list_files(remote, **options)
-                except Unreachable as error:
-                    unreachable[remote.site] = error.reason
-            missing = tuple(file for file in files or () if not download.is_here(remote, file))
-        known = None if files is None else tuple(files)
-        stocks.append(Stock(artifact, remote, known, missing, unreachable=unreachable[remote.site]))
+        try:
+            stocks.append(_stock_of(artifact, remote, unreachable))
+        except UserError as error:
+            if not artifact.optional:
+                raise
+            stocks.append(Stock(artifact, remote, None, unreachable=str(error).rstrip(".")))
     return stocks
+
+
+def _stock_of(artifact: Artifact, remote: RemoteName, unreachable: dict[str, str]) -> Stock:
+    """What is here of one artifact; a site that cannot be reached is noted in ``unreachable`` and not asked again."""
+    options: dict[str, Any] = {"variant": artifact.variant, "weights": artifact.weights}
+    with _named_key(artifact):
+        files = download.list_files(remote, network=False, **options) if remote.pinned else None
+        all_here = files is not None and all(download.is_here(remote, file) for file in files)
+        if not unreachable[remote.site] and not all_here:
+            try:
+                if not remote.pinned:  # look_up has tried; what a second try finds would be no pin of the run
+                    download.commit_of(remote)
+                    raise Unreachable("", "its commit could not be looked up")
+                files = download.list_files(remote, **options)
+            except Unreachable as error:
+                unreachable[remote.site] = error.reason
+        missing = tuple(file for file in files or () if not download.is_here(remote, file))
+    known = None if files is None else tuple(files)
+    return Stock(artifact, remote, known, missing, unreachable=unreachable[remote.site])
 
 
 def fetch_missing(stocks: Sequence[Stock]) -> None:
@@ -222,9 +232,11 @@ def fetch_missing(stocks: Sequence[Stock]) -> None:
 
     Raises:
       UserError: a file cannot be had or written, or is not what it should be; or one sentence that names all that is
-        out of reach, when the rest is here. What is optional is not asked for.
+        out of reach, when the rest is here. Of what is optional a notice tells it.
     """
-    out_of_reach = [s for s in stocks if not s.complete and s.unreachable and not s.artifact.optional]
+    lost = [stock for stock in stocks if not stock.complete and stock.unreachable]
+    out_of_reach = [stock for stock in lost if not stock.artifact.optional]
+    left_out = [(stock, stock.unreachable) for stock in lost if stock.artifact.optional]
     lacking = [stock for stock in stocks if not stock.complete and not stock.unreachable]
     download.check_space([(stock.remote, file) for stock in lacking for file in stock.lacking])
 
@@ -237,13 +249,22 @@ def fetch_missing(stocks: Sequence[Stock]) -> None:
         for file in stock.lacking:
             try:
                 download.fetch(stock.remote, file, again=file in stock.damaged)
-            except Unreachable as error:
+            except (Unreachable, UserError) as error:
+                why = error.reason if isinstance(error, Unreachable) else str(error)
                 if stock.artifact.optional:
+                    left_out.append((stock, why))
                     break
+                if isinstance(error, UserError):
+                    raise
                 left = [s for s in lacking if not all(download.is_here(s.remote, f) for f in s.missing)]
-                raise UserError(missing_sentence([*out_of_reach, *left], error.reason)) from error
+                raise UserError(missing_sentence([*out_of_reach, *left], why)) from error
     if out_of_reach:
         raise UserError(missing_sentence(out_of_reach, out_of_reach[0].unreachable))
+    for stock, why in left_out:
+        what = dataclasses.replace(stock.remote, sha256="")
+        notice(
+            f"config.{stock.artifact.key}: {stock.artifact.what} cannot be had ({what}: {why}); a run leaves it out."
+        )
 
 
 def missing_sentence(stocks: Sequence[Stock], why: str) -> str:

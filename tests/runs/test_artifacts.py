@@ -183,7 +183,7 @@ def test_prompt_sets_are_found_by_their_names():
         assert named[key] == PROMPT_SETS[name] and parse_remote(named[key]).pinned
 
 
-def test_a_run_does_without_what_is_optional_and_out_of_reach():
+def test_a_run_does_without_what_is_optional_and_out_of_reach(capsys):
     """Files of a metric: the run tells later that it left the metric out."""
     config = sd15.get_config()
     found = {artifact.what: artifact for artifact in artifacts_of(config) if artifact.optional}
@@ -193,6 +193,21 @@ def test_a_run_does_without_what_is_optional_and_out_of_reach():
         stock = Stock(artifact, parse_remote(artifact.name), None, unreachable="no network")
         if optional:
             fetch_missing([stock])
+            assert "metric pickscore cannot be had" in capsys.readouterr().err
         else:
             with pytest.raises(UserError, match=r"Missing here, and out of reach \(no network\)"):
                 fetch_missing([stock])
+
+
+def test_a_repository_of_a_metric_that_is_gone_stops_no_run(monkeypatch, capsys):
+    def list_files(remote, **_options):
+        if remote.repo == "yuvalkirstain/PickScore_v1":
+            raise UserError(f"{remote.repo} does not exist.")
+        return []
+
+    monkeypatch.setattr(download, "list_files", list_files)
+    stocks = take_stock(sd15.get_config())
+    (gone,) = [stock for stock in stocks if stock.artifact.optional]
+    assert not gone.complete and "does not exist" in gone.unreachable
+    fetch_missing(stocks)
+    assert "cannot be had" in capsys.readouterr().err
