@@ -54,7 +54,9 @@ def main() -> None:
         artifacts.fetch_missing(stocks)
         print("Fetched and verified. ", end="")
     told = "is here" if known else "is here, as far as can be told without network"
-    print(f"Everything that lies elsewhere {told}; no network is needed any more.")
+    left_out = any(stock.artifact.optional and not stock.complete for stock in artifacts.take_stock(config))
+    what = "Everything that a run cannot do without" if left_out else "Everything that lies elsewhere"
+    print(f"{what} {told}; no network is needed any more.")
 
 
 def verified(stocks: Sequence[Stock]) -> list[Stock]:
