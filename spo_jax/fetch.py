@@ -54,7 +54,8 @@ def main() -> None:
         artifacts.fetch_missing(stocks)
         print("Fetched and verified. ", end="")
     told = "is here" if known else "is here, as far as can be told without network"
-    left_out = any(stock.artifact.optional and not stock.complete for stock in artifacts.take_stock(config))
+    optional = any(stock.artifact.optional and not stock.complete for stock in stocks)  # was it had just now?
+    left_out = optional and not all(stock.complete for stock in artifacts.take_stock(config))
     what = "Everything that a run cannot do without" if left_out else "Everything that lies elsewhere"
     print(f"{what} {told}; no network is needed any more.")
 

@@ -249,12 +249,12 @@ def fetch_missing(stocks: Sequence[Stock]) -> None:
         for file in stock.lacking:
             try:
                 download.fetch(stock.remote, file, again=file in stock.damaged)
-            except (Unreachable, UserError) as error:
+            except UserError as error:
                 why = error.reason if isinstance(error, Unreachable) else str(error)
                 if stock.artifact.optional:
                     left_out.append((stock, why))
                     break
-                if isinstance(error, UserError):
+                if not isinstance(error, Unreachable):
                     raise
                 left = [s for s in lacking if not all(download.is_here(s.remote, f) for f in s.missing)]
                 raise UserError(missing_sentence([*out_of_reach, *left], why)) from error
