@@ -149,12 +149,13 @@ class PreferencePairs:
 
 @flax.struct.dataclass
 class LabelledPairs:
-    """B pairs of images of one caption each, and which of the two was preferred: what a preference model learns from.
+    """B pairs of images of one caption each, and which of the two was preferred.
 
     Attributes:
       images: uint8 [B, 2, H, W, 3].
       tokens: of the captions, int32 [B, L] for each text encoder of the base model.
-      scorer_tokens: int32 [B, L], of the preference model.
+      crops: int32 [B, 2, 4], of each image its original height and width, and top and left of the part that is seen.
+      scorer_tokens: int32 [B, L], of the preference model; None where no scorer reads the captions.
       labeller_tokens: int32 [B, L], of the labeller, which labels the pairs anew; None if the labels stay.
       labels: float32 [B, 2], how far each picture was preferred; 1 and 0, or 0.5 and 0.5 for a tie.
       weights: float32 [B]; a row of weight 0 stands for a record that cannot be used, and does not count.
@@ -163,7 +164,8 @@ class LabelledPairs:
 
     images: jax.Array
     tokens: tuple[jax.Array, ...]
-    scorer_tokens: jax.Array
+    crops: jax.Array
+    scorer_tokens: jax.Array | None
     labeller_tokens: jax.Array | None
     labels: jax.Array
     weights: jax.Array

@@ -1,14 +1,15 @@
 """Objectives, for one pair each. To add one, write a function and name it in ``OBJECTIVES`` or ``ON_GIVEN_PAIRS``.
 
     sampled pair: two transitions from one latent, by their log-probabilities     SPO, GradSPO
-    given pair:   two images with people's choice, by their errors                Diffusion-DPO
+    given pair:   two images with people's choice, by their errors                Diffusion-DPO and its kin
 
 An objective on given pairs can be used on sampled ones as well: the error of a transition is its negative
-log-probability.
+log-probability. Those that see a whole batch of given pairs stand in ``offline.py``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,13 +25,24 @@ from spo_jax.types import PreferencePairs
 
 @flax.struct.dataclass
 class PairLoss:
-    """Scalars of one pair: loss, unclipped probability ratios of win and lose, and whether each was clipped."""
+    """Scalars of one pair.
+
+    Attributes:
+      loss: what is learned from.
+      win_ratio, lose_ratio: probability ratios of policy to reference, unclipped.
+      win_clipped, lose_clipped: 1 where the ratio was clipped, else 0.
+      win_reward, lose_reward: the implicit rewards, log-ratios times the strength of the preference, unclipped.
+      agreed: 1 where the better one has the higher reward, 0.5 where they are equal, else 0.
+    """
 
     loss: jax.Array
     win_ratio: jax.Array
     lose_ratio: jax.Array
     win_clipped: jax.Array
     lose_clipped: jax.Array
+    win_reward: jax.Array
+    lose_reward: jax.Array
+    agreed: jax.Array
 
 
 class LossOptions(NamedTuple):
@@ -58,13 +70,26 @@ class PairOutputs:
 
 @flax.struct.dataclass
 class PairErrors:
-    """Distances of policy and reference to the two images of a pair, or to its two transitions: float32 scalars."""
+    """Distances of policy and reference to the two images of a pair, or to its two transitions: float32 scalars.
+
+    Of given images a distance is the mean squared error of the predicted noise.
+
+    Attributes:
+      win, lose: of the policy.
+      win_reference, lose_reference: of the reference.
+      shift: of policy and reference from each other, on the better image; None for transitions.
+      overlap: mean product of the policy's two residuals, of the better and of the worse image; None for transitions.
+    """
 
     win: jax.Array
     lose: jax.Array
     win_reference: jax.Array
     lose_reference: jax.Array
+    shift: jax.Array | None = None
+    overlap: jax.Array | None = None
 
+
+DMPO_ALPHA = 0.01  # of ``dmpo``
 
 PairObjective = Callable[[Process, PairOutputs, PreferencePairs, LossOptions], PairLoss]  # of one sampled pair
 
@@ -161,23 +186,61 @@ def spo_loss(
     def outside(ratio: jax.Array) -> jax.Array:
         return ((ratio < low) | (ratio > high)).astype(jnp.float32)
 
-    return PairLoss(-jax.nn.log_sigmoid(beta * margin), win, lose, outside(win), outside(lose))
+    rewards = implicit_rewards(win_log_ratio, lose_log_ratio, beta)
+    return PairLoss(-jax.nn.log_sigmoid(beta * margin), win, lose, outside(win), outside(lose), *rewards)
+
+
+def implicit_rewards(win: jax.Array, lose: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The last three fields of a ``PairLoss``, of two log-ratios or gains."""
+    return scale * win, scale * lose, 0.5 * (1.0 + jnp.sign(win - lose))
 
 
 # --------------------------------------------------------------------------------------------------------- given pairs
+def logit(errors: PairErrors, options: LossOptions) -> Float[Array, "*b"]:
+    """``u = -beta / 2 ((e_w - e_l) - (r_w - r_l))`` of Diffusion-DPO, of one pair or of many.
+
+    Errors are means, so beta is that of the authors' code.
+    """
+    return -0.5 * options.beta * ((errors.win - errors.lose) - (errors.win_reference - errors.lose_reference))
+
+
 def dpo(errors: PairErrors, options: LossOptions) -> PairLoss:
-    """Diffusion-DPO (arXiv 2311.12908): ``-log sigmoid(-beta / 2 ((e_w - e_l) - (r_w - r_l)))``, without clipping."""
-    difference = (errors.win - errors.lose) - (errors.win_reference - errors.lose_reference)
-    return of_logit(-0.5 * options.beta * difference, errors)
+    """Diffusion-DPO (arXiv 2311.12908): ``-log sigmoid(u)``, without clipping."""
+    return of_loss(-jax.nn.log_sigmoid(logit(errors, options)), errors, options)
 
 
-def of_logit(logit: Float[Array, ""], errors: PairErrors) -> PairLoss:
-    """``-log sigmoid(logit)``, with the ratios of an objective that does not clip them."""
-    win, lose = jnp.exp(errors.win_reference - errors.win), jnp.exp(errors.lose_reference - errors.lose)
-    return PairLoss(-jax.nn.log_sigmoid(logit), win, lose, jnp.zeros(()), jnp.zeros(()))
+def ipo(errors: PairErrors, options: LossOptions) -> PairLoss:
+    """IPO (arXiv 2310.12036): the margin of errors is pulled to ``1 / beta`` instead of being pushed without end."""
+    margin = (errors.lose - errors.lose_reference) - (errors.win - errors.win_reference)
+    return of_loss(jnp.square(margin - 1.0 / options.beta), errors, options)
 
 
-ON_GIVEN_PAIRS: dict[str, Callable[[PairErrors, LossOptions], PairLoss]] = {"dpo": dpo}
+def hinge(errors: PairErrors, options: LossOptions) -> PairLoss:
+    """``relu(1 - u)``: a pair that is right by enough teaches nothing more."""
+    return of_loss(jax.nn.relu(1.0 - logit(errors, options)), errors, options)
+
+
+def dmpo(errors: PairErrors, options: LossOptions) -> PairLoss:
+    """DMPO (as in Diffusion-SDPO's code): KL divergence of ``p = sigmoid(u)`` from 0.99."""
+    u, aim = logit(errors, options), 1.0 - DMPO_ALPHA
+    p = jax.nn.sigmoid(u)
+    win = p * (jax.nn.log_sigmoid(u) - math.log(aim))
+    return of_loss(win + (1.0 - p) * (jax.nn.log_sigmoid(-u) - math.log1p(-aim)), errors, options)
+
+
+def of_loss(loss: Float[Array, ""], errors: PairErrors, options: LossOptions) -> PairLoss:
+    """The loss, with ratios and rewards of an objective that does not clip."""
+    win, lose = errors.win_reference - errors.win, errors.lose_reference - errors.lose
+    rewards = implicit_rewards(win, lose, 0.5 * options.beta)
+    return PairLoss(loss, jnp.exp(win), jnp.exp(lose), jnp.zeros(()), jnp.zeros(()), *rewards)
+
+
+ON_GIVEN_PAIRS: dict[str, Callable[[PairErrors, LossOptions], PairLoss]] = {
+    "dpo": dpo,
+    "ipo": ipo,
+    "hinge": hinge,
+    "dmpo": dmpo,
+}
 
 
 def on_sampled_pairs(loss: Callable[[PairErrors, LossOptions], PairLoss]) -> Objective:

@@ -15,6 +15,8 @@ from spo_jax.errors import UserError
 from spo_jax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
+# The implicit rewards: mean of the better and of the worse of a pair, of the difference, and how often it is positive.
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy")
 Row = Mapping[str, float | None]  # of metrics.jsonl
 Summary = Mapping[str, Any]  # what summary.json holds: JSON
 

@@ -30,19 +30,23 @@ class TrainState:
         reference. Of a preference model: its parameters.
       opt_state: of the optimizer.
       average: exponential moving average of ``trained``; None if it is off.
+      reference: variables of the reference, in the form of ``trained``, where it is not the base model; else None. It
+        does not change, and is kept here so that a run that goes on has the reference that it began with.
     """
 
     step: jax.Array
     trained: PyTree
     opt_state: PyTree
     average: PyTree | None = None
+    reference: PyTree | None = None
 
     @classmethod
-    def create(cls, trained: PyTree, optimizer: Optimizer) -> TrainState:
-        """The state before the first step."""
+    def create(cls, trained: PyTree, optimizer: Optimizer, *, starts_as_reference: bool = False) -> TrainState:
+        """The state before the first step; ``starts_as_reference``: what is trained is the reference, as it is now."""
         # A copy, because an update gives the buffers of the old state away.
         average = jax.tree.map(jnp.copy, trained) if optimizer.ema_decay else None
-        return cls(jnp.zeros((), jnp.int32), trained, optimizer.transformation.init(trained), average)
+        reference = jax.tree.map(jnp.copy, trained) if starts_as_reference else None
+        return cls(jnp.zeros((), jnp.int32), trained, optimizer.transformation.init(trained), average, reference)
 
     @property
     def result(self) -> PyTree:
@@ -52,7 +56,8 @@ class TrainState:
     @property
     def parts(self) -> dict[str, PyTree]:
         """What a device keeps of it, by what it is."""
-        return {"trained": self.trained, "optimizer": (self.step, self.opt_state), "average": self.average}
+        kept = {"trained": self.trained, "optimizer": (self.step, self.opt_state), "average": self.average}
+        return kept if self.reference is None else {**kept, "reference": self.reference}
 
     def apply_gradients(self, gradients: PyTree, optimizer: Optimizer) -> TrainState:
         """The state after one minibatch.
@@ -66,4 +71,4 @@ class TrainState:
         average = self.average
         if average is not None:
             average = optax.incremental_update(trained, average, 1.0 - optimizer.ema_decay)
-        return TrainState(self.step + 1, trained, opt_state, average)
+        return TrainState(self.step + 1, trained, opt_state, average, self.reference)

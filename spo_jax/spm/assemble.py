@@ -13,13 +13,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from spo_jax.data.preferences import PairBatch
+from spo_jax.data.placed_pairs import Tokenizers, blank_rows
 from spo_jax.diffusion.schedule import make_schedule
 from spo_jax.distributed.mesh import jit_on, replicated
 from spo_jax.distributed.sharding import weight_sharding, weight_shardings
@@ -42,7 +41,6 @@ from spo_jax.runs.optimizer import make_optimizer, warmup_linear_decay
 from spo_jax.runs.state import Optimizer, TrainState
 from spo_jax.sampling.encode import make_encode_captions, prompt_shardings
 from spo_jax.sampling.noisy_pairs import make_predict_clean, pair_keys
-from spo_jax.spm.pairs import Tokenizers, rows_of
 from spo_jax.spm.update import Relabel, SeenPairs, make_relabel, make_spm_update
 from spo_jax.types import LabelledPairs
 
@@ -262,11 +260,4 @@ def _seen_params(made: SPM) -> dict[str, PyTree]:
 
 def _pairs(made: SPM, size: int) -> LabelledPairs:
     """Shapes of so many pairs, split over the devices."""
-    blank = PairBatch(
-        images=np.zeros((size, 2, *made.pipeline.image_size, 3), np.uint8),
-        captions=[""] * size,
-        labels=np.zeros((size, 2), np.float32),
-        weights=np.zeros(size, np.float32),
-        positions=np.zeros(size, np.int64),
-    )
-    return split(made.mesh, rows_of(made.tokenizers, blank))
+    return split(made.mesh, blank_rows(made.tokenizers, size, made.pipeline.image_size))

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spo_jax.data.placed_pairs import to_devices
 from spo_jax.data.preferences import total_state
 from spo_jax.distributed.processes import is_main_process
 from spo_jax.images import to_uint8
 from spo_jax.runs.metrics import METRICS_FILE, read_metrics, write_summary
 from spo_jax.spm.card import write_preference_card
-from spo_jax.spm.pairs import to_devices
 from spo_jax.spm.report import ShownPair, write_spm_report
 from spo_jax.spm.steps import Training, best_step, validation_pairs
 

@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spo_jax import rng
+from spo_jax.data.placed_pairs import to_devices
 from spo_jax.runs.load import Weights
 from spo_jax.runs.loop import Loop, RunFolder, Unit
 from spo_jax.spm.assemble import assemble
 from spo_jax.spm.evaluation import finish
-from spo_jax.spm.pairs import to_devices
 from spo_jax.spm.steps import Training, finish_step, kept, training_pairs
 from spo_jax.spm.update import metrics_from_json
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from spo_jax.diffusion.guidance import GuidedPrediction, interleave
 from spo_jax.diffusion.process import Process
 from spo_jax.preference.losses import LossOptions, Objective, PairLoss, PairOutputs
-from spo_jax.runs.metrics import METRICS_FILE
+from spo_jax.runs.metrics import METRICS_FILE, REWARDS
 from spo_jax.runs.state import Optimizer, TrainState
 from spo_jax.types import PreferencePairs, PromptBatch
 
@@ -124,12 +124,15 @@ def update_metrics(updates: list[UpdateMetrics]) -> dict[str, float]:
     A batch without a valid pair is skipped; it logs zeros and log 2, the loss of a pair that teaches nothing.
     """
     if not updates:
-        names = ("win_ratio", "lose_ratio", "win_clipped", "lose_clipped", "grad_norm")
+        names = ("win_ratio", "lose_ratio", "win_clipped", "lose_clipped", *REWARDS, "grad_norm")
         return {"loss": math.log(2.0), **dict.fromkeys(names, 0.0), "num_updates": 0}
     count = sum(int(m.num_pairs) for m in updates)
     sums = jax.tree.map(lambda *values: float(np.sum(values)), *(m.sums for m in updates))
+    means = {name: value / count for name, value in vars(sums).items()}
+    win, lose, agreed = (means.pop(name) for name in ("win_reward", "lose_reward", "agreed"))
     return {
-        **{name: getattr(sums, name) / count for name in PairLoss.__dataclass_fields__},
+        **means,
+        **dict(zip(REWARDS, (win, lose, win - lose, agreed), strict=True)),
         "grad_norm": float(np.mean([m.grad_norm for m in updates])),
         "num_updates": len(updates),
     }

@@ -269,7 +269,7 @@ def test_the_factored_optimizer_without_decay_is_optax_adafactor(schedule):
 def test_the_average_follows_what_is_trained(decay):
     def loss(trained, average, params, prompts, pairs, mask):
         zero = jnp.zeros(())
-        return jnp.square(trained["lora"] - 1.0), PairLoss(zero, zero, zero, zero, zero)
+        return jnp.square(trained["lora"] - 1.0), PairLoss(*[zero] * 8)
 
     optimizer = Optimizer(optax.sgd(0.1), decay or 0.0)
     update = jax.jit(make_update(loss, optimizer))

@@ -16,26 +16,44 @@ from spo_jax.types import LabelledPairs, Tokenizer
 
 
 class Tokenizers(NamedTuple):
-    """What reads the captions: the base model's tokenizers, the preference model's, the labeller's if there is one."""
+    """What reads the captions: the base model's tokenizers, and those of preference model and labeller if there are."""
 
     pipeline: Pipeline
-    scorer: Tokenizer
+    scorer: Tokenizer | None = None
     labeller: Tokenizer | None = None
 
 
 def rows_of(tokenizers: Tokenizers, batch: PairBatch) -> LabelledPairs:
     """The arrays of a batch, on the host, with its captions as token ids."""
     captions = list(batch.captions)
+
+    def ids(tokenizer: Tokenizer | None) -> np.ndarray | None:
+        return None if tokenizer is None else tokenize(tokenizer, captions)
+
     rows = {
         "images": batch.images,
         "tokens": tokenize_prompts(tokenizers.pipeline, captions),
-        "scorer_tokens": tokenize(tokenizers.scorer, captions),
-        "labeller_tokens": None if tokenizers.labeller is None else tokenize(tokenizers.labeller, captions),
+        "crops": batch.crops,
+        "scorer_tokens": ids(tokenizers.scorer),
+        "labeller_tokens": ids(tokenizers.labeller),
         "labels": batch.labels,
         "weights": batch.weights,
         "positions": batch.positions.astype(np.uint32),
     }
     return LabelledPairs(**rows)
+
+
+def blank_rows(tokenizers: Tokenizers, size: int, image_size: tuple[int, int]) -> LabelledPairs:
+    """Rows of ``size`` pairs that say nothing, for their shapes."""
+    blank = PairBatch(
+        images=np.zeros((size, 2, *image_size, 3), np.uint8),
+        captions=[""] * size,
+        crops=np.zeros((size, 2, 4), np.int32),
+        labels=np.zeros((size, 2), np.float32),
+        weights=np.zeros(size, np.float32),
+        positions=np.zeros(size, np.int64),
+    )
+    return rows_of(tokenizers, blank)
 
 
 def to_devices(tokenizers: Tokenizers, batch: PairBatch, mesh: Mesh) -> LabelledPairs:
