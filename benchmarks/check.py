@@ -52,10 +52,11 @@ def inputs(latent_shape: tuple[int, int, int], pixels: int) -> Numbers:
 def ours(turn: Turn) -> Numbers:
     """By our programs; the pool and the updates are those that training runs."""
     from benchmarks.our_iteration import load, nhwc
+    from spo_jax.runs.held_out import encode_texts
     from spo_jax.sampling.encode import shard_prompts
     from spo_jax.sampling.generate import make_decode
     from spo_jax.spo.rollout import Rollout
-    from spo_jax.spo.steps import encode_texts, run_updates
+    from spo_jax.spo.steps import run_updates
 
     work = turn.work
     spo = load(work, Path(turn.folder), turn.dtype)

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from spo_jax.errors import UserError, notice
 
-# Each is a folder of the package with ``config.py`` (get_config, RANGES, check), ``assemble.py`` and ``recipe.py``.
+# Each is a folder of the package with ``config.py`` (get_config, BATCHES, RANGES, check), ``assemble.py`` and
+# ``recipe.py``.
 METHODS = ("spo", "spm")
 
 

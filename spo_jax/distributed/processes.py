@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import jax
 
 from spo_jax.distributed.roll_call import roll_call, split_address
-from spo_jax.errors import UserError
+from spo_jax.errors import UserError, notice
 
 PORT = 8482  # of process 0, where the environment names no port; the one that JAX has for TPUs
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long counts as dead, and JAX ends the others
@@ -44,6 +44,13 @@ class ProcessLayout:
 def is_main_process() -> bool:
     """Whether this process is the one that writes logs, reports and pictures; starts JAX's backend."""
     return jax.process_index() == 0
+
+
+def say(*sentences: str | None) -> None:
+    """Says those that there are on stderr, once, in the first process."""
+    for sentence in sentences:
+        if sentence and is_main_process():
+            notice(sentence)
 
 
 def process_layout(flags: ProcessFlags, environ: Mapping[str, str]) -> ProcessLayout | None:

@@ -18,11 +18,13 @@ from jax.interpreters import partial_eval
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
+from spo_jax import methods
 from spo_jax.distributed.mesh import AXES, make_mesh, mesh_sizes, round_up
 from spo_jax.planning.shapes import device_bytes, extra_bytes, item_bytes, make_run
 from spo_jax.planning.targets import Target
 from spo_jax.planning.walk import Aval, SizeOf, walk
 from spo_jax.runs.assembly import Assembly
+from spo_jax.runs.config import value_of
 
 # These were fitted to the programs of docs/memory.md (benchmarks/memory_table.json), compiled with jax 0.10.2 and
 # libtpu 0.0.52, and are frozen: a better fit to those would not be a better estimate of others.
@@ -34,7 +36,7 @@ MOST_CODE = 2**30  # of a TPU's program (seen: 0.15 to 1.1 GiB)
 class _Habit(NamedTuple):
     """What an estimate must know of a program beside its jaxpr."""
 
-    unread: tuple[str, ...] = ()  # keys of the config that change nothing in it: a search need not trace it again
+    unread: tuple[str, ...] = ()  # keys of SPO's config that change nothing in it: a search need not trace it again
     whole: bool = False  # its batch is not split over the devices; each device does all of it
     all_rows: bool = False  # each device goes through the rows of all devices
     gathered: float = 0.7  # with mesh.fsdp, the part of the split weights that a TPU has whole at a time (fitted)
@@ -77,9 +79,7 @@ def resident_bytes(run: Assembly) -> dict[str, int]:
 
 def batches(config: ConfigDict) -> dict[str, int]:
     """The sizes that all devices share, by their keys; 0 is no limit."""
-    if config.method == "spo":
-        return {"prompts_per_batch": config.prompts_per_batch, "train.minibatch_size": config.train.minibatch_size}
-    return {f"{part}.batch_size": config[part].batch_size for part in ("train", "validation")} | {"chunk": config.chunk}
+    return {key: value_of(config, key) for key in methods.module_of(config.method, "config").BATCHES}
 
 
 def share_of(config: ConfigDict, num_devices: int) -> ConfigDict:
@@ -89,7 +89,7 @@ def share_of(config: ConfigDict, num_devices: int) -> ConfigDict:
         share.mesh.data = share.mesh.fsdp = 1
         for key, size in batches(config).items():
             share.update_from_flattened_dict({key: max(1, size // num_devices) if size else 0})
-        if config.method == "spo":
+        if "evaluation" in config:
             images = min(config.evaluation.batch_size, config.evaluation.num_prompts)
             share.evaluation.batch_size = round_up(images, num_devices) // num_devices
     return share

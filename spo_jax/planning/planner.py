@@ -23,6 +23,8 @@ from spo_jax.runs.assembly import Assembly
 
 _MAX_TURNS = 40
 _LARGE_REST = 75  # percent; with so little left for programs, weights are split before anything else is given up
+# What is learned from at a time, by the key that says how much of it.
+_LEARNED = {"prompts_per_batch": "prompts", "train.minibatch_size": "pairs", "train.batch_size": "pairs"}
 Turn = dict[str, object]  # keys of the config and their values
 
 
@@ -106,11 +108,12 @@ def heading(config: ConfigDict, target: Target, *, exact: bool) -> str:
     count = target.num_devices
     devices = f"{count} device{'s' if count > 1 else ''}{_limit(target)}"
     how = f"compiled ({versions(target.platform)})" if exact else "estimated"
-    if config.method == "spo":
-        kind = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "full fine-tuning"
-        share = f"{config.prompts_per_batch // count} prompts and {config.train.minibatch_size // count} pairs"
+    if "lora" not in config:
+        kind = "preference model"
     else:
-        kind, share = "preference model", f"{config.train.batch_size // count} pairs"
+        kind = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "full fine-tuning"
+    sizes = batches(config)
+    share = " and ".join(f"{sizes[key] // count} {what}" for key, what in _LEARNED.items() if key in sizes)
     return f"{config.model}: {kind}, {how}\n{target.name}: {devices}, mesh data {data} x fsdp {fsdp}, {share} on each"
 
 
@@ -222,32 +225,37 @@ def _turns(config: ConfigDict, program: str, count: int, resident_share: int) ->
     can_split = config.mesh.fsdp not in (-1, count) and count > 1
     if can_split and resident_share > _LARGE_REST:
         yield split
-    yield from (_spo_turns if config.method == "spo" else _spm_turns)(config, program, count)
+    yield from _TURNS[config.method](config, program, count)
     if can_split:
         yield split
 
 
 def _spo_turns(config: ConfigDict, program: str, count: int) -> Iterator[Turn]:
-    train, evaluation = config.train, config.evaluation
+    train = config.train
     images = {
         "score": config.prompts_per_batch * config.sampling.num_candidates,
-        "evaluation": round_up(evaluation.batch_size, count),
+        "evaluation": round_up(config.evaluation.batch_size, count),
     }
     if program in images:
         size = piece_size(images[program], count, config.scorer.chunk) // count
         if size > 1:
             yield {"scorer.chunk": piece_size(images[program], count, size - 1) // count}
+    yield from _tuning_turns(config, program, count)
+    if program == "update" and train.minibatch_size > count and (half := _smaller(train.minibatch_size, count)):
+        more = train.accumulation_steps * train.minibatch_size // half
+        yield {"train.minibatch_size": half, "train.accumulation_steps": more}
+    if program in ("encode", "pool", "score") and (half := _smaller(config.prompts_per_batch, count)):
+        yield {"prompts_per_batch": half, "num_batches": config.num_batches * config.prompts_per_batch // half}
+
+
+def _tuning_turns(config: ConfigDict, program: str, count: int) -> Iterator[Turn]:
+    """Those of every method that tunes a UNet."""
     if program == "update" and not config.remat:
         yield {"remat": True}
     if program != "encode" and not config.offload:
         yield {"offload": True}
-    if program == "update" and train.minibatch_size > count and (half := _smaller(train.minibatch_size, count)):
-        more = train.accumulation_steps * train.minibatch_size // half
-        yield {"train.minibatch_size": half, "train.accumulation_steps": more}
-    if program == "evaluation" and evaluation.batch_size > count:
-        yield {"evaluation.batch_size": evaluation.batch_size // 2}
-    if program in ("encode", "pool", "score") and (half := _smaller(config.prompts_per_batch, count)):
-        yield {"prompts_per_batch": half, "num_batches": config.num_batches * config.prompts_per_batch // half}
+    if program == "evaluation" and config.evaluation.batch_size > count:
+        yield {"evaluation.batch_size": config.evaluation.batch_size // 2}
 
 
 def _spm_turns(config: ConfigDict, program: str, count: int) -> Iterator[Turn]:
@@ -264,6 +272,9 @@ def _spm_turns(config: ConfigDict, program: str, count: int) -> Iterator[Turn]:
             yield {"train.batch_size": half, "train.accumulation_steps": more, "chunk": min(config.chunk, half)}
     elif half := _smaller(validation.batch_size, count):
         yield {"validation.batch_size": half, "chunk": min(config.chunk, half)}
+
+
+_TURNS = {"spo": _spo_turns, "spm": _spm_turns}  # by method
 
 
 def _smaller(size: int, count: int) -> int | None:

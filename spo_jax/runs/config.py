@@ -1,6 +1,7 @@
 """What the configs of all methods share: keys, the range of each number, and refusing values that no run can use.
 
-A method's own keys and their ranges stand in its folder, ``spo/config.py`` or ``spm/config.py``.
+A method's own keys and their ranges stand in its folder, ``spo/config.py`` or ``spm/config.py``; those that methods
+share which tune a UNet, in ``tuning_config.py``.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def check_base(config: ConfigDict, ranges: Mapping[str, Range], batches: Iterabl
     from spo_jax.kernels.attention import KINDS  # it imports JAX; a config file is read without it
 
     for name, allowed in ranges.items():
-        value = _value(config, name)
+        value = value_of(config, name)
         numbers = value if isinstance(value, tuple | list) else (value,)
         faults = [fault for number in numbers if (fault := allowed.fault(number))]
         if isinstance(value, tuple | list) and not all(isinstance(number, int) for number in numbers):
@@ -145,7 +146,7 @@ def check_base(config: ConfigDict, ranges: Mapping[str, Range], batches: Iterabl
             ("attention", config.attention in KINDS, " or ".join(KINDS)),
             ("train.optimizer", config.train.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
             *(
-                (key, _value(config, key) % num_devices == 0, f"a multiple of {num_devices}, the number of devices")
+                (key, value_of(config, key) % num_devices == 0, f"a multiple of {num_devices}, the number of devices")
                 for key in batches
             ),
         ],
@@ -156,11 +157,12 @@ def refuse(config: ConfigDict, rules: Iterable[tuple[str, bool, str]]) -> None:
     """Raises UserError for the first rule (key, whether it holds, what its value must be) that does not hold."""
     for name, holds, requirement in rules:
         if not holds:
-            value = _value(config, name)
+            value = value_of(config, name)
             raise UserError(
                 f"config.{name} must be {requirement}, not {value!r}; see the config file for what it means."
             )
 
 
-def _value(config: ConfigDict, name: str) -> Any:
+def value_of(config: ConfigDict, name: str) -> Any:
+    """The value of a key by its full name, such as "train.learning_rate"."""
     return functools.reduce(operator.getitem, name.split("."), config)

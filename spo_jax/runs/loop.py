@@ -53,6 +53,8 @@ class Loop:
     """A run in its workdir, from the last checkpoint on; a context manager.
 
     Attributes:
+      workdir: of the run.
+      unit: what is counted.
       state: after ``finished`` steps.
       finished: steps so far.
       first: steps at the start of this process.
@@ -81,7 +83,7 @@ class Loop:
         """
         config, workdir, pins = folder
         checkpoint.check_workdir(workdir, config.to_dict(), pins)
-        self._config, self._workdir, self._unit = config, workdir, unit
+        self._config, self.workdir, self.unit = config, workdir, unit
         self._manager = checkpoint.make_manager(workdir / "checkpoints", config.checkpoint.keep)
         restored = checkpoint.restore_latest(self._manager, state)
         fresh: dict[str, Any] = {unit.name: 0, "seconds": 0.0, **(extra or {})}
@@ -94,9 +96,9 @@ class Loop:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            main, unit = is_main_process(), self._unit
+            main, unit = is_main_process(), self.unit
             self.preempted = stack.enter_context(preemption.watch())
-            self._writer = stack.enter_context(MetricsWriter(self._workdir, self.first, self.run, enabled=main))
+            self._writer = stack.enter_context(MetricsWriter(self.workdir, self.first, self.run, enabled=main))
             bar = {"unit": unit.name, "dynamic_ncols": True, "disable": not main}
             self.progress = stack.enter_context(tqdm(total=unit.total, initial=self.first, desc=unit.title, **bar))
             self._open = stack.pop_all()
@@ -110,7 +112,7 @@ class Loop:
                 self.save()
                 checkpoint.close(self._manager)
                 if self.preempted():
-                    preemption.say_stopped(self._unit.name, self.finished)
+                    preemption.say_stopped(self.unit.name, self.finished)
 
     def steps(self) -> Iterator[int]:
         """The numbers, from 0, of the steps that are left; ends early when SIGTERM has come.
@@ -120,9 +122,9 @@ class Loop:
         traced = range(self.first + 1, self.first + 1 + self._config.profile)
         self.progress.set_postfix_str(COMPILING)
         with contextlib.ExitStack() as trace:
-            for step in range(self.first, self._unit.total):
+            for step in range(self.first, self.unit.total):
                 if traced and step == traced.start:
-                    trace.enter_context(jax.profiler.trace(self._workdir / PROFILE_FOLDER))
+                    trace.enter_context(jax.profiler.trace(self.workdir / PROFILE_FOLDER))
                 yield step
                 if traced and step == traced.stop - 1:
                     jax.block_until_ready(self.state)
@@ -137,7 +139,7 @@ class Loop:
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, is to happen now; 0: never."""
-        return bool(every) and (self.finished == self._unit.total or self.finished % every == 0)
+        return bool(every) and (self.finished == self.unit.total or self.finished % every == 0)
 
     def advance(self, state: TrainState) -> None:
         """Takes the state of one step more."""
@@ -157,7 +159,7 @@ class Loop:
 
     def check(self, row: Mapping[str, float]) -> None:
         """Raises UserError if a number is not finite."""
-        check_finite(row, f"{self._unit.name} {self.finished}", self._workdir)
+        check_finite(row, f"{self.unit.name} {self.finished}", self.workdir)
 
     def enter(self, opened: contextlib.AbstractContextManager[T]) -> T:
         """Opens something that is closed at the end of the loop, after the last save."""
@@ -171,6 +173,6 @@ class Loop:
         """Writes a checkpoint of the state, unless it is there."""
         if self._saved != self.finished:
             kept = self.on_save(self.state) or {}
-            extra = {**kept, self._unit.name: self.finished, "seconds": self.seconds}
+            extra = {**kept, self.unit.name: self.finished, "seconds": self.seconds}
             checkpoint.save(self._manager, self.finished, self.state, extra)
             self._saved = self.finished

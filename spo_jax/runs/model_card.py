@@ -20,23 +20,7 @@ from spo_jax.formats.hub import PREFIX
 from spo_jax.runs.artifacts import artifacts_of, pairs_of
 from spo_jax.runs.html import duration
 from spo_jax.runs.sources import licence_of, source_of, url_of
-
-PAPER = "[SPO](https://arxiv.org/abs/2406.04314), CVPR 2025"
-_CITATION = """\
-## Citation
-
-```bibtex
-@inproceedings{liang2025spo,
-  title     = {Aesthetic Post-Training Diffusion Models from Generic Preferences
-               with Step-by-step Preference Optimization},
-  author    = {Liang, Zhanhao and Yuan, Yuhui and Gu, Shuyang and Chen, Bohan and Hang, Tiankai and Cheng, Mingxi
-               and Li, Ji and Zheng, Liang},
-  booktitle = {CVPR},
-  year      = {2025},
-  url       = {https://arxiv.org/abs/2406.04314},
-}
-```
-"""
+from spo_jax.runs.words import Paper
 
 
 # ---------------------------------------------------------------------------------- what all cards share, in its order
@@ -110,18 +94,21 @@ def command(module: str, **flags: Any) -> str:
     return "```\n" + " \\\n    ".join([f"python -m spo_jax.{module}", *given]) + "\n```\n"
 
 
-def ending(summary: Mapping[str, Any], base: str, results: str) -> list[str]:
-    """The last sections: how to repeat the run, whose config is recorded, what not to expect of it, whom to cite."""
+def ending(summary: Mapping[str, Any], base: str, results: str, limits: str, paper: Paper) -> list[str]:
+    """The last sections: how to repeat the run, whose config is recorded, what not to expect of it, whom to cite.
+
+    ``base`` is the base model, ``results`` are what is made with the trained one, ``limits`` begin a sentence.
+    """
     again = command("main", config="configs/recorded.py:WORKDIR", workdir="runs/again")
     return [
         f"## Repeat\n\nThe run took {duration(summary['seconds'])} with seed {code(summary['seed'])}. `config.json` "
         "has every setting; a model or file that it names by a local path has to be there. WORKDIR is this folder.\n\n"
         + again,
         "## Limits\n\n"
-        "It learned from a model of preferences: what that model gets wrong, or its data do not show, it gets wrong as "
-        f"well, and the biases of the base model stay. The licence of the base model ({licence_of(base).words}), with "
-        f"its conditions of use, holds for these weights as well, and for the {results} that are made with them.\n",
-        _CITATION,
+        f"{limits}, and the biases of the base model stay. The licence of the base model ({licence_of(base).words}), "
+        "with its conditions of use, holds for these weights as well, and for the "
+        f"{results} that are made with them.\n",
+        f"## Citation\n\n```bibtex\n{paper.bibtex}```\n",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The model card of a preference model, beside that of adapters in ``model_card``."""
+"""The model card of a preference model, beside that of adapters in ``runs/tuning_card.py``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from spo_jax.runs.model_card import (
-    PAPER,
     code,
     command,
     ending,
@@ -18,6 +17,7 @@ from spo_jax.runs.model_card import (
     table,
     write_card,
 )
+from spo_jax.runs.words import LIMITS_OF_SCORERS, SPO_PAPER
 from spo_jax.spm.report import accuracy_rows
 
 
@@ -37,7 +37,7 @@ def write_preference_card(path: str | Path, *, summary: Mapping[str, Any]) -> No
         "noise of a timestep, with 95 % intervals; a coin has 0.5:\n\n"
         f"{table(head, rows)}\n`report.html` has pictures and curves.\n",
         _use(config, aware),
-        *ending(summary, config["scorer"]["init"], "models"),
+        *ending(summary, config["scorer"]["init"], "models", LIMITS_OF_SCORERS, SPO_PAPER),
     ]
     write_card(Path(path), sections)
 
@@ -48,7 +48,8 @@ def _introduction(summary: Mapping[str, Any], aware: bool) -> str:
     return (
         f"# {'Step-aware preference model' if aware else 'Preference model'}\n\n"
         f"A CLIP that says which of two pictures for the same text people prefer, {told}. It is the scorer of "
-        f"Step-by-step Preference Optimization ({PAPER}) for {shown(config['model'])}, trained by `spo_jax`.\n\n"
+        f"Step-by-step Preference Optimization ({SPO_PAPER.link}) for {shown(config['model'])}, trained by "
+        "`spo_jax`.\n\n"
         f"`best` is the model of step {code(summary['best_step'])}, which was right most often on the validation "
         f"pairs, and `last` that of step {code(config['num_steps'])}.\n"
     )

@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
     return c
 
 
+BATCHES = ("train.batch_size", "validation.batch_size", "chunk")  # sizes that the devices split; 0: no limit
 RANGES = BASE_RANGES | {
     "num_steps": Range(1, MAX_COUNT),
     "guidance_scale": Range(0.0, 1000.0),
@@ -86,7 +87,7 @@ RANGES = BASE_RANGES | {
 
 def check(config: ConfigDict, num_devices: int = 1) -> None:
     """Raises UserError for a value that no run on so many devices can use, by its key."""
-    check_base(config, RANGES, ("train.batch_size", "validation.batch_size", "chunk"), num_devices)
+    check_base(config, RANGES, BATCHES, num_devices)
     chunk, timesteps, validation = config.chunk, config.timesteps, config.validation
     refuse(
         config,

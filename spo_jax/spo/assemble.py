@@ -16,21 +16,17 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from spo_jax import rng
 from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.schedule import Schedule, check_trainable, make_schedule
-from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated, round_up
+from spo_jax.distributed.mesh import batch_sharding, jit_on, replicated
 from spo_jax.distributed.offload import weight_placement
 from spo_jax.distributed.pieces import piece_size
 from spo_jax.distributed.sharding import weight_shardings
 from spo_jax.errors import UserError
-from spo_jax.evaluation.measure import make_measure_batch
-from spo_jax.evaluation.metrics import METRICS, EncodeText, Metric, MetricSetup, NamedScorer
+from spo_jax.evaluation.metrics import Metric, NamedScorer
 from spo_jax.formats.base import base_of_config
-from spo_jax.formats.lora import starting_lora
 from spo_jax.formats.pipeline import Pipeline
 from spo_jax.formats.scorers import function_scorer
-from spo_jax.formats.tokenizers import tokenize
 from spo_jax.preference.losses import OBJECTIVES, LossOptions, Objective
 from spo_jax.preference.scorers import (
     SCORERS,
@@ -43,27 +39,33 @@ from spo_jax.runs.assembly import (
     Program,
     key_shape,
     on_all,
-    on_device,
     shapes_of,
     sharded,
     split,
 )
 from spo_jax.runs.optimizer import make_optimizer
 from spo_jax.runs.state import Optimizer, TrainState
-from spo_jax.sampling.encode import make_encode, prompt_shardings, tokens_of
-from spo_jax.sampling.generate import SamplingOptions, make_decode
+from spo_jax.runs.tuning import (
+    TEXT_ENCODERS,
+    encode_program,
+    evaluation_executions,
+    evaluation_program,
+    held_out_shapes,
+    make_metrics,
+    metric_texts_program,
+    starting_state,
+)
+from spo_jax.sampling.encode import prompt_shardings
+from spo_jax.sampling.generate import make_decode
 from spo_jax.spo.exchange import arrange, make_exchange
 from spo_jax.spo.rollout import make_draw_pool, make_score_pool
 from spo_jax.spo.update import make_loss, make_update
 from spo_jax.types import Pool, PromptBatch, Tokenizer
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-CLIP = "clip"  # the part of the CLIP that ``config.evaluation.judge`` names
-
 
 @dataclasses.dataclass(frozen=True)
 class SPO:
-    """See ``assembly.Assembly``."""
+    """See ``assembly.Assembly`` and ``tuning.Tuning``."""
 
     config: ConfigDict
     mesh: Mesh
@@ -96,53 +98,43 @@ class SPO:
         return {part: self.params[part] for part in self.scorer.parts}
 
     @property
-    def metric_params(self) -> dict[str, PyTree]:
-        """What an evaluation reads."""
-        read = [part for metric in self.metrics.values() for part in metric.parts]
-        return {part: self.params[part] for part in ("unet", "vae", *read)}
+    def num_texts(self) -> int:
+        """Prompts that are encoded at a time."""
+        return self.config.prompts_per_batch
+
+    @property
+    def chunk(self) -> int:
+        """Images that a device decodes and scores at a time, at most."""
+        return self.config.scorer.chunk
 
     @functools.cached_property
     def resident(self) -> dict[str, PyTree]:
         """What is on the devices all the time."""
-        return shapes_of({**self.params, **self.state.parts, "texts": self.held_out_shapes})
-
-    @functools.cached_property
-    def held_out_shapes(self) -> tuple[PromptBatch, dict[str, jax.ShapeDtypeStruct]]:
-        """Shapes of the encoded held-out prompts, and of the metrics' texts of them."""
-
-        def all_rows(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((len(self.held_out), *x.shape[1:]), x.dtype)
-
-        prompts = self.programs["encode"].results.map_rows(all_rows)
-        return on_all(self.mesh, (prompts, jax.tree.map(all_rows, self.programs["metric texts"].results)))
+        return shapes_of({**self.params, **self.state.parts, "texts": held_out_shapes(self)})
 
     @functools.cached_property
     def programs(self) -> dict[str, Program]:
         """In the order in which they run."""
-        made = (_encode, _pool, _score, _arrange, _exchange, _update, _metric_texts, _evaluation)
-        return {program.name: program for make in made for program in [make(self)]}
+        own = (make(self) for make in (_pool, _score, _arrange, _exchange, _update))
+        made = (encode_program(self, self.scorer), *own, metric_texts_program(self), evaluation_program(self))
+        return {program.name: program for program in made}
 
     @property
     def executions(self) -> dict[str, int]:
         """How often a whole run executes each program, if every pair is valid."""
-        config, batches, count = self.config, self.config.num_batches, len(self.held_out)
+        config, batches = self.config, self.config.num_batches
         pairs = config.prompts_per_batch * (config.sampling.num_steps - config.sampling.num_plain_steps)
         updates = batches * math.ceil(pairs / config.train.minibatch_size)
-        held_out = math.ceil(count / config.prompts_per_batch)
-        images = round_up(min(config.evaluation.batch_size, count), self.mesh.size)
-        sheets = math.ceil(batches / config.validation.every) if config.validation.every else 0
-        shown = math.ceil(min(config.validation.num_prompts, count) / images)
-        curve = math.ceil(batches / config.evaluation.every) if config.evaluation.every else 0
+        shown = evaluation_executions(self, batches)
         return {
-            "encode": batches + held_out,
+            "encode": batches + shown["encode"],
             "pool": batches,
             "score": batches,
             "arrange": batches,
             "exchange": updates,
             "update": updates,
-            "metric texts": held_out,
-            # Of base and tuned model, curves, and the sheets.
-            "evaluation": (2 + curve) * math.ceil(count / images) + sheets * shown,
+            "metric texts": shown["metric texts"],
+            "evaluation": shown["evaluation"],
         }
 
 
@@ -168,17 +160,9 @@ def assemble(config: ConfigDict, mesh: Mesh, load: type[Load]) -> SPO:
     preference, scorer_params = _image_scorer(config, pipeline, mesh, loaded)
     setup = ScorerSetup(config.scorer, preference and preference.scorer, make_decode(pipeline), mesh.size)
     scorer = SCORERS[config.scorer.kind](setup)
-    metrics, metric_params = _metrics(config, pipeline, loaded, preference)
+    metrics, metric_params = make_metrics(config, pipeline, loaded, lambda: _of_finished_images(config, preference))
     params = {**pipeline.params, **scorer_params, **metric_params}
     optimizer = make_optimizer(config.train)
-
-    def first_state(unet: PyTree) -> TrainState:
-        """Adapters, or with rank 0 a float32 copy of the whole UNet."""
-        if config.lora.rank == 0:
-            return TrainState.create({"params": jax.tree.map(lambda x: jnp.array(x, jnp.float32), unet)}, optimizer)
-        key = rng.stream(jax.random.key(config.seed), "lora")
-        return TrainState.create({"lora": starting_lora(key, unet, config.lora.rank, adapters or None)}, optimizer)
-
     return SPO(
         config=config,
         mesh=mesh,
@@ -192,7 +176,7 @@ def assemble(config: ConfigDict, mesh: Mesh, load: type[Load]) -> SPO:
         process=process,
         objective=OBJECTIVES[config.loss.kind],
         optimizer=optimizer,
-        state=loaded.state(first_state, params["unet"], mesh),
+        state=loaded.state(starting_state(config, optimizer, adapters), params["unet"], mesh),
     )
 
 
@@ -213,42 +197,17 @@ def _image_scorer(
     return NamedScorer(make_clip_scorer(clip), "scorer", tokenizer), {"scorer": params}
 
 
-def _metrics(
-    config: ConfigDict, pipeline: Pipeline, loaded: Load, preference: NamedScorer | None
-) -> tuple[dict[str, Metric], dict[str, PyTree]]:
-    """The metrics that the config names, and the parameters that only they read."""
-    params: dict[str, PyTree] = {}
-
-    def of_preference() -> NamedScorer:
-        if preference is None:
-            raise UserError(
-                f"config.evaluation.metrics has preference_score, but the scorer {config.scorer.kind!r} reads latents, "
-                "no finished images; leave preference_score out."
-            )
-        return preference
-
-    @functools.cache
-    def of_clip() -> NamedScorer:
-        clip, params[CLIP] = loaded.clip(config.evaluation.judge, CLIP, step_aware=False)
-        return NamedScorer(make_clip_scorer(clip), CLIP, loaded.tokenizer("", pipeline.tokenizer, clip.tower))
-
-    setup = MetricSetup(of_preference, of_clip)
-    # The others score finished images: see ``spo/evaluation.py``.
-    return {name: METRICS[name](setup) for name in config.evaluation.metrics if name in METRICS}, params
+def _of_finished_images(config: ConfigDict, preference: NamedScorer | None) -> NamedScorer:
+    """The scorer of images behind SPO's, for the metric that asks it."""
+    if preference is None:
+        raise UserError(
+            f"config.evaluation.metrics has preference_score, but the scorer {config.scorer.kind!r} reads latents, "
+            "no finished images; leave preference_score out."
+        )
+    return preference
 
 
 # --------------------------------------------------------------------------------------------------------- programs
-def _encode(made: SPO) -> Program:
-    """Text encoders, and the scorer's text, of a batch of prompts."""
-    function = jit_on(made.mesh, make_encode(made.pipeline, made.scorer))
-    blank = [""] * made.config.prompts_per_batch
-
-    def shapes() -> tuple[PyTree, ...]:
-        return on_device(made.text_params), *on_all(made.mesh, tokens_of(made.pipeline, made.tokenizer, blank))
-
-    return Program("encode", function, shapes)
-
-
 def _pool(made: SPO) -> Program:
     """The candidates of a batch of prompts."""
     pool = make_draw_pool(made.config, made.pipeline, made.scorer, made.process, made.mesh)
@@ -310,59 +269,10 @@ def _update(made: SPO) -> Program:
     return Program("update", jit_on(mesh, update, donate_argnums=0, out_shardings=results), shapes)
 
 
-def _metric_texts(made: SPO) -> Program:
-    """What metrics read of some prompts."""
-    metrics = reading_metrics(made)
-
-    def texts(params: dict[str, PyTree], tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: encode(params, tokens[name]) for name, (encode, _) in metrics.items()}
-
-    def shapes() -> tuple[PyTree, ...]:
-        blank = [""] * made.config.prompts_per_batch
-        tokens = {name: tokenize(tokenizer, blank) for name, (_, tokenizer) in metrics.items()}
-        return on_device(text_metric_params(made)), on_all(made.mesh, tokens)
-
-    return Program("metric texts", jit_on(made.mesh, texts), shapes)
-
-
-def _evaluation(made: SPO) -> Program:
-    """Images of some held-out prompts, and their scores."""
-    config, mesh = made.config, made.mesh
-    options = SamplingOptions(config.sampling.guidance_scale, config.evaluation.eta)
-    program = make_measure_batch(made.pipeline, made.process, made.metrics, mesh, options, config.scorer.chunk)
-
-    def shapes() -> tuple[PyTree, ...]:
-        rows = round_up(min(config.evaluation.batch_size, len(made.held_out)), mesh.size)
-        prompts, texts = made.held_out_shapes
-        prompts = prompts.map_rows(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype))
-        params = on_device(made.metric_params)
-        variables = {"params": params["unet"], **shapes_of(made.state.result)}
-        prompts = sharded(prompts, prompt_shardings(prompts, mesh))
-        numbers = split(mesh, jax.ShapeDtypeStruct((rows,), jnp.int32))
-        return params, variables, prompts, texts, key_shape(mesh), numbers
-
-    return Program("evaluation", jit_on(mesh, program, out_shardings=replicated(mesh)), shapes)
-
-
 # ------------------------------------------------------------------------------------------------------------ pieces
 def sampler(made: SPO, state: TrainState) -> PyTree:
     """The variables that sample pools: what is trained, or its average where the objective reads that."""
     return state.average if made.objective.reads_average else state.trained
-
-
-def reading_metrics(made: SPO) -> dict[str, tuple[EncodeText, Tokenizer]]:
-    """How the metrics encode prompts, and with which tokenizer; of those that read prompts."""
-    return {
-        name: (metric.encode_text, metric.tokenizer)
-        for name, metric in made.metrics.items()
-        if metric.encode_text is not None and metric.tokenizer is not None
-    }
-
-
-def text_metric_params(made: SPO) -> dict[str, PyTree]:
-    """What the metrics read of prompts is made with."""
-    names = reading_metrics(made)
-    return {part: made.params[part] for name in names for part in made.metrics[name].parts}
 
 
 def _pool_shardings(made: SPO) -> PyTree:

@@ -1,4 +1,4 @@
-"""Every key of SPO's config beside those of ``runs/config.py``, what it means, and which values it may have.
+"""Every key of SPO's config beside those of ``runs/tuning_config.py``, what it means, and which values it may have.
 
 The values are the paper's recipe for SD1.5; the files in ``configs/`` change them.
 """
@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from spo_jax.data.prompt_sets import PROMPT_SETS
-from spo_jax.runs.config import BASE_RANGES, MAX_BATCH, MAX_COUNT, MAX_PIXELS, Range, base_config, check_base, refuse
+from spo_jax.runs.config import MAX_BATCH, MAX_COUNT, Range, check_base, refuse
+from spo_jax.runs.tuning_config import TUNING_RANGES, tuning_config, tuning_rules
 
 # The step-aware preference models that the authors have released, one for SD1.5 and one for SDXL.
 PREFERENCE_MODELS = "SPO-Diffusion-Models/Step-Aware_Preference_Models@0930261d5a1fb701f35d20c0ea8c145fe2c73738"
@@ -15,7 +16,7 @@ PREFERENCE_MODELS = "SPO-Diffusion-Models/Step-Aware_Preference_Models@0930261d5
 
 def get_config() -> ConfigDict:
     """The config; every key can be set on the command line, as in ``--config.sampling.num_steps=10``."""
-    c = base_config()
+    c = tuning_config()
     c.method = "spo"  # trains a UNet; "spm", in configs/spm_*.py, the preference model that is used here
     # Text lines, a JSON list of {"caption": ...}, JSON lines (.jsonl) or a table (.csv, .tsv) with such a column, or
     # tfds:NAME@SPLIT; a local file, github:owner/repo@commit/path, or org/name@commit/path of the hub, each with
@@ -25,13 +26,9 @@ def get_config() -> ConfigDict:
     c.prompts_per_batch = 40  # over all devices together
     c.offload = False  # True keeps text encoders and evaluation's judge in the host's memory while they are not used
 
-    c.sampling = ConfigDict()
-    c.sampling.num_steps = 20  # N, DDIM steps of a trajectory
     c.sampling.num_plain_steps = 4  # d, first steps without candidates
     c.sampling.num_candidates = 4  # k, candidates at each later step
     c.sampling.num_inner_steps = 0  # m, steps that a candidate goes alone before it is scored; SDXL: 3
-    c.sampling.height = placeholder(int)  # of pictures, in pixels; off: the size that the model was trained for
-    c.sampling.width = placeholder(int)
     c.sampling.guidance_scale = 5.0  # w of classifier-free guidance, in sampling and training
     c.sampling.eta = 1.0  # of DDIM; 0 would make all candidates equal
     c.sampling.continuation = "random"  # which candidate starts the next step; "win" is the paper's ablation
@@ -58,10 +55,6 @@ def get_config() -> ConfigDict:
     c.loss.beta = 10.0  # strength of the preference
     c.loss.clip_range = 0.1  # probability ratios are clamped to 1 -+ this
 
-    c.lora = ConfigDict()
-    c.lora.rank = 4  # inner dimension of the adapters; 0 trains the whole UNet
-    c.lora.init = ""  # LoRA file or --workdir to start from, also with a strength, FILE:0.7; empty: fresh adapters
-
     c.train.minibatch_size = 40  # pairs an update, over all devices together
     c.train.learning_rate = 6e-5  # constant
     c.train.weight_decay = 1e-4  # decoupled, as in AdamW
@@ -69,63 +62,34 @@ def get_config() -> ConfigDict:
 
     c.checkpoint.every = 10  # batches between two checkpoints; the last batch always writes one
 
-    c.validation = ConfigDict()
-    c.validation.every = 50  # batches between two sheets of pictures; 0: none
-    c.validation.num_prompts = 16  # the first prompts of the evaluation file
-
-    c.evaluation = ConfigDict()
-    c.evaluation.prompts = PROMPT_SETS["pickapic-test"]  # never trained on
-    c.evaluation.num_prompts = 500  # the first so many of the file, or all that it has
-    c.evaluation.batch_size = 8  # pictures at a time, over all devices together; rounded up so that they can be split
-    c.evaluation.eta = 0.0  # deterministic DDIM
-    c.evaluation.every = 0  # batches between two measurements of the tuned model, for curves; 0: at the end only
-    # Of METRICS in evaluation/metrics.py, the first of which leads the report, and of docs/metrics.md: those score the
-    # images at the end, as files would be, NAME or NAME=PLACE; one that cannot be loaded is told and left out.
-    c.evaluation.metrics = ("preference_score", "alignment_top1", "colorfulness")
-    c.evaluation.judge = (
-        "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"  # CLIP of alignment_top1
-    )
+    c.evaluation.metrics = ("preference_score", "alignment_top1", "colorfulness")  # see tuning_config.py
     return c
 
 
-RANGES = BASE_RANGES | {
+BATCHES = ("prompts_per_batch", "train.minibatch_size")  # sizes that the devices split
+RANGES = TUNING_RANGES | {
     "num_batches": Range(1, MAX_COUNT),
     "prompts_per_batch": Range(1, MAX_BATCH),
-    "sampling.num_steps": Range(2, 1000),
     "sampling.num_plain_steps": Range(0, 999),
     "sampling.num_candidates": Range(2, 1024),
     "sampling.num_inner_steps": Range(0, 999),
-    "sampling.height": Range(8, MAX_PIXELS, optional=True),
-    "sampling.width": Range(8, MAX_PIXELS, optional=True),
-    "sampling.guidance_scale": Range(0.0, 1000.0),
     "sampling.eta": Range(0.0, 1.0, open="low", why="because candidates differ only by their noise"),
     "scorer.chunk": Range(1, MAX_BATCH, special=(0, "no limit")),
     "pairs.threshold": Range(0.0, 1.0, open="high"),
     "loss.beta": Range(1e-6, 1e6),
     "loss.clip_range": Range(1e-6, 1.0, open="high"),
-    "lora.rank": Range(1, 4096, special=(0, "full fine-tuning")),
     "train.minibatch_size": Range(1, MAX_BATCH),
-    "validation.every": Range(1, MAX_COUNT, special=(0, "none")),
-    "validation.num_prompts": Range(1, MAX_BATCH),
-    "evaluation.num_prompts": Range(1, MAX_COUNT),
-    "evaluation.batch_size": Range(1, MAX_BATCH),
-    "evaluation.every": Range(1, MAX_COUNT, special=(0, "at the end only")),
-    "evaluation.eta": Range(0.0, 1.0),
 }
 
 
 def check(config: ConfigDict, num_devices: int = 1) -> None:
     """Raises UserError for a value that no run on so many devices can use, by its key."""
     # These import the networks; a config file is read without them.
-    from spo_jax.evaluation.image_metrics import IMAGE_METRICS
-    from spo_jax.evaluation.metrics import METRICS
     from spo_jax.formats.scorers import load_function
     from spo_jax.preference.losses import OBJECTIVES
     from spo_jax.preference.scorers import SCORERS
 
-    check_base(config, RANGES, ("prompts_per_batch", "train.minibatch_size"), num_devices)
-    metrics = config.evaluation.metrics
-    unknown = {name for name in metrics if name not in METRICS and name.partition("=")[0] not in IMAGE_METRICS}
+    check_base(config, RANGES, BATCHES, num_devices)
     sampling, num_pool_steps = config.sampling, config.sampling.num_steps - config.sampling.num_plain_steps
     refuse(
         config,
@@ -135,8 +99,7 @@ def check(config: ConfigDict, num_devices: int = 1) -> None:
             ("sampling.continuation", sampling.continuation in ("random", "win"), "random or win"),
             ("scorer.kind", config.scorer.kind in SCORERS, " or ".join(SCORERS)),
             ("loss.kind", config.loss.kind in OBJECTIVES, " or ".join(OBJECTIVES)),
-            ("evaluation.metrics", bool(metrics) and not unknown, f"some of {', '.join([*METRICS, *IMAGE_METRICS])}"),
-            ("lora.init", not (config.lora.init and config.lora.rank == 0), "empty where lora.rank is 0"),
+            *tuning_rules(config),
         ],
     )
     objective, num_inner = OBJECTIVES[config.loss.kind], sampling.num_inner_steps

@@ -10,16 +10,16 @@ from ml_collections import ConfigDict
 
 from spo_jax import rng
 from spo_jax.data.prompts import num_batches
-from spo_jax.distributed.processes import is_main_process
-from spo_jax.errors import notice
-from spo_jax.formats.tokenizers import cut_warning, tokenizers_of
+from spo_jax.distributed.processes import say
+from spo_jax.runs.held_out import cut_texts, encode_held_out, measure_curve, show_validation
 from spo_jax.runs.load import Weights
 from spo_jax.runs.loop import Loop, RunFolder, Unit
-from spo_jax.spo.assemble import SPO, assemble
-from spo_jax.spo.evaluation import encode_held_out, finish, measure_curve, show_validation, write_result
+from spo_jax.runs.result import finish, write_result
+from spo_jax.spo.assemble import assemble
 from spo_jax.spo.rollout import rollout_metrics
 from spo_jax.spo.steps import collect, draw, next_prompts, run_updates
-from spo_jax.spo.update import clipped_warning, update_metrics
+from spo_jax.spo.update import clipped_warning, nothing_learned, update_metrics
+from spo_jax.spo.words import words_of
 
 
 def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object] | None:
@@ -38,11 +38,10 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
     say(cut_texts(spo, spo.prompts, "training prompts"), cut_texts(spo, spo.held_out, "held-out prompts"))
 
     root, rows = jax.random.key(config.seed), []
-    evaluation_key = rng.stream(root, "evaluation")
     unit = Unit("SPO", "batch", config.num_batches)
     with Loop(folder, spo.state, unit) as loop:
         if config.lora.rank:
-            loop.on_save = lambda state: write_result(folder.path, spo, state.result)
+            loop.on_save = lambda state: write_result(folder.path, spo.pipeline, state.result)
         held_out = encode_held_out(spo)
         for batch in loop.steps():
             start, key = time.time(), rng.stream(root, "rollout", batch)
@@ -58,7 +57,7 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
             loop.advance(state)
             curve = {}
             if loop.due(config.evaluation.every):
-                curve = measure_curve(spo, loop, held_out, evaluation_key)
+                curve = measure_curve(spo, loop, held_out)
             rows.append(
                 {
                     "epoch": batch // num_batches(len(spo.prompts), config.prompts_per_batch),
@@ -77,17 +76,8 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
             if loop.due(config.checkpoint.every):
                 loop.save()
             if loop.due(config.validation.every):
-                show_validation(spo, loop, folder.path, held_out, evaluation_key)
-    return None if loop.preempted() else finish(spo, loop, folder.path, held_out, evaluation_key, began)
-
-
-def cut_texts(spo: SPO, texts: list[str], what: str) -> str | None:
-    """What to tell a user of texts that are longer than a tokenizer takes."""
-    return cut_warning([*tokenizers_of(spo.pipeline), spo.tokenizer], texts, what)
-
-
-def say(*sentences: str | None) -> None:
-    """Says those that there are on stderr, once, in the first process."""
-    for sentence in sentences:
-        if sentence and is_main_process():
-            notice(sentence)
+                show_validation(spo, loop, held_out)
+    if loop.preempted():
+        return None
+    unlearned = nothing_learned(config, int(loop.state.step))
+    return finish(spo, loop, held_out, words_of(config, len(spo.prompts)), began, unlearned)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from spo_jax.data.prompts import batch_indices
-from spo_jax.distributed.offload import to_device
+from spo_jax.runs.held_out import encode_texts
 from spo_jax.runs.state import TrainState
-from spo_jax.sampling.encode import shard_prompts, tokens_of
+from spo_jax.sampling.encode import shard_prompts
 from spo_jax.spo.assemble import SPO, sampler
 from spo_jax.spo.rollout import Rollout
 from spo_jax.spo.update import UpdateMetrics
@@ -23,21 +20,6 @@ def next_prompts(spo: SPO, batch: int) -> PromptBatch:
     config = spo.config
     indices = batch_indices(len(spo.prompts), config.prompts_per_batch, config.seed, batch)
     return shard_prompts(encode_texts(spo, [spo.prompts[i] for i in indices]), spo.mesh)
-
-
-def encode_texts(spo: SPO, texts: Sequence[str]) -> PromptBatch:
-    """Encodes any number of prompts, ``config.prompts_per_batch`` at a time; all devices have the result."""
-    params = to_device(spo.text_params)
-
-    def encode(some: list[str]) -> PromptBatch:
-        return spo.programs["encode"](params, *tokens_of(spo.pipeline, spo.tokenizer, some))
-
-    pieces = list(in_pieces(encode, texts, spo.config.prompts_per_batch))
-    if len(pieces) == 1:
-        return pieces[0]
-    rows = [(piece.embeddings, piece.scorer_text, piece.added) for piece in pieces]
-    embeddings, scorer_text, added = jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
-    return pieces[0].replace(embeddings=embeddings, scorer_text=scorer_text, added=added)
 
 
 def draw(spo: SPO, state: TrainState, prompts: PromptBatch, key: jax.Array) -> Pool:
@@ -62,15 +44,3 @@ def run_updates(
         state, metrics = spo.programs["update"](state, spo.params["unet"], *minibatch)
         updates.append(metrics)
     return state, jax.device_get(updates)
-
-
-def in_pieces(function: Callable[[list[str]], PyTree], texts: Sequence[str], size: int) -> Iterator[PyTree]:
-    """``function`` of ``size`` texts at a time, so that one program serves any number of them.
-
-    The last piece is filled up with texts from the start, and its result cut; arrays whose first axis is not ``size``
-    (those of the negative prompt) stay as they are.
-    """
-    for start in range(0, len(texts), size):
-        result = function([texts[i % len(texts)] for i in range(start, start + size)])
-        left = len(texts) - start
-        yield result if left >= size else jax.tree.map(lambda x, left=left: x[:left] if len(x) == size else x, result)

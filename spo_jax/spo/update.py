@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import chex
 import flax.struct
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict
 from spo_jax.diffusion.guidance import GuidedPrediction, interleave
 from spo_jax.diffusion.process import Process
 from spo_jax.preference.losses import LossOptions, Objective, PairLoss, PairOutputs
-from spo_jax.runs.metrics import METRICS_FILE, REWARDS
+from spo_jax.runs.metrics import REWARDS
 from spo_jax.runs.state import Optimizer, TrainState
 from spo_jax.types import PreferencePairs, PromptBatch
 
@@ -154,13 +153,10 @@ def clipped_warning(rows: Sequence[Mapping[str, float]]) -> str | None:
     )
 
 
-def nothing_learned(config: ConfigDict, num_updates: int, adapters: PyTree | None) -> str | None:
-    """What to tell a user whose run has ended as it began, and why; None if it has learned.
+def nothing_learned(config: ConfigDict, num_updates: int) -> str | None:
+    """What to tell a user whose run had no pair, or too few for a step; None if it had enough.
 
-    Args:
-      config: of the run.
-      num_updates: minibatches of pairs since its start.
-      adapters: the result, if it is adapters; all of their B are zero at first. None after full fine-tuning.
+    ``num_updates`` are minibatches of pairs since its start.
     """
     train = config.train
     if num_updates == 0:
@@ -172,12 +168,5 @@ def nothing_learned(config: ConfigDict, num_updates: int, adapters: PyTree | Non
         return (
             f"warning: nothing was learned: there were {num_updates} minibatches, fewer than "
             f"config.train.accumulation_steps = {train.accumulation_steps}; lower it, or train on more batches."
-        )
-    flat = flax.traverse_util.flatten_dict(adapters or {})
-    if flat and not any(np.any(value) for path, value in flat.items() if path[-1] == "B"):
-        return (
-            f"warning: nothing was learned: after {num_updates} minibatches every adapter is still zero; grad_norm in "
-            f"{METRICS_FILE} shows whether there were gradients, and config.train.learning_rate, max_grad_norm and "
-            "adam_eps what became of them."
         )
     return None

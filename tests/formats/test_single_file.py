@@ -4,7 +4,6 @@ import functools
 import json
 import pickle
 import zipfile
-from types import SimpleNamespace
 
 import chex
 import flax.traverse_util
@@ -29,7 +28,7 @@ from spo_jax.formats.write_pipeline import write_pipeline
 from spo_jax.models import published
 from spo_jax.planning.shapes import Shapes
 from spo_jax.runs.artifacts import artifacts_of, take_stock
-from spo_jax.spo.evaluation import write_result
+from spo_jax.runs.result import write_result
 from tests.small_pipeline import small_pipeline
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
@@ -391,7 +390,7 @@ def test_a_folder_can_be_made_of_a_file_and_the_other_way_round(tmp_path, small_
 
 def test_training_the_whole_unet_of_a_file_leaves_a_folder(tmp_path, small_file):
     _, pipeline = small_file
-    write_result(tmp_path, SimpleNamespace(pipeline=pipeline), {"params": pipeline.params["unet"]})
+    write_result(tmp_path, pipeline, {"params": pipeline.params["unet"]})
     found = read_pipeline(tmp_path / "model")
     chex.assert_trees_all_equal(found.params, pipeline.params)
     assert found.unet == pipeline.unet and found.image_size == pipeline.image_size

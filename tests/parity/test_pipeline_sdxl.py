@@ -29,12 +29,13 @@ from spo_jax.formats.write_pipeline import write_pipeline
 from spo_jax.methods import train
 from spo_jax.models import CLIPTextModel as OurCLIPTextModel
 from spo_jax.models.lora import merge_lora
+from spo_jax.runs.held_out import encode_texts
 from spo_jax.runs.load import Weights
 from spo_jax.runs.metrics import read_metrics
 from spo_jax.sampling.encode import encode_prompts, make_encode, shard_prompts
 from spo_jax.sampling.generate import SamplingOptions, make_generate
 from spo_jax.spo.assemble import assemble
-from spo_jax.spo.steps import collect, draw, encode_texts, run_updates
+from spo_jax.spo.steps import collect, draw, run_updates
 from tests.lora_files import random_adapters
 from tests.parity.test_live_pytorch import randomize
 from tests.preference_data import record

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from configs import spm_tiny, tiny
 from spo_jax.errors import UserError
 from spo_jax.runs.optimizer import make_optimizer
+from spo_jax.runs.result import still_zero
 from spo_jax.spm import config as spm_config
 from spo_jax.spo import config as spo_config
 from spo_jax.spo.update import nothing_learned
@@ -164,10 +165,10 @@ def test_the_end_of_a_run_that_learned_nothing_names_the_reason():
     config, zeros = tiny.get_config(), {"down": {"to_q": {"A": np.ones((3, 2)), "B": np.zeros((2, 3))}}}
     config.train.accumulation_steps = 4
     learned = {"down": {"to_q": {"A": np.ones((3, 2)), "B": np.full((2, 3), 1e-30)}}}
-    assert nothing_learned(config, 4, learned) is None and nothing_learned(config, 4, None) is None
-    for num_updates, words in ((0, "config.pairs.threshold = 0.3"), (3, "fewer than"), (4, "adapter is still zero")):
-        assert words in nothing_learned(config, num_updates, zeros)
-    assert "no two candidates" in nothing_learned(config, 0, None)
+    assert still_zero(learned, 4) is None and still_zero(None, 4) is None and nothing_learned(config, 4) is None
+    for num_updates, words in ((0, "no two candidates"), (0, "config.pairs.threshold = 0.3"), (3, "fewer than")):
+        assert words in nothing_learned(config, num_updates)
+    assert "after 4 minibatches every adapter is still zero" in still_zero(zeros, 4)
 
 
 @given(key=st.sampled_from(KEYS), value=st.one_of(st.floats(), st.integers()))

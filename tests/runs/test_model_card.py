@@ -14,13 +14,15 @@ from configs import recorded, sd15, sdxl, spm_sd15, spm_sdxl, spm_tiny, tiny
 from spo_jax.formats.hub import local
 from spo_jax.formats.lora_write import write_lora
 from spo_jax.runs.sources import licence_of, source_of, url_of
+from spo_jax.runs.tuning_card import write_model_card
 from spo_jax.spm.card import write_preference_card
-from spo_jax.spo.card import write_model_card
+from spo_jax.spo.words import words_of
 from tests import pictures
 from tests.metrics import all_metrics
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SHEET = "validation/batch_000060.png"
 SECTIONS = ["## Made from", "## Results", "## Use", "## Repeat", "## Limits", "## Citation"]
 
 
@@ -39,8 +41,8 @@ def make_summary(config):
 def make_card(folder, config, **changes):
     config.update_from_flattened_dict(changes)
     (folder / "README.md").unlink(missing_ok=True)
-    facts = {"summary": make_summary(config), "metrics": all_metrics(), "num_prompts": 4000}
-    write_model_card(folder / "README.md", **facts, xl="xl" in config.model)
+    facts = {"summary": make_summary(config), "metrics": all_metrics(), "sheet": SHEET}
+    write_model_card(folder / "README.md", words_of(config, 4000), **facts, xl="xl" in config.model)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -186,7 +188,7 @@ def test_the_code_for_a_whole_model_runs(tmp_path, monkeypatch):
 
 
 def test_pictures_are_shown_where_there_are_some(tmp_path):
-    sheet = tmp_path / "validation" / "batch_000060.png"
+    sheet = tmp_path / SHEET
     assert "](validation" not in make_card(tmp_path, tiny.get_config())
     sheet.parent.mkdir()
     sheet.touch()
@@ -274,7 +276,6 @@ def test_a_recorded_config_comes_back(tmp_path, config):
 def test_a_card_that_its_owner_has_changed_stays(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     config = tiny.get_config()
-    write_model_card(
-        tmp_path / "README.md", summary=make_summary(config), metrics=all_metrics(), num_prompts=1, xl=False
-    )
+    facts = {"summary": make_summary(config), "metrics": all_metrics(), "sheet": SHEET}
+    write_model_card(tmp_path / "README.md", words_of(config, 1), **facts, xl=False)
     assert (tmp_path / "README.md").read_text() == "mine"

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from spo_jax.runs.metrics import write_summary
-from spo_jax.spo.report import write_report
+from spo_jax.runs.tuning_report import write_report
+from spo_jax.spo.config import get_config
+from spo_jax.spo.words import words_of
 from tests.metrics import all_metrics
 
 KEYS = "loss preference_score_mean preference_score_std valid_fraction win_ratio lose_ratio win_clipped lose_clipped"
@@ -39,7 +41,7 @@ def make_summary(**changes):
 
 def make_page(tmp_path, summary=None, rows=ROWS, samples=()):
     options = {"metrics": all_metrics(), "rows": rows, "samples": list(samples)}
-    write_report(tmp_path / "report.html", summary=summary or make_summary(), **options)
+    write_report(tmp_path / "report.html", words_of(get_config(), 4000), summary=summary or make_summary(), **options)
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 

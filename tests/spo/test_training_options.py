@@ -22,6 +22,7 @@ from spo_jax.models import UNet2DConditionModel
 from spo_jax.models.lora import init_lora
 from spo_jax.preference.losses import PairLoss
 from spo_jax.preference.scorers import ImageScorer, ScorerSetup, image_candidates_scorer
+from spo_jax.runs.held_out import encode_texts, untrained
 from spo_jax.runs.load import Weights
 from spo_jax.runs.optimizer import make_optimizer
 from spo_jax.runs.state import Optimizer, TrainState
@@ -30,8 +31,7 @@ from spo_jax.sampling.generate import make_decode
 from spo_jax.spo import config as spo_config
 from spo_jax.spo.assemble import assemble
 from spo_jax.spo.config import check as check_config
-from spo_jax.spo.evaluation import untrained
-from spo_jax.spo.steps import collect, draw, encode_texts, run_updates
+from spo_jax.spo.steps import collect, draw, run_updates
 from spo_jax.spo.update import CLIPPED_BATCHES, clipped_warning, make_update
 from spo_jax.types import Candidates, PreferencePairs
 from tests.small_pipeline import small_pipeline

@@ -1,4 +1,4 @@
-"""The model card of a run of SPO: adapters, or a model whose whole UNet was trained."""
+"""The model card of a run that has tuned a UNet: adapters, or a model whose whole UNet was trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from spo_jax.formats.remote import is_weight_file
 from spo_jax.runs.html import number
 from spo_jax.runs.metrics import Summary
 from spo_jax.runs.model_card import (
-    PAPER,
     code,
     command,
     ending,
@@ -28,36 +27,35 @@ from spo_jax.runs.model_card import (
     write_card,
 )
 from spo_jax.runs.sources import source_of
+from spo_jax.runs.words import Words
 
 _PART_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 _PROMPT = "a fox on a teal background"
 
 
 def write_model_card(
-    path: str | Path, *, summary: Summary, metrics: Mapping[str, Described], num_prompts: int, xl: bool
+    path: str | Path, words: Words, *, summary: Summary, metrics: Mapping[str, Described], sheet: str, xl: bool
 ) -> None:
     """Writes the card, ``README.md`` in the --workdir of the run, of what ``summary.json`` holds.
 
-    ``num_prompts`` are those of the training file; ``xl`` tells whether the base model is a
-    ``StableDiffusionXLPipeline``.
+    ``words`` are the method's; ``sheet`` is the file of the last validation images, shown if it is there; ``xl`` tells
+    whether the base model is a ``StableDiffusionXLPipeline``.
     """
     path, config = Path(path), summary["config"]
     full = config["lora"]["rank"] == 0
     family = [] if is_emoji(config["model"]) else ["stable-diffusion-xl" if xl else "stable-diffusion"]
-    tags = ["text-to-image", "diffusers", *family, *([] if full else ["lora"]), "spo", "preference-optimization"]
-    file_name = re.sub(r"[^A-Za-z0-9_-]+", "-", path.absolute().parent.name).strip("-") or "spo"
-    sheet = f"validation/batch_{config['num_batches']:06d}.png"
+    method = config["method"]
+    tags = ["text-to-image", "diffusers", *family, *([] if full else ["lora"]), method, "preference-optimization"]
+    file_name = re.sub(r"[^A-Za-z0-9_-]+", "-", path.absolute().parent.name).strip("-") or method
     shown_there = (
         f"![Pictures of the tuned model]({sheet})\n\nThe tuned model on the first held-out prompts, not a selection.\n"
     )
     _, strength = with_strength(config["lora"]["init"])
     notes = {
         "lora.init": "" if strength == 1 else f", at strength {code(strength)}",
-        "prompts": f", {num_prompts}",
         "evaluation.prompts": f", the first {summary['num_prompts']}",
+        **words.notes,
     }
-    function = config["scorer"]["fn"]
-    own = [("preference model", f"{code(function)}, a function of the user", "")] if function else []
     sections = [
         front_matter(
             config["model"],
@@ -66,30 +64,29 @@ def write_model_card(
             pipeline_tag="text-to-image",
             tags=tags,
         ),
-        _introduction(config, full),
+        _introduction(config, words, full),
         shown_there if (path.parent / sheet).is_file() else "",
-        made_from(config, notes, *own),
+        made_from(config, notes, *words.more),
         _results(summary, metrics),
         "## Use\n\n### diffusers\n",
         _diffusers(config, xl, full),
         _other_programs(config, full, file_name),
         "### spo_jax\n\nWORKDIR is this folder.\n",
         _generate(config, full),
-        *ending(summary, config["model"], "pictures"),
+        *ending(summary, config["model"], "pictures", words.limits, words.paper),
     ]
     write_card(path, sections)
 
 
-def _introduction(config: Mapping[str, Any], full: bool) -> str:
+def _introduction(config: Mapping[str, Any], words: Words, full: bool) -> str:
     source = source_of(config["model"])
     base = code(source.repo if source is not None else local_name(config["model"]))
     what = "The UNet" if full else "LoRA adapters for the UNet"
     learned = "was trained as a whole" if full else "were trained"
     return (
-        f"# {base} with preferences (SPO{'' if full else ' LoRA'})\n\n"
-        f"{what} of {shown(config['model'])}, which {learned} with Step-by-step Preference Optimization ({PAPER}) by "
-        "`spo_jax`. At each denoising step a preference model has told which of some candidates is better, and the "
-        "model has learned to make the better ones.\n"
+        f"# {base} with preferences ({words.name}{'' if full else ' LoRA'})\n\n"
+        f"{what} of {shown(config['model'])}, which {learned} with {words.training} ({words.paper.link}) by `spo_jax`. "
+        f"{words.introduction}\n"
     )
 
 
