@@ -265,6 +265,7 @@ def _pairs(made: SPM, size: int) -> LabelledPairs:
     blank = PairBatch(
         images=np.zeros((size, 2, *made.pipeline.image_size, 3), np.uint8),
         captions=[""] * size,
+        crops=np.zeros((size, 2, 4), np.int32),
         labels=np.zeros((size, 2), np.float32),
         weights=np.zeros(size, np.float32),
         positions=np.zeros(size, np.int64),
