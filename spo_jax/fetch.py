@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spo_jax import cli
+from spo_jax.data.places import pairs_folder
 from spo_jax.formats.download import (
     bytes_to_fetch,
     cache_folder,
@@ -30,7 +31,6 @@ from spo_jax.formats.download import (
     partial_bytes,
     size_of,
 )
-from spo_jax.formats.hub import local
 from spo_jax.runs import artifacts
 from spo_jax.runs.artifacts import Stock
 
@@ -98,7 +98,7 @@ def inventory(config: ConfigDict, stocks: Sequence[Stock]) -> str:
             size = f"{in_bytes(file.size)}" if file.size >= 0 else "size not known"
             lines.append(f"        {file.path}, {size}" + (f", of it here {in_bytes(part)}" if part else ""))
     for pairs in artifacts.pairs_of(config):  # they are not fetched, because Pick-a-Pic has left the hub
-        here = local(pairs.name.partition("@")[0]).is_dir()
+        here = pairs_folder(pairs.name.partition("@")[0]).is_dir()
         state = "here" if here else "missing; make it with spo_jax.prepare, as the top of the config file says"
         lines += [f"pairs (config.{pairs.key}): {state}", f"    {pairs.name}"]
     return "\n".join([*lines, _total(stocks)])

@@ -12,7 +12,7 @@ from spo_jax.errors import UserError, notice
 
 # Each is a folder of the package with ``config.py`` (get_config, BATCHES, RANGES, check), ``assemble.py`` and
 # ``recipe.py``.
-METHODS = ("spo", "spm")
+METHODS = ("spo", "dpo", "spm")
 
 
 def module_of(method: str, name: str) -> ModuleType:
@@ -47,7 +47,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, object] | None:
     platform = attention.platform_of(mesh.devices.flat[0])
     attention.check_kind(config.attention, platform, config.dtype)
     wandb_run.check(config)
-    for name in (config.data.train, config.data.validation) if "data" in config else ():
+    for name in filter(None, (config.data.train, config.data.validation) if "data" in config else ()):
         open_pairs(name)  # nothing is fetched for a run whose pairs are not there
     config, pins = artifacts.ready(config, workdir)
     notice(attention.describe_choice(config.attention, platform, config.dtype))

@@ -17,14 +17,16 @@ import sys
 import threading
 from collections import Counter
 from multiprocessing import parent_process
-from pathlib import Path
+from typing import NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from spo_jax.data.records import FAULTS, Fault, Records, decode_pair
+from spo_jax.data.augmentation import NO_AUGMENTATION, Augmentation, check_augmentation, draw_views
+from spo_jax.data.places import EMOJI_PAIRS, pairs_folder
+from spo_jax.data.records import FAULTS, Fault, Records, decode_pair, is_tied
 from spo_jax.errors import UserError
 from spo_jax.formats.json_files import Json
 
@@ -37,6 +39,9 @@ class PairBatch:
 
     captions: list[str]
     images: np.ndarray  # uint8 [B, 2, H, W, 3]
+    # int32 [B, 2, 4]: of each image its original height and width, and top and left of the cut in the resized image,
+    # before it was mirrored; what SDXL is told. 0 in rows without a record.
+    crops: np.ndarray
     labels: np.ndarray  # float32 [B, 2], preference for each image; they add up to 1, a tie is (0.5, 0.5)
     weights: np.ndarray  # float32 [B], 1 / num_example_per_prompt; 0 where there is no record, or none that can be used
     positions: np.ndarray  # int64 [B], place in the stream over all epochs and processes; -1 for rows of weight 0
@@ -44,18 +49,25 @@ class PairBatch:
 
 def open_pairs(name: str) -> Records:
     """The records of ``FOLDER@SPLIT``, as ``python -m spo_jax.prepare`` has written them: has a length and an index.
-    UserError if there is no such folder, split or file of it, or its preparation has not come to an end."""
+
+    ``emoji:pairs@SPLIT`` are those of the emoji world, which ``python -m spo_jax.emoji.pairs --prepared`` makes.
+
+    UserError if there is no such folder, split or file of it, or its preparation has not come to an end.
+    """
     from spo_jax.data.builder import INFO, open_builder  # tfds: the loader does not need it
 
-    folder, at, split = os.path.expanduser(name).rpartition("@")
-    if not (at and folder and split):
+    place, at, split = name.rpartition("@")
+    if not (at and place and split):
         raise UserError(f"Data {name!r} must be written as FOLDER@SPLIT, for example data/pickapic@train.")
-    if not (Path(folder) / INFO).is_file():
+    folder = pairs_folder(place)
+    if not (folder / INFO).is_file():
+        if place == EMOJI_PAIRS:
+            raise UserError(f"{name} is not here yet; python -m spo_jax.emoji.pairs --prepared makes it, in minutes.")
         raise UserError(
             f"Folder {folder} holds no prepared data (or its preparation was interrupted); "
             f"run python -m spo_jax.prepare --source=... --split={split} --out={folder}."
         )
-    builder = open_builder(Path(folder))
+    builder = open_builder(folder)
     splits = builder.info.splits
     if split not in splits:
         raise UserError(f"Folder {folder} has no split {split!r}, only {', '.join(sorted(splits))}.")
@@ -83,6 +95,8 @@ class PairLoader:
       num_workers: processes that decode; 0 does it here.
       strict: a fault ends the run.
       keep_only_with_label: leaves out records whose ``has_label`` is false, which counts as unlabelled, not as a fault.
+      drop_ties: leaves out records whose labels are equal, which counts as tied, not as a fault.
+      augmentation: see there. A state goes on with another one as well.
       process_index, process_count: which share of each batch this process takes.
 
     Raises:
@@ -102,21 +116,25 @@ class PairLoader:
         num_workers: int = 2,
         strict: bool = False,
         keep_only_with_label: bool = True,
+        drop_ties: bool = False,
+        augmentation: Augmentation = NO_AUGMENTATION,
         process_index: int = 0,
         process_count: int = 1,
     ):
         if not (batch_size > 0 and num_workers >= 0 and 0 <= process_index < process_count):
             raise ValueError(f"{batch_size=}, {num_workers=}, {process_index=} of {process_count=} do not make sense.")
+        check_augmentation(augmentation)
         self._batch_size, self._size, self._strict = batch_size, size, strict
         self._process_index, self._process_count = process_index, process_count
         self._stream = {"num_records": len(source), "seed": seed, "shuffle": shuffle}
-        self._stream["keep_only_with_label"] = keep_only_with_label
-        self._position, self._counts = 0, dict.fromkeys(("used", "unlabelled", *FAULTS), 0)
+        self._stream |= {"keep_only_with_label": keep_only_with_label, "drop_ties": drop_ties}
+        self._position, self._counts = 0, dict.fromkeys(("used", "unlabelled", "tied", *FAULTS), 0)
         if state is not None:
             self._restore(state)
         self._end = None if num_epochs is None else num_epochs * len(source)
         self.num_batches = None if self._end is None else -(-self._end // (batch_size * process_count))
-        self._decode = functools.partial(_decode, source, size, keep_only_with_label)
+        reading = _Reading(size, seed, augmentation, keep_only_with_label, drop_ties)
+        self._decode = functools.partial(_decode, source, reading)
         self._some_usable = False  # as far as is known
 
         records = grain.MapDataset.range(len(source)).seed(seed % 2**32)
@@ -159,13 +177,14 @@ class PairLoader:
         # Not before: what an interruption finds half collected has not been handed out.
         self._position = behind
         self._counts = {name: count + outcomes.count(name) for name, count in self._counts.items()}
-        images, labels = np.zeros((2, *self._size, 3), np.uint8), np.full(2, 0.5, np.float32)
-        filler: Json = {"caption": "", "images": images, "labels": labels, "weight": 0.0, "position": -1}
+        filler: Json = {"caption": "", "images": np.zeros((2, *self._size, 3), np.uint8), "weight": 0.0, "position": -1}
+        filler |= {"crops": np.zeros((2, 4), np.int32), "labels": np.full(2, 0.5, np.float32)}
         full = [filler if "reason" in row else row for row in rows]
         full += [filler] * (self._batch_size - len(full))
         return PairBatch(
             captions=[row["caption"] for row in full],
             images=np.stack([row["images"] for row in full]),
+            crops=np.stack([row["crops"] for row in full]),
             labels=np.stack([row["labels"] for row in full]),
             weights=np.array([row["weight"] for row in full], np.float32),
             positions=np.array([row["position"] for row in full], np.int64),
@@ -174,8 +193,8 @@ class PairLoader:
     def state(self) -> Json:
         """What has been handed out so far, as JSON can hold it: the next position, counts, and which stream it is.
 
-        Position and stream are those of all processes. ``counts`` has ``used``, ``unlabelled`` and the names in
-        ``FAULTS``: the records of this process's share since it began, and on process 0 those of the state that it
+        Position and stream are those of all processes. ``counts`` has ``used``, ``unlabelled``, ``tied`` and the names
+        in ``FAULTS``: the records of this process's share since it began, and on process 0 those of the state that it
         began with. A checkpoint keeps the ``total_state`` of it.
         """
         return {"position": self._position, "counts": dict(self._counts), "stream": dict(self._stream)}
@@ -185,10 +204,11 @@ class PairLoader:
         self._rows.close()
 
     def _restore(self, state: Json) -> None:
+        saved = {"drop_ties": False} | state["stream"]  # earlier versions kept them, and have no such key
         for key, value in self._stream.items():
-            if state["stream"].get(key) != value:
+            if saved.get(key) != value:
                 raise UserError(
-                    f"The saved state of the data has {key} = {state['stream'].get(key)}, this run {value}; "
+                    f"The saved state of the data has {key} = {saved.get(key)}, this run {value}; "
                     "go on with the data and settings it was saved with, or start anew."
                 )
         self._position = state["position"]
@@ -207,17 +227,30 @@ class PairLoader:
         raise UserError(f"None of the {reasons.total()} records of the data can be used ({counts}).")
 
 
-def _decode(source: Records, size: tuple[int, int], keep_only_with_label: bool, position: int, number: int) -> Json:
+class _Reading(NamedTuple):
+    """How a worker reads records; see ``PairLoader``."""
+
+    size: tuple[int, int]
+    seed: int
+    augmentation: Augmentation
+    keep_only_with_label: bool
+    drop_ties: bool
+
+
+def _decode(source: Records, reading: _Reading, position: int, number: int) -> Json:
     """What a worker does: (position in the stream, record number) to a row, or the reason why there is none."""
     row = {"position": position, "record": number}
     try:
         record = source[number]
     except Exception:  # array_record and tfds raise whatever they meet in a damaged file
         return {**row, "reason": "record_broken"}
-    if keep_only_with_label and not record["has_label"]:
+    if reading.keep_only_with_label and not record["has_label"]:
         return {**row, "reason": "unlabelled"}
+    if reading.drop_ties and is_tied(record):
+        return {**row, "reason": "tied"}
+    views = draw_views(reading.augmentation, reading.seed, position)
     try:
-        return {**row, **decode_pair(record, size)}
+        return {**row, **decode_pair(record, reading.size, views)}
     except Fault as fault:
         return {**row, "reason": str(fault)}
 

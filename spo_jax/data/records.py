@@ -5,14 +5,17 @@ Every fault has a name in ``FAULTS``; it is the name under which the record is c
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Protocol, TypedDict
 
 import numpy as np
 from PIL import Image
 
+from spo_jax.data.augmentation import CENTERED, View
 from spo_jax.formats.json_files import Json
 
 MAX_CAPTION_BYTES = 100_000
@@ -80,26 +83,86 @@ def fault_of(record: Record) -> str | None:
     return None
 
 
-def decode_pair(record: Record, size: tuple[int, int]) -> Json:
-    """What is trained on: ``caption`` str, ``images`` uint8 [2, H, W, 3], ``labels`` float32 [2], ``weight`` float;
-    Fault if the record cannot be used."""
+def is_tied(record: Record) -> bool:
+    """Whether nobody is known to prefer either picture: the labels are equal, and nothing is wrong at first sight."""
+    return record["label_0"] == record["label_1"] and fault_of(record) is None
+
+
+def decode_pair(record: Record, size: tuple[int, int], views: tuple[View, View] = (CENTERED, CENTERED)) -> Json:
+    """What is trained on: ``caption`` str, ``images`` uint8 [2, H, W, 3], ``crops`` int32 [2, 4] as ``view_picture``
+    gives them, ``labels`` float32 [2], ``weight`` float; Fault if the record cannot be used."""
     if fault := fault_of(record):
         raise Fault(fault)
+    encoded = record["image_0"], record["image_1"]
+    images, crops = zip(
+        *(view_picture(data, size, view) for data, view in zip(encoded, views, strict=True)), strict=True
+    )
     return {
         "caption": record["caption"].decode("utf-8").strip(),
-        "images": np.stack([decode_picture(encoded, size) for encoded in (record["image_0"], record["image_1"])]),
+        "images": np.stack(images),
+        "crops": np.stack(crops),
         "labels": np.array([record["label_0"], record["label_1"]], np.float32),
         "weight": 1 / record["num_example_per_prompt"],
     }
 
 
 def decode_picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
-    """An encoded image as uint8 [H, W, 3]: RGB, resized to cover ``size`` = (H, W), cut to it around its centre.
+    """An encoded image as uint8 [H, W, 3], cut around its centre; see ``view_picture``."""
+    return view_picture(data, size, CENTERED)[0]
 
-    As in the released code (transformers' CLIP processor on PIL): bicubic with antialias, the longer side rounded down,
-    transparency dropped, orientation tags ignored. 16 bits are scaled to 8. Fault if it is no image of an allowed
-    format, damaged, or too large; the size is read before anything is decoded.
+
+def view_picture(data: bytes, size: tuple[int, int], view: View) -> tuple[np.ndarray, np.ndarray]:
+    """An encoded image as uint8 [H, W, 3]: RGB, resized to cover ``size`` = (H, W), and cut to it.
+
+    With ``CENTERED`` as in the released code (transformers' CLIP processor on PIL): bicubic with antialias, the longer
+    side rounded down, cut around the centre, transparency dropped, orientation tags ignored. 16 bits are scaled to 8.
+
+    Returns:
+      The image, and int32 [4] of how it came about: height and width of the encoded image, top and left of the cut in
+      the resized one. A mirrored image keeps the ``left`` of the cut before it was mirrored.
+
+    Raises:
+      Fault: it is no image of an allowed format, damaged, or too large; the size is read before anything is decoded.
     """
+    method = Image.Resampling.BILINEAR if view.resize == "bilinear" else Image.Resampling.BICUBIC
+    with _open_picture(data) as picture:
+        width, height = picture.size
+        # The smallest size of the same aspect that covers the other.
+        if size[0] * width >= size[1] * height:
+            resized = size[0], max(size[1], size[0] * width // height)
+        else:
+            resized = max(size[0], size[1] * height // width), size[1]
+        # A line of one pixel is small, but not when it has been made as high as the others.
+        if math.prod(resized) > MAX_PICTURE_PIXELS:
+            raise Fault("picture_too_large")
+        try:
+            picture.load()  # the steps below would copy even where they change nothing
+            rgb = _as_rgb(picture)
+            if resized != (height, width):
+                rgb = rgb.resize((resized[1], resized[0]), method)
+        except Exception as error:
+            raise Fault("picture_broken") from error
+    spare = resized[0] - size[0], resized[1] - size[1]
+    if view.place is None:
+        top, left = spare[0] // 2, spare[1] // 2
+    else:  # each place as often as another
+        top, left = (int(at * (room + 1)) for at, room in zip(view.place, spare, strict=True))
+    image = np.asarray(rgb)[top : top + size[0], left : left + size[1]]
+    return image[:, ::-1] if view.mirrored else image, np.array([height, width, top, left], np.int32)
+
+
+def decode_whole(data: bytes) -> np.ndarray:
+    """An encoded image at its own size, uint8 [h, w, 3]; RGB and Fault as ``view_picture``."""
+    with _open_picture(data) as picture:
+        try:
+            return np.asarray(_as_rgb(picture))
+        except Exception as error:
+            raise Fault("picture_broken") from error
+
+
+@contextlib.contextmanager
+def _open_picture(data: bytes) -> Iterator[Image.Image]:
+    """An image of which only the header has been read; Fault if that is none, or the image too large."""
     with warnings.catch_warnings():
         # Pillow's own limit of pixels, which is higher, and its remarks about metadata.
         warnings.simplefilter("ignore")
@@ -109,24 +172,9 @@ def decode_picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
             raise Fault("picture_too_large") from error
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
             raise Fault("picture_broken") from error
-        width, height = picture.size
-        # The smallest size of the same aspect that covers the other.
-        if size[0] * width >= size[1] * height:
-            resized = size[0], max(size[1], size[0] * width // height)
-        else:
-            resized = max(size[0], size[1] * height // width), size[1]
-        # A line of one pixel is small, but not when it has been made as high as the others.
-        if max(width * height, math.prod(resized)) > MAX_PICTURE_PIXELS:
+        if math.prod(picture.size) > MAX_PICTURE_PIXELS:
             raise Fault("picture_too_large")
-        try:
-            picture.load()  # the steps below would copy even where they change nothing
-            picture = _as_rgb(picture)
-            if resized != (height, width):
-                picture = picture.resize((resized[1], resized[0]), Image.Resampling.BICUBIC)
-        except Exception as error:
-            raise Fault("picture_broken") from error
-    top, left = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
-    return np.asarray(picture)[top : top + size[0], left : left + size[1]]
+        yield picture
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:

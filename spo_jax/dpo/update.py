@@ -141,13 +141,47 @@ def errors_of(policy: jax.Array, reference: jax.Array | None, noise: jax.Array) 
     )
 
 
-def reference_variables(state: TrainState, unet: PyTree) -> PyTree:
-    """The reference in the form of the policy's variables, so that at the start both compute the same numbers."""
-    if state.reference is not None:
-        return {"params": unet, **state.reference}
-    if "lora" in state.trained:
-        return {"params": unet, "lora": jax.tree.map(jnp.zeros_like, state.trained["lora"])}
-    return {"params": unet}
+def reference_variables(trained: PyTree, reference: PyTree | None, unet: PyTree) -> PyTree:
+    """The reference's variables, in the form of the policy's, so that at the start both compute the same numbers.
+
+    Args:
+      trained: of the policy.
+      reference: of the state; None for the base model.
+      unet: the base model's parameters.
+    """
+    if reference is not None:
+        return {"params": unet, **reference}
+    return {"params": unet, **{part: jax.tree.map(jnp.zeros_like, trained[part]) for part in trained if part == "lora"}}
+
+
+# ``(trained, reference of the state, frozen, pairs, timestep, key) -> (errors, tied [B], usable [B])``.
+PairErrorsOf = Callable[
+    [PyTree, PyTree | None, dict[str, PyTree], LabelledPairs, jax.Array, jax.Array],
+    tuple[PairErrors, jax.Array, jax.Array],
+]
+
+
+def make_pair_errors(view: PairView) -> PairErrorsOf:
+    """Errors of policy and reference on a batch of pairs at one timestep, with their own prompts.
+
+    The noise of a pair is named by its place in the stream of records, and by the timestep.
+    """
+
+    def errors(
+        trained: PyTree,
+        reference: PyTree | None,
+        frozen: dict[str, PyTree],
+        pairs: LabelledPairs,
+        timestep: Int[Array, ""],
+        key: jax.Array,
+    ) -> tuple[PairErrors, jax.Array, jax.Array]:
+        keys = pair_keys(jax.random.fold_in(key, timestep), pairs.positions)
+        seen = see_pairs(view, frozen, pairs, jnp.full(len(pairs.images), timestep), keys)
+        policy = predicted_noise(view, {"params": frozen["unet"], **trained}, seen)
+        of_reference = predicted_noise(view, reference_variables(trained, reference, frozen["unet"]), seen)
+        return errors_of(policy, of_reference, seen.noise), seen.tied, seen.usable
+
+    return errors
 
 
 def make_dpo_update(
@@ -181,7 +215,7 @@ def make_dpo_update(
         seen = jax.lax.stop_gradient(seen)
         reference = None
         if objective.reads_reference:
-            variables = reference_variables(state, frozen["unet"])
+            variables = reference_variables(state.trained, state.reference, frozen["unet"])
             reference = jax.lax.stop_gradient(predicted_noise(view, variables, seen))
 
         def loss_fn(trained: PyTree) -> tuple[jax.Array, tuple[GivenPairs, jax.Array, jax.Array]]:

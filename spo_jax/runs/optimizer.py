@@ -57,6 +57,11 @@ def _adafactor(learning_rate: float | optax.Schedule, weight_decay: float) -> op
     )
 
 
+def warmup_constant(learning_rate: float, warmup_steps: int) -> optax.Schedule:
+    """``step -> learning rate``: ``learning_rate * min(1, step / warmup_steps)``, as in transformers; step from 0."""
+    return optax.linear_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else lambda _: learning_rate
+
+
 def warmup_linear_decay(
     learning_rate: float, warmup_steps: int, num_steps: int, warmup: str = "linear"
 ) -> optax.Schedule:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import flax.traverse_util
 import numpy as np
@@ -29,7 +31,14 @@ NUM_REPORT_IMAGES = 24
 
 
 def finish(
-    made: Tuning, loop: Loop, held_out: HeldOut, words: Words, began: float, unlearned: str | None = None
+    made: Tuning,
+    loop: Loop,
+    held_out: HeldOut,
+    words: Words,
+    began: float,
+    *,
+    unlearned: str | None = None,
+    more: Mapping[str, object] = MappingProxyType({}),
 ) -> dict[str, object]:
     """Measures base and tuned model and writes everything that a run leaves; returns the summary.
 
@@ -41,6 +50,7 @@ def finish(
       began: time when this process began the run.
       unlearned: what the method tells a user whose run has ended as it began; that adapters are still zero is told
         here.
+      more: what the method adds to the summary.
     """
     config, workdir, result = made.config, loop.workdir, loop.state.result
     seconds_training = loop.seconds
@@ -53,6 +63,7 @@ def finish(
         metrics |= measure_images(made, {"base": base, "tuned": tuned})
     summary = {
         **summarize(base, tuned, metrics),
+        **more,
         "seconds": round(time.time() - began + loop.extra["seconds"], 1),
         "seconds_training": round(seconds_training, 1),
         "seed": config.seed,

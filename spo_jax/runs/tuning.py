@@ -131,17 +131,24 @@ def make_metrics(
     return {name: METRICS[name](setup) for name in config.evaluation.metrics if name in METRICS}, params
 
 
-def starting_state(config: ConfigDict, optimizer: Optimizer, adapters: str) -> Callable[[PyTree], TrainState]:
+def starting_state(
+    config: ConfigDict, optimizer: Optimizer, adapters: str, *, starts_as_reference: bool = False
+) -> Callable[[PyTree], TrainState]:
     """Makes the state before the first step of the UNet's parameters: adapters, or with rank 0 a float32 copy of all.
 
-    ``adapters`` names those to start from, as ``Load.adapters`` gives it; empty for fresh ones.
+    Args:
+      config: of the run.
+      optimizer: of the state.
+      adapters: names those to start from, as ``Load.adapters`` gives it; empty for fresh ones.
+      starts_as_reference: the adapters are the reference, as they are at the start.
     """
 
     def first_state(unet: PyTree) -> TrainState:
         if config.lora.rank == 0:
             return TrainState.create({"params": jax.tree.map(lambda x: jnp.array(x, jnp.float32), unet)}, optimizer)
         key = rng.stream(jax.random.key(config.seed), "lora")
-        return TrainState.create({"lora": starting_lora(key, unet, config.lora.rank, adapters or None)}, optimizer)
+        lora = {"lora": starting_lora(key, unet, config.lora.rank, adapters or None)}
+        return TrainState.create(lora, optimizer, starts_as_reference=starts_as_reference)
 
     return first_state
 

@@ -14,9 +14,10 @@ from spo_jax.data.preferences import total_state
 from spo_jax.distributed.processes import is_main_process
 from spo_jax.images import to_uint8
 from spo_jax.runs.metrics import METRICS_FILE, read_metrics, write_summary
+from spo_jax.runs.pair_data import validation_loader
 from spo_jax.spm.card import write_preference_card
 from spo_jax.spm.report import ShownPair, write_spm_report
-from spo_jax.spm.steps import Training, best_step, validation_pairs
+from spo_jax.spm.steps import Training, best_step
 
 NUM_REPORT_PAIRS = 8
 
@@ -52,7 +53,7 @@ def finish(run: Training, began: float) -> dict[str, object]:
 def shown_pairs(run: Training) -> list[ShownPair]:
     """The first validation pairs as the last model sees them at each timestep."""
     spm = run.spm
-    with contextlib.closing(validation_pairs(run)) as loader:
+    with contextlib.closing(validation_loader(spm.config, spm.pipeline.image_size)) as loader:
         batch = next(loader)
     pairs = to_devices(spm.tokenizers, batch, spm.mesh)
 

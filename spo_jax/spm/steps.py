@@ -12,14 +12,14 @@ import jax
 import numpy as np
 
 from spo_jax import rng
-from spo_jax.data.preferences import PairLoader, open_pairs, total_state
-from spo_jax.data.records import FAULTS
+from spo_jax.data.preferences import PairLoader, total_state
 from spo_jax.distributed.mesh import fetch
 from spo_jax.distributed.processes import is_main_process
 from spo_jax.errors import UserError
 from spo_jax.evaluation.pair_accuracy import SCORER, accuracy_row, first_pairs, measure_accuracy
 from spo_jax.formats.scorers import write_scorer
 from spo_jax.runs.loop import Loop
+from spo_jax.runs.pair_data import data_metrics, open_loader, validation_loader
 from spo_jax.spm.assemble import SPM
 from spo_jax.spm.update import SPMMetrics, metrics_to_json, spm_metrics
 
@@ -49,30 +49,9 @@ class Training(NamedTuple):
 
 def training_pairs(spm: SPM, state: dict[str, Any] | None) -> PairLoader:
     """The endless stream of this process's share of the minibatches, from a saved state on."""
-    data, size = spm.config.data, spm.config.train.batch_size
-    return _loader(spm, data.train, size, state=state, keep_only_with_label=data.keep_only_with_label)
-
-
-def validation_pairs(run: Training) -> PairLoader:
-    """This process's share of the validation pairs, once and in order."""
-    options = {"shuffle": False, "num_epochs": 1, "keep_only_with_label": True}
-    config = run.spm.config
-    return _loader(run.spm, config.data.validation, config.validation.batch_size, **options)
-
-
-def _loader(spm: SPM, name: str, batch_size: int, **options: Any) -> PairLoader:
-    data = spm.config.data
-    return PairLoader(
-        open_pairs(name),
-        batch_size=batch_size // jax.process_count(),
-        size=spm.pipeline.image_size,
-        num_workers=data.num_workers,
-        strict=data.strict,
-        seed=spm.config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        **options,
-    )
+    data, size = spm.config.data, spm.pipeline.image_size
+    options = {"state": state, "keep_only_with_label": data.keep_only_with_label}
+    return open_loader(spm.config, data.train, spm.config.train.batch_size, size, **options)
 
 
 def finish_step(run: Training) -> None:
@@ -110,7 +89,7 @@ def measure(run: Training) -> dict[str, Any] | None:
     """Accuracy by timestep on the validation pairs, always the same with the same noise; None if SIGTERM has come."""
     spm, loop, validation = run.spm, run.loop, run.spm.config.validation
     params = {**spm.pipeline.params, "scorers": spm.asked_params(loop.state.result)}
-    with contextlib.closing(validation_pairs(run)) as loader:
+    with contextlib.closing(validation_loader(spm.config, spm.pipeline.image_size)) as loader:
         batches = first_pairs(loader, validation.num_pairs)
         batches = itertools.takewhile(lambda _: not loop.preempted(), batches)
         totals = measure_accuracy(spm.measure, params, batches, validation.timesteps, run.validation_key)
@@ -140,17 +119,6 @@ def write_model(run: Training, name: str) -> None:
     params = fetch(run.loop.state.result)
     if is_main_process():
         write_scorer(run.workdir / name, run.spm.clip, params, dtype=run.spm.config.scorer.dtype)
-
-
-def data_metrics(counts: Mapping[str, int]) -> dict[str, float]:
-    """Records so far: used, left out because nobody labelled them, and skipped, in all and by fault."""
-    skipped = {f"skipped/{fault}": counts[fault] for fault in FAULTS if counts[fault]}
-    return {
-        "records_used": counts["used"],
-        "records_unlabelled": counts["unlabelled"],
-        "records_skipped": sum(skipped.values()),
-        **skipped,
-    }
 
 
 def best_step(accuracy: Mapping[str, Mapping[str, Any]]) -> int:

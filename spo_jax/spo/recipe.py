@@ -80,4 +80,4 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
     if loop.preempted():
         return None
     unlearned = nothing_learned(config, int(loop.state.step))
-    return finish(spo, loop, held_out, words_of(config, len(spo.prompts)), began, unlearned)
+    return finish(spo, loop, held_out, words_of(config, len(spo.prompts)), began, unlearned=unlearned)

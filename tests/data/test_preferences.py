@@ -46,6 +46,7 @@ def test_what_a_batch_holds():
     (batch,) = take(make(GOOD, shuffle=False, size=(8, 6)), 1)
     assert batch.captions == ["caption 0", "caption 1", "caption 2", "caption 3"]
     chex.assert_shape(batch.images, (4, 2, 8, 6, 3))
+    chex.assert_shape(batch.crops, (4, 2, 4))
     chex.assert_type([batch.images, batch.labels, batch.weights], [np.uint8, np.float32, np.float32])
     np.testing.assert_array_equal(batch.labels, [[1, 0], [0, 1], [0.5, 0.5], [1, 0]])
     np.testing.assert_allclose(batch.weights, [1, 1 / 2, 1 / 3, 1 / 4])
@@ -237,6 +238,45 @@ def test_damaged_prepared_files_are_counted(tmp_path):
     counts = loader.state()["counts"]
     assert 1 <= counts["record_broken"] <= 3 and counts["used"] + counts["record_broken"] == 60
     assert sorted(numbers([batch]))[0] == 0 and sorted(numbers([batch]))[-1] == 59
+
+
+# -------------------------------------------------------------------------------------------------------------- ties
+def test_ties_are_used_or_left_out():
+    source = [record(i) for i in range(9)]  # every third is a tie
+    assert sorted(numbers(take(make(source, 9), 1))) == list(range(9))
+    loader = make(source, 9, drop_ties=True, strict=True)
+    (batch,) = take(loader, 1)
+    assert sorted(numbers([batch])) == [0, 1, 3, 4, 6, 7]
+    assert (batch.weights > 0).sum() == 6 and (batch.labels[batch.weights > 0] != 0.5).all()
+    counts = loader.state()["counts"]
+    assert {name: count for name, count in counts.items() if count} == {"used": 6, "tied": 3}
+
+
+def test_a_fault_of_a_tie_is_a_fault():
+    source = [record(0), damage(record(1), "two winners"), record(2, image_0=b""), record(2, has_label=False)]
+    loader = make(source, 4, drop_ties=True)
+    take(loader, 1)
+    counts = {name: count for name, count in loader.state()["counts"].items() if count}
+    assert counts == {"used": 1, "labels_do_not_add_up": 1, "picture_missing": 1, "unlabelled": 1}
+
+
+def test_data_of_ties_alone_ends_the_run():
+    with pytest.raises(UserError, match=r"None of the 3 records .* \(2 tied, 1 picture_missing\)"):
+        take(make([record(2), record(2, image_1=b""), record(5)], shuffle=False, drop_ties=True), 1)
+
+
+def test_a_state_of_before_ties_were_counted_goes_on():
+    whole = make(MIXED, 4)
+    expected = take(whole, 5)
+    first = make(MIXED, 4)
+    take(first, 3)
+    state = first.state()
+    del state["counts"]["tied"], state["stream"]["drop_ties"]
+    second = make(MIXED, 4, state=state)
+    assert numbers(take(second, 2)) == numbers(expected[3:])
+    assert second.state() == whole.state()
+    with pytest.raises(UserError, match="drop_ties = False, this run True"):
+        make(MIXED, 4, state=state, drop_ties=True)
 
 
 # ------------------------------------------------------------------------------------------------------ single passes

@@ -58,6 +58,7 @@ def pairs(batch_size):
         yield PairBatch(
             captions=["a red apple"] * batch_size,
             images=images[rows],
+            crops=np.zeros((batch_size, 2, 4), np.int32),
             labels=labels[rows],
             weights=np.where(real, 0.25, 0).astype(np.float32),
             positions=np.where(real, rows, -1).astype(np.int64),
