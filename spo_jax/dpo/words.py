@@ -68,9 +68,9 @@ def words_of(config: ConfigDict, num_used: int, accuracy: Mapping[str, Any]) -> 
         point=f"{config.log_every} optimizer steps",
         curves=_CURVES,
         times={},
-        training=f"{_LOSSES[config.loss.kind]}, by the method",
+        training=_LOSSES[config.loss.kind],
         introduction=f"It has learned from pairs of images of which people preferred one.{held_out}",
-        limits="It learned from the choices of some people between some pictures: what they do not show, it cannot know",
+        limits="It learned what some people chose between some pictures: what these do not show it cannot know",
         paper=DPO_PAPER,
         notes={"data.train": f", {num_used} used over all epochs"},
     )

@@ -252,7 +252,7 @@ def _tuning_turns(config: ConfigDict, program: str, count: int) -> Iterator[Turn
     """Those of every method that tunes a UNet."""
     if program == "update" and not config.remat:
         yield {"remat": True}
-    if program != "encode" and not config.offload:
+    if program != "encode" and not config.get("offload", True):
         yield {"offload": True}
     if program == "evaluation" and config.evaluation.batch_size > count:
         yield {"evaluation.batch_size": config.evaluation.batch_size // 2}
@@ -274,7 +274,19 @@ def _spm_turns(config: ConfigDict, program: str, count: int) -> Iterator[Turn]:
         yield {"validation.batch_size": half, "chunk": min(config.chunk, half)}
 
 
-_TURNS = {"spo": _spo_turns, "spm": _spm_turns}  # by method
+def _dpo_turns(config: ConfigDict, program: str, count: int) -> Iterator[Turn]:
+    train, validation = config.train, config.validation
+    yield from _tuning_turns(config, program, count)
+    if program == "update" and (half := _smaller(train.batch_size, count)):
+        yield {
+            "train.batch_size": half,
+            "train.accumulation_steps": train.accumulation_steps * train.batch_size // half,
+        }
+    if program == "errors" and (half := _smaller(validation.batch_size, count)):
+        yield {"validation.batch_size": half}
+
+
+_TURNS = {"spo": _spo_turns, "dpo": _dpo_turns, "spm": _spm_turns}  # by method
 
 
 def _smaller(size: int, count: int) -> int | None:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import spm_tiny, tiny
+from configs import dpo_tiny, spm_tiny, tiny
 from spo_jax import methods
 from spo_jax.data.builder import write_split
 from spo_jax.distributed.mesh import make_mesh, replicated
@@ -25,9 +25,26 @@ def spo_config(folder):
     return c
 
 
-def spm_config(folder):
+def write_pairs(folder):
     write_split(folder / "pairs", "train", [record(i) for i in range(16)])
     write_split(folder / "pairs", "validation", [record(i) for i in range(20, 30)])
+
+
+def dpo_config(folder):
+    """Two minibatches a step; adapters that start from others, which are the reference."""
+    write_pairs(folder)
+    c = dpo_tiny.get_config()
+    c.model = str(small_pipeline())
+    c.data.train, c.data.validation = (f"{folder / 'pairs'}@{split}" for split in ("train", "validation"))
+    c.num_steps, c.train.batch_size, c.train.accumulation_steps, c.train.warmup_steps = 2, 8, 2, 0
+    c.validation.num_pairs, c.validation.batch_size, c.validation.timesteps = 8, 8, (0, 701)
+    c.log_every = c.checkpoint.every = c.validation.every = 1
+    c.sampling.num_steps, c.evaluation.num_prompts, c.evaluation.batch_size = 2, 20, 8
+    return c
+
+
+def spm_config(folder):
+    write_pairs(folder)
     c = spm_tiny.get_config()
     c.model, c.labels.judge, c.validation.plain = str(small_pipeline()), "emoji:model/clip", "emoji:model/clip"
     c.data.train, c.data.validation = (f"{folder / 'pairs'}@{split}" for split in ("train", "validation"))
@@ -54,7 +71,7 @@ def same(a, b):
     return (shape, dtype) == (other_shape, other_dtype) and sharding.is_equivalent_to(other, len(shape))
 
 
-@pytest.mark.parametrize(("method", "make"), [("spo", spo_config), ("spm", spm_config)])
+@pytest.mark.parametrize(("method", "make"), [("spo", spo_config), ("dpo", dpo_config), ("spm", spm_config)])
 def test_training_calls_the_programs_that_are_planned_with_what_is_planned(method, make, tmp_path, monkeypatch):
     config, mesh, calls = make(tmp_path), make_mesh(-1, 1), {}
     recipe = methods.module_of(method, "recipe")
