@@ -11,6 +11,7 @@ from __future__ import annotations
 from absl import flags
 
 from spo_jax import cli, methods
+from spo_jax.emoji.make_pairs import make_for
 
 CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, adapters and the report.")
@@ -22,6 +23,7 @@ def main() -> None:
     config, workdir = cli.config_of(CONFIG), cli.workdir_of(WORKDIR)
     cli.start_processes()
     # These import JAX models; a wrong flag should not wait for that.
+    make_for(config)
     methods.train(config, workdir)
 
 

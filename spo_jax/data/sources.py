@@ -1,4 +1,4 @@
-"""Reads the preference pairs of others: Pick-a-Pic's parquet files, or a folder with a CSV or JSONL file and images.
+"""Reads the preference pairs of others: Pick-a-Pic's parquet files, a CSV or JSONL file, or two folders of pictures.
 
 Records are streamed. A missing field becomes an empty value, which later counts as a fault of its record; a file that
 is useless as a whole is refused.
@@ -13,14 +13,15 @@ import glob
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from spo_jax.data.own_files import Source, inside, read_picture
+from spo_jax.data.pair_folders import is_pair_folder, open_pair_folder
 from spo_jax.data.prompts import json_lines
 from spo_jax.data.records import MAX_PICTURE_BYTES, Record
 from spo_jax.errors import UserError
@@ -33,23 +34,19 @@ _TEXT, _BYTES = (pa.string(), pa.large_string()), (pa.binary(), pa.large_binary(
 _ROWS = 32  # of a parquet file that are in memory at a time
 
 
-class Source(NamedTuple):
-    """``read`` streams ``num_records`` records, each time from the start."""
-
-    num_records: int
-    read: Callable[[], Iterator[Record]]
-
-
 def open_source(source: str) -> Source:
-    """The records of parquet files (a glob pattern), or of a CSV or JSONL file or the folder that has one. UserError
-    if there is nothing, or a file cannot be read, lacks a column, or names images outside of its folder."""
+    """The records of parquet files (a glob pattern), of a CSV or JSONL file or the folder that has one, or of a folder
+    as ``pair_folders.py`` has it. UserError if there is nothing, or a file cannot be read, lacks a column, or names
+    images outside of its folder."""
     source = os.path.expanduser(source)
     if Path(source).is_dir():
         paths = sorted(p for p in Path(source).iterdir() if p.suffix.lower() in (".csv", ".jsonl"))
+        if not paths and is_pair_folder(Path(source)):
+            return open_pair_folder(Path(source))
         if len(paths) != 1:
             raise UserError(
-                f"Folder {source} has {len(paths)} CSV or JSONL files; give it one, name one as --source, "
-                "or name parquet files as in --source='folder/train-*.parquet'."
+                f"Folder {source} has {len(paths)} CSV or JSONL files; give it one, or the folders chosen/ and "
+                "rejected/ with pictures, or name parquet files as in --source='folder/train-*.parquet'."
             )
     else:
         paths = [Path(path) for path in sorted(glob.glob(source, recursive=True))] or [Path(source)]
@@ -135,7 +132,7 @@ def _open_table(path: Path) -> Source:
         keys.update(row)
         captions[_text(row.get("caption"))] += 1
         for key in ("image_a", "image_b"):
-            if (name := _text(row.get(key))) and _inside(path.parent, name) is None:
+            if (name := _text(row.get(key))) and inside(path.parent, name) is None:
                 raise UserError(
                     f"File {path}, record {number}: {key} is {name!r}, which lies outside of {path.parent}; "
                     "put the pictures below the file and name them relative to it."
@@ -151,8 +148,8 @@ def _open_table(path: Path) -> Source:
             label, caption = _number(row.get("label")), _text(row.get("caption"))
             yield {
                 "caption": caption.encode("utf-8", "surrogatepass"),
-                "image_0": _picture(path.parent, _text(row.get("image_a"))),
-                "image_1": _picture(path.parent, _text(row.get("image_b"))),
+                "image_0": read_picture(path.parent, _text(row.get("image_a"))),
+                "image_1": read_picture(path.parent, _text(row.get("image_b"))),
                 "label_0": label,
                 "label_1": 1 - label,
                 "has_label": True,
@@ -206,18 +203,3 @@ def _number(value: object) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return math.nan
-
-
-def _inside(folder: Path, name: str) -> Path | None:
-    """The path of an image, or None if it leads out of the folder, also by a link."""
-    path = None if "\0" in name else Path(os.path.realpath(folder / name))
-    return path if path and path.is_relative_to(os.path.realpath(folder)) else None
-
-
-def _picture(folder: Path, name: str) -> bytes:
-    path = _inside(folder, name) if name else None
-    with contextlib.suppress(OSError):
-        if path is not None and path.is_file():  # a pipe would wait for ever
-            with path.open("rb") as file:
-                return file.read(MAX_PICTURE_BYTES + 1)
-    return b""

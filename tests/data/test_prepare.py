@@ -118,6 +118,41 @@ def test_a_row_group_is_not_read_at_once(tmp_path):
     assert most < 0.4 * path.stat().st_size
 
 
+def test_the_command_leaves_out_ties_and_labels_anew(tmp_path):
+    records = [*map(record, range(9)), record(9, image_0=b"", label_0=0.5, label_1=0.5)]
+    records[5] = record(5, image_1=record(5)["image_0"])  # any metric sees a tie
+    pq.write_table(parquet_table(records), tmp_path / "a.parquet")
+    flags = [f"--source={tmp_path}/a.parquet", f"--out={tmp_path}/out", "--ties=drop"]
+    result = prepare(*flags, "--split=human")
+    assert result.returncode == 0, result.stderr
+    said = f"Wrote 7 records to {tmp_path}/out@human; left out 3 tied; at first sight, 1 picture_missing.\n"
+    assert result.stdout == said
+    human = [pair["caption"].decode() for pair in open_pairs(f"{tmp_path}/out@human")]
+    assert human == [f"caption {i}" for i in (0, 1, 3, 4, 6, 7, 9)]
+
+    result = prepare(*flags, "--split=ai", "--relabel=colorfulness")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (
+        f"Wrote 9 records to {tmp_path}/out@ai; left out 1 tied; labelled 9 by colorfulness (1 with a fault kept their "
+        "labels); at first sight, 1 picture_missing.\n"
+    )
+    pairs = list(open_pairs(f"{tmp_path}/out@ai"))
+    assert [pair["caption"].decode() for pair in pairs] == [f"caption {i}" for i in range(10) if i != 5]
+    assert {(pair["label_0"], pair["label_1"]) for pair in pairs[:-1]} == {(1, 0), (0, 1)}
+    assert pairs[-1]["label_0"] == 0.5
+
+
+def test_ties_alone_and_metrics_that_there_are_not(tmp_path):
+    pq.write_table(parquet_table([record(2), record(5)]), tmp_path / "a.parquet")
+    for flags, words in (
+        (["--ties=drop"], "All 2 records of --source are ties; leave --ties=drop out."),
+        (["--relabel=beauty"], "--relabel: 'beauty' is no metric; there are pickscore"),
+    ):
+        result = prepare(f"--source={tmp_path}/a.parquet", f"--out={tmp_path}/out", *flags)
+        assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert not list((tmp_path / "out").glob("*"))
+
+
 # ------------------------------------------------------------------------------------------------------- own folders
 def write_folder(folder, rows, kind="csv"):
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
