@@ -9,7 +9,8 @@ are not trained on; a tenth of them is well spent, because only these tell when 
 What to expect. 500 pairs are seen 16 times in 1,000 steps of 8. ``rewards/accuracy`` rises within the first hundred
 steps. ``held_out/accuracy`` follows it at first; when it falls while the other goes on rising, the pairs are being
 learned by heart, and an earlier checkpoint or fewer steps are better. The loss stays near log 2 = 0.69, also in a good
-run. Errors on the worse images that run away break pictures: then ``--config.loss.guard=0.9``, or a lower learning rate.
+run. Where errors on the worse images run away, pictures break: then ``--config.loss.guard=0.9``, or a lower
+learning rate.
 """
 
 from ml_collections import ConfigDict

@@ -9,8 +9,8 @@ It trains the whole UNet on the 851,293 pairs of Pick-a-Pic v2 that have a prefe
 ``configs/dpo_sd15.py:16gb`` is for eight devices with 16 GB each, over which weights and optimizer state are split.
 configs/dpo_lora.py is for one GPU and pairs of one's own.
 
-The paper takes 2,000 steps on 16 A100, about a day. The authors' runs have a learning rate of 1e-8 times the 2,048 pairs
-of a step; the paper prints 2.048e-8, a thousandth of it. The paper has beta = 2000, the authors' script 5000, as here.
+The paper takes 2,000 steps on 16 A100, about a day. The authors' runs have a learning rate of 1e-8 times the 2,048
+pairs of a step; the paper prints 2.048e-8, a thousandth of it. It has beta = 2000, the authors' script 5000, as here.
 """
 
 from ml_collections import ConfigDict

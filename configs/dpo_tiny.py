@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     """Adapters on 8,760 pairs."""
     c = config.get_config()
     c.model = "emoji:model"
-    c.num_steps = 200
+    c.num_steps = 300
     c.dtype = "float32"
 
     c.data.train = "emoji:pairs@train"
@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     c.data.empty_prompts = 0.0
 
     c.lora.rank = 4
-    c.train.batch_size, c.train.accumulation_steps = 64, 1
+    c.train.batch_size, c.train.accumulation_steps = 32, 1
     c.train.learning_rate = 1e-4
     c.train.warmup_steps = 20
 

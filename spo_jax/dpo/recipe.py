@@ -44,7 +44,7 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
         loader = loop.enter(contextlib.closing(training_pairs(dpo, loop.extra["data"])))
         window = metrics_from_json(loop.extra["window"])
         rows = read_metrics(folder.path / METRICS_FILE, loop.finished)
-        run = Training(dpo, loop, loader, encode_held_out(dpo), window, rows)
+        run = Training(dpo, loop, loader, encode_held_out(dpo), window, rows, time.time())
 
         def on_save(state: TrainState) -> dict[str, object]:
             if config.lora.rank:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +37,13 @@ UNDECIDED = 0.52  # accuracy up to which a run has not taken the side of the lab
 HELD_OUT_ACCURACY = "held_out/accuracy"
 
 
-class Training(NamedTuple):
-    """A run that is going on; ``window`` are the metrics of minibatches since the last row, ``rows`` those rows."""
+@dataclasses.dataclass
+class Training:
+    """A run that is going on.
+
+    ``window`` are the metrics of minibatches since the last row of the log, ``rows`` those rows, and ``since`` is the
+    time at which the first minibatch of the window began.
+    """
 
     dpo: DPO
     loop: Loop
@@ -44,6 +51,7 @@ class Training(NamedTuple):
     held_out: HeldOut
     window: list[DPOMetrics]
     rows: list[Mapping[str, float]]
+    since: float
 
     @property
     def accuracy(self) -> dict[str, Any]:
@@ -70,6 +78,7 @@ def finish_step(run: Training) -> None:
     if run.window and loop.due(config.log_every):
         row = {
             **dpo_metrics(run.window, guard=config.loss.guard is not None),
+            "seconds_update": time.time() - run.since,
             "learning_rate": float(dpo.learning_rate(loop.finished - 1)),
             **data_metrics(total_state(run.loader.state())["counts"]),
         }
@@ -93,6 +102,8 @@ def finish_step(run: Training) -> None:
         loop.save()
     if row and loop.due(config.validation.every):
         show_validation(dpo, loop, run.held_out)
+    if row:
+        run.since = time.time()
 
 
 def measure(run: Training) -> dict[str, Any] | None:

@@ -67,7 +67,7 @@ def words_of(config: ConfigDict, num_used: int, accuracy: Mapping[str, Any]) -> 
         teacher="pairs of images",
         point=f"{config.log_every} optimizer steps",
         curves=_CURVES,
-        times={},
+        times={"seconds_update": "training steps, with reading the pairs"},
         training=_LOSSES[config.loss.kind],
         introduction=f"It has learned from pairs of images of which people preferred one.{held_out}",
         limits="It learned what some people chose between some pictures: what these do not show it cannot know",
