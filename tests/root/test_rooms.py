@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "spo_jax"
 ROOMS = (
     *("errors", "rng", "types", "files", "images"),
     *("distributed", "kernels", "models", "diffusion", "preference", "formats", "data", "sampling", "evaluation"),
-    *("labelling", "runs", "spm", "spo", "methods", "planning", "cli", "emoji"),
+    *("labelling", "runs", "spm", "spo", "dpo", "methods", "planning", "cli", "emoji"),
     *("main", "generate", "evaluate", "label", "pair_accuracy", "export", "prepare", "fetch", "plan"),
 )
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE / "configs")

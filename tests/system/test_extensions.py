@@ -36,7 +36,7 @@ def test_with_all_three_a_run_trains_and_reports(tmp_path):
         "sampling.num_candidates": 2,
         "scorer.kind": "smooth",
         "pairs.threshold": 0.0,
-        "loss.kind": "ipo",
+        "loss.kind": "cdpo",
         "train.minibatch_size": 2,
         "evaluation.metrics": "('contrast', 'colorfulness')",
         "evaluation.num_prompts": 2,
