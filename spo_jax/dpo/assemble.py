@@ -32,7 +32,7 @@ from spo_jax.formats.pipeline import Pipeline
 from spo_jax.formats.tokenizers import tokenize_prompts
 from spo_jax.preference.losses import LossOptions
 from spo_jax.preference.offline import OFFLINE, Offline
-from spo_jax.runs.assembly import Load, Program, key_shape, on_all, shapes_of, split
+from spo_jax.runs.assembly import SAME_ROUNDING, Load, Program, key_shape, on_all, shapes_of, split
 from spo_jax.runs.optimizer import make_optimizer, warmup_constant
 from spo_jax.runs.state import Optimizer, TrainState
 from spo_jax.runs.tuning import (
@@ -49,9 +49,6 @@ from spo_jax.sampling.encode import make_encode_captions
 from spo_jax.sampling.noisy_pairs import make_add_noise
 from spo_jax.types import LabelledPairs, Tokenizer
 
-# Policy and reference have to round alike: a logit is thousands of times the difference of their errors. XLA may skip
-# roundings to bfloat16 where it fuses operations, and it fuses the two differently, as only one is differentiated.
-EXACT = {"xla_allow_excess_precision": False}
 NUM_TEXTS = 16  # prompts that are encoded at a time
 
 
@@ -190,7 +187,7 @@ def _update(made: DPO) -> Program:
     config, mesh = made.config, made.mesh
     update = make_dpo_update(made.view, made.objective, made.options, made.optimizer, config.loss.guard)
     results = (weight_shardings(mesh, made.state), replicated(mesh))
-    function = jit_on(mesh, update, donate_argnums=0, out_shardings=results, compiler_options=EXACT)
+    function = jit_on(mesh, update, donate_argnums=0, out_shardings=results, compiler_options=SAME_ROUNDING)
 
     def shapes() -> tuple[PyTree, ...]:
         pairs = _pairs(made, config.train.batch_size)
@@ -209,7 +206,7 @@ def _errors(made: DPO) -> Program:
         models = made.state.result, made.state.reference, made.pair_params
         return *shapes_of(models), pairs, timestep, key_shape(mesh)
 
-    function = jit_on(mesh, make_pair_errors(made.view), out_shardings=replicated(mesh), compiler_options=EXACT)
+    function = jit_on(mesh, make_pair_errors(made.view), out_shardings=replicated(mesh), compiler_options=SAME_ROUNDING)
     return Program("errors", function, shapes)
 
 

@@ -25,6 +25,10 @@ from spo_jax.models.clip import CLIPModel, CLIPTextTransformer
 from spo_jax.runs.state import TrainState
 from spo_jax.types import Tokenizer
 
+# For programs that compare policy and reference, which have to round alike. XLA may skip roundings to bfloat16 where it
+# fuses operations, and it fuses the two differently, because only one of them is differentiated.
+SAME_ROUNDING = {"xla_allow_excess_precision": False}
+
 Place = Callable[[tuple[str, ...], tuple[int, ...]], Sharding]  # of a parameter, by its path and shape
 
 

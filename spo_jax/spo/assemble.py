@@ -35,6 +35,7 @@ from spo_jax.preference.scorers import (
     make_clip_scorer,
 )
 from spo_jax.runs.assembly import (
+    SAME_ROUNDING,
     Load,
     Program,
     key_shape,
@@ -260,13 +261,14 @@ def _update(made: SPO) -> Program:
     options = LossOptions(config.loss.beta, config.loss.clip_range, config.sampling.eta)
     update = make_update(make_loss(predict, made.process, made.objective, options), made.optimizer)
     results = (weight_shardings(mesh, made.state), replicated(mesh))
+    function = jit_on(mesh, update, donate_argnums=0, out_shardings=results, compiler_options=SAME_ROUNDING)
 
     def shapes() -> tuple[PyTree, ...]:
         prompts, pairs, mask = made.programs["exchange"].results
         prompts = sharded(prompts, prompt_shardings(prompts, mesh))
         return *shapes_of((made.state, made.params["unet"])), prompts, *split(mesh, (pairs, mask))
 
-    return Program("update", jit_on(mesh, update, donate_argnums=0, out_shardings=results), shapes)
+    return Program("update", function, shapes)
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
