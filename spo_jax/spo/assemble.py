@@ -53,7 +53,7 @@ from spo_jax.runs.state import Optimizer, TrainState
 from spo_jax.sampling.encode import make_encode, prompt_shardings, tokens_of
 from spo_jax.sampling.generate import SamplingOptions, make_decode
 from spo_jax.spo.exchange import arrange, make_exchange
-from spo_jax.spo.rollout import make_draw_pool, make_score_pool
+from spo_jax.spo.rollout import make_draw_pool, make_score_pool, num_used_steps
 from spo_jax.spo.update import make_loss, make_update
 from spo_jax.types import Pool, PromptBatch, Tokenizer
 
@@ -86,8 +86,8 @@ class SPO:
 
     @property
     def pool_params(self) -> dict[str, PyTree]:
-        """What the pool reads; the scorer only where the best candidate goes on."""
-        scored = self.config.sampling.continuation == "win"
+        """What the pool reads; the scorer only where the best or worst candidate goes on."""
+        scored = self.config.sampling.continuation != "random"
         return {part: self.params[part] for part in ("unet", *self.scorer.parts * scored)}
 
     @property
@@ -126,7 +126,7 @@ class SPO:
     def executions(self) -> dict[str, int]:
         """How often a whole run executes each program, if every pair is valid."""
         config, batches, count = self.config, self.config.num_batches, len(self.held_out)
-        pairs = config.prompts_per_batch * (config.sampling.num_steps - config.sampling.num_plain_steps)
+        pairs = config.prompts_per_batch * num_used_steps(config, self.process)
         updates = batches * math.ceil(pairs / config.train.minibatch_size)
         held_out = math.ceil(count / config.prompts_per_batch)
         images = round_up(min(config.evaluation.batch_size, count), self.mesh.size)
@@ -165,6 +165,7 @@ def assemble(config: ConfigDict, mesh: Mesh, load: type[Load]) -> SPO:
     pipeline = loaded.pipeline(base_of_config(config), *size, remat=config.remat)
     process = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
     check_trainable(process)
+    num_used_steps(config, process)  # refuses a range of timesteps that no pair is drawn from
     preference, scorer_params = _image_scorer(config, pipeline, mesh, loaded)
     setup = ScorerSetup(config.scorer, preference and preference.scorer, make_decode(pipeline), mesh.size)
     scorer = SCORERS[config.scorer.kind](setup)
@@ -267,7 +268,7 @@ def _score(made: SPO) -> Program:
 
     def shapes() -> tuple[PyTree, ...]:
         pool = sharded(made.programs["pool"].results, _pool_shardings(made))
-        return shapes_of(made.score_params), pool, _batch(made).scorer_text
+        return shapes_of(made.score_params), pool, _batch(made).scorer_text, key_shape(made.mesh)
 
     return Program("score", function, shapes)
 
