@@ -71,7 +71,7 @@ def ours(turn: Turn) -> Numbers:
 
     key = jax.random.key(SEED)
     pool = spo.programs["pool"](spo.pool_params, spo.state.trained, prompts, key)
-    pairs, pool_scores = spo.programs["score"](spo.score_params, pool, prompts.scorer_text)
+    pairs, pool_scores = spo.programs["score"](spo.score_params, pool, prompts.scorer_text, key)
     rollout = Rollout(pairs, *spo.programs["arrange"](key, pairs.valid, pool_scores))
     _, updates = run_updates(spo, spo.state, prompts, rollout, int(rollout.num_valid))
     return {

@@ -1,86 +1,155 @@
-"""The figures of ``docs/emoji.md``: the tiny recipe and two ablations of the paper, with three seeds each.
+"""The paper's five ablations, and GradSPO, in the emoji world: each recipe with three seeds, and a table.
 
-    python -m examples.emoji_world.study --config=configs/tiny.py --workdir=runs/study
+    python -m examples.emoji_world.study --workdir=runs/study            # goes on with the runs that are missing
+    python -m examples.emoji_world.study --workdir=runs/study --table    # only writes table.md, of the runs so far
 
-Each run is resumable and lives in a folder of its own; ``table.md`` is written anew after each of them.
+The seeds come in turn, so that a study that is not finished has all recipes of the first seeds. The plain judge is
+trained here, too, before the first run that needs it. ``study_table.py`` says what the table's intervals are of.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from configs import spm_tiny
+from examples.emoji_world import study_table
 from spo_jax import cli, methods
-from spo_jax.errors import UserError
-from spo_jax.formats.json_files import read_json
+from spo_jax.errors import UserError, notice
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py", "The recipe.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs and table.md.")
 ONLY = flags.DEFINE_multi_string("only", [], "Name of a run to make, may be given several times; all by default.")
+TABLE = flags.DEFINE_bool("table", False, "Write the table of the runs that are there, and make none.")
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "recipe": {},
-    "continue from the winner": {"sampling.continuation": "win"},
-    "told t = 0 always": {"scorer.step_aware": False},
+JUDGE = "plain_judge"  # its folder in the workdir
+
+
+class Recipe(NamedTuple):
+    """Keys that differ from the method's recipe, and the PickScore that the paper has for it (SD1.5), if it has one."""
+
+    changes: dict[str, Any]
+    paper: float | None
+
+
+# Candidates of the method are drawn from t = 701 on (the first two of ten steps are plain), so it is the paper's range
+# 0-750. The range 0-1000 has candidates from the first step on.
+RECIPES = {
+    study_table.METHOD: Recipe({}, 21.43),
+    "next start: the worst": Recipe({"sampling.continuation": "lose"}, 19.36),
+    "next start: the best": Recipe({"sampling.continuation": "win"}, 17.87),
+    "told t = 0": Recipe({"scorer.step_aware": False}, 21.19),
+    "random pair": Recipe({"pairs.kind": "random"}, 21.21),
+    "t in 0-1000": Recipe({"sampling.num_plain_steps": 0}, 19.77),
+    "t in 250-750": Recipe({"pairs.timesteps": (250, 750)}, 21.19),
+    "t in 0-500": Recipe({"pairs.timesteps": (0, 500)}, 20.69),
+    "k = 2": Recipe({"sampling.num_candidates": 2}, 21.37),
+    "k = 8": Recipe({"sampling.num_candidates": 8}, 21.19),
+    "GradSPO": Recipe({"loss.kind": "gradspo", "train.ema_decay": 0.9}, None),
+    "plain judge": Recipe({"scorer.path": JUDGE}, 20.28),  # the path is completed by the workdir
 }
 SEEDS = (0, 1, 2)
-RUNS = {f"{name}, seed {seed}": {"seed": seed, **changes} for name, changes in RECIPES.items() for seed in SEEDS}
-COLUMNS = {
-    "win rate": lambda s: s["win_rate"]["colorfulness"],
-    "win rate by score": lambda s: s["win_rate"]["preference_score"],
-    "colourfulness, base": lambda s: s["base"]["colorfulness"],
-    "tuned": lambda s: s["tuned"]["colorfulness"],
-    "gain in base std": lambda s: (
-        (s["tuned"]["colorfulness"] - s["base"]["colorfulness"]) / s["base_std"]["colorfulness"]
-    ),
-    "alignment, base": lambda s: s["base"]["alignment_top1"],
-    "tuned ": lambda s: s["tuned"]["alignment_top1"],
-    "seconds": lambda s: s["seconds"],
-}
+RUNS = {f"{recipe}, seed {seed}": (recipe, seed) for seed in SEEDS for recipe in RECIPES}
+# Of all runs alike: nobody looks at 36 times three sheets, and a checkpoint every few minutes is enough.
+SIZES = {"validation.every": 0, "checkpoint.every": 20}
 
 
 def main() -> None:
-    """Makes the runs that are missing and writes the table."""
+    """Makes the runs that are missing, and writes the table after each."""
     recipe, workdir = cli.config_of(CONFIG), cli.workdir_of(WORKDIR)
-    for name in ONLY.value or RUNS:
+    for name in ONLY.value:
         if name not in RUNS:
             raise UserError(f"--only: there is no run {name!r}; the runs are {', '.join(RUNS)}.")
-        folder = folder_of(workdir, name)
-        if not (folder / "summary.json").is_file():
-            config = copy.deepcopy(recipe)
-            config.update_from_flattened_dict(RUNS[name])
-            methods.train(config, folder)
+    failed = []
+    for name in [] if TABLE.value else ONLY.value or RUNS:
+        if (folder_of(workdir, name) / study_table.SUMMARY).is_file():
+            continue
+        began, processor = time.time(), time.process_time()
+        try:
+            if not make_run(recipe, name, workdir):
+                notice("stopped; run the same command again to go on.")
+                return
+        except UserError as error:  # such as a loss that is not finite: the other runs can still be made
+            failed.append(name)
+            notice(f"{name}: {error}")
+        jax.clear_caches()
+        spent = f"{time.time() - began:.0f} seconds, {time.process_time() - processor:.0f} of a processor"
+        notice(f"{name}: {spent}")
         write_table(workdir)
+    write_table(workdir)
+    if failed:
+        raise UserError(f"These runs failed, for the reasons above: {'; '.join(failed)}.")
 
 
 def folder_of(workdir: Path, name: str) -> Path:
     """The --workdir of a run."""
-    return workdir / re.sub(r"[^a-z0-9]+", "_", name)
+    return workdir / re.sub(r"[^a-z0-9]+", "_", name.lower())
+
+
+def config_of_run(recipe: ConfigDict, name: str, workdir: Path) -> ConfigDict:
+    """The config of a run: the recipe's with the run's seed and changes."""
+    changed, seed = RUNS[name]
+    changes = {"seed": seed, **SIZES, **RECIPES[changed].changes}
+    if changes.get("scorer.path") == JUDGE:
+        changes["scorer.path"] = str(workdir / JUDGE / "best")
+    config = copy.deepcopy(recipe)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def make_run(recipe: ConfigDict, name: str, workdir: Path) -> bool:
+    """Makes or finishes a run, and the plain judge if it needs it; False if SIGTERM has stopped it."""
+    if RECIPES[RUNS[name][0]].changes.get("scorer.path") == JUDGE and not make_judge(workdir):
+        return False
+    return methods.train(config_of_run(recipe, name, workdir), folder_of(workdir, name)) is not None
 
 
 def write_table(workdir: Path) -> None:
-    """Writes ``table.md`` from the summaries that are there; mean and deviation where a recipe has all its seeds."""
-    lines = ["| run | " + " | ".join(c.strip() for c in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for recipe in RECIPES:
-        names = [f"{recipe}, seed {seed}" for seed in SEEDS]
-        found = {name: folder_of(workdir, name) / "summary.json" for name in names}
-        rows = {
-            name: [value(read_json(path)) for value in COLUMNS.values()]
-            for name, path in found.items()
-            if path.is_file()
-        }
-        lines += [f"| {name} | " + " | ".join(f"{v:.3g}" for v in values) + " |" for name, values in rows.items()]
-        if len(rows) == len(SEEDS):
-            values = np.array(list(rows.values()))
-            spread = zip(values.mean(axis=0), values.std(axis=0, ddof=1), strict=True)
-            lines.append(f"| **{recipe}** | " + " | ".join(f"{m:.3g} ± {s:.2g}" for m, s in spread) + " |")
-    (workdir / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    """Writes ``table.md`` from the runs that are there."""
+    folders = {recipe: [folder_of(workdir, f"{recipe}, seed {seed}") for seed in SEEDS] for recipe in RECIPES}
+    study_table.write(workdir, folders, {name: recipe.paper for name, recipe in RECIPES.items()})
+
+
+# ------------------------------------------------------------------------------------------------------ the plain judge
+def make_judge(workdir: Path) -> bool:
+    """Trains the preference model of clean images, without the time input; False if SIGTERM has stopped it."""
+    if (workdir / JUDGE / study_table.SUMMARY).is_file():
+        return True
+    data = workdir / "emoji_data"
+    make_pairs(workdir / "emoji_pairs", data)
+    config = spm_tiny.get_config()
+    config.scorer.step_aware, config.timesteps = False, (0, 1)
+    config.data.train, config.data.validation = f"{data}@train", f"{data}@validation"
+    return methods.train(config, workdir / JUDGE) is not None
+
+
+def make_pairs(pairs: Path, data: Path) -> None:
+    """Draws the pairs of images and prepares them, by the commands of ``docs/emoji.md``; what is there stays."""
+    from spo_jax.data.builder import INFO, open_builder  # seconds, which the table need not wait for
+
+    if not pairs.exists():
+        partial = pairs.with_name(pairs.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        _command("spo_jax.emoji.pairs", f"--out={partial}")
+        partial.rename(pairs)
+    for split in ("train", "validation"):
+        if not (data / INFO).is_file() or split not in open_builder(data).info.splits:
+            _command("spo_jax.prepare", f"--source={pairs / split}.jsonl", f"--split={split}", f"--out={data}")
+
+
+def _command(module: str, *arguments: str) -> None:
+    if code := subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode:
+        raise UserError(f"python -m {module} {' '.join(arguments)} ended with {code}; see above.")
 
 
 if __name__ == "__main__":

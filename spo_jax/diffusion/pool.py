@@ -17,7 +17,7 @@ from spo_jax import rng
 from spo_jax.diffusion.process import Process
 from spo_jax.types import Candidates, Pool, PoolNoise
 
-CONTINUATIONS = ("random", "win")
+CONTINUATIONS = ("random", "win", "lose")
 ScoreStep = Callable[[Candidates], jax.Array]  # scores float32 [B, k] of the candidates of a step
 
 
@@ -51,8 +51,8 @@ class PoolOptions:
       num_plain_steps: d < N steps with a single sample come first.
       num_inner_steps: m steps that each candidate of a pool goes alone before it is scored: 0 for SD1.5, 3 for SDXL.
       eta: DDIM's, 1 in the paper.
-      continuation: which candidate starts the next segment: "random" (the method), or "win" (an ablation of the paper
-        that collapses: training then sees the winners' trajectories only).
+      continuation: which candidate starts the next segment: "random" (the method), or the one with the best or the
+        worst score, "win" or "lose" (ablations of the paper: training then sees the trajectories of these only).
     """
 
     num_plain_steps: int
@@ -87,7 +87,7 @@ def draw_pool(
       process: N timesteps.
       noise: see ``PoolNoise``.
       options: see there.
-      score: needed, and only looked at, where the best candidate goes on (an ablation, which scores twice).
+      score: needed, and only looked at, where the best or worst candidate goes on (ablations, which score twice).
 
     Returns:
       The pool. The network runs once a step: candidates are scored by the x0 they predict at the next timestep, and
@@ -117,11 +117,13 @@ def draw_pool(
     seen = _plain_steps(look, draw, process, noise)
     # Candidates start a step from one look [B, 1, ...] for all of them, or with inner steps from their own.
     size, num_starts = options.num_inner_steps + 1, num_candidates if options.num_inner_steps else 1
-    best = options.continuation == "win"
+    ranked = {"win": jnp.argmax, "lose": jnp.argmin}.get(options.continuation)
 
-    def choice_of(seen: _Look, timestep: jax.Array, arrived: jax.Array) -> jax.Array:
+    def choice_of(seen: _Look, timestep: jax.Array, arrived: jax.Array, random_choice: jax.Array) -> jax.Array:
+        if ranked is None:
+            return random_choice
         assert score is not None
-        return jnp.argmax(_scored(score, Candidates(seen.latents, seen.x0, timestep, arrived)), axis=1)
+        return ranked(_scored(score, Candidates(seen.latents, seen.x0, timestep, arrived)), axis=1)
 
     def segment_step(seen: _Look, inputs: tuple[jax.Array, ...]) -> tuple[_Look, tuple[jax.Array, ...]]:
         timestep, previous, following, step_noise, random_choice, closes = inputs
@@ -129,7 +131,7 @@ def draw_pool(
         ahead = look(candidates, following)
 
         def close(ahead: _Look) -> _Look:
-            choice = choice_of(ahead, timestep, following) if best else random_choice
+            choice = choice_of(ahead, timestep, following, random_choice)
             return _spread(_Look(*(_choose(x, choice) for x in ahead)), num_starts)
 
         going_on = close(ahead) if size == 1 else jax.lax.cond(closes, close, lambda ahead: ahead, ahead)

@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spo_jax.types import Pool, PreferencePairs
 
+KINDS = ("best_worst", "random")  # of pairs, see ``config.pairs.kind``
+ALL = (0, 2**31 - 1)  # timesteps
+
 # The least ``p_best - p_worst`` of a valid pair, as a function of the timesteps [E] that candidates were drawn from.
 Threshold = Callable[[Int[Array, " e"]], Float[Array, " e"]]
 
@@ -33,10 +36,27 @@ def compare(
     return win.astype(jnp.int32), lose.astype(jnp.int32), valid
 
 
-def make_pairs(pool: Pool, threshold: Threshold) -> PreferencePairs:
+def draw_two(key: jax.Array, shape: tuple[int, ...], num_candidates: int) -> Int[Array, "... 2"]:
+    """Two different candidates of k for each place of ``shape``, every two of them equally likely."""
+    first_key, step_key = jax.random.split(key)
+    first = jax.random.randint(first_key, shape, 0, num_candidates)
+    step = jax.random.randint(step_key, shape, 1, num_candidates)  # from the first one on, around
+    return jnp.stack([first, (first + step) % num_candidates], axis=-1)
+
+
+def make_pairs(
+    pool: Pool, threshold: Threshold, compared: Int[Array, "e b n"] | None = None, timesteps: tuple[int, int] = ALL
+) -> PreferencePairs:
     """Best against worst candidate of every step and prompt, [S, B].
 
     The steps of a segment share its one preference.
+
+    Args:
+      pool: scored.
+      threshold: see there.
+      compared: which candidates of each segment and prompt are looked at, the best and the worst of these make the
+        pair; None: all.
+      timesteps: pairs drawn from t, ``timesteps[0] <= t < timesteps[1]``, may be valid, others never are.
 
     Raises:
       AssertionError: the pool does not have scores and latents for each of its segments.
@@ -50,7 +70,14 @@ def make_pairs(pool: Pool, threshold: Threshold) -> PreferencePairs:
     chex.assert_shape(pool.latents, (num_segments, batch_size, *latent_shape))
     segments = jnp.arange(num_steps) // segment_size
     drawn_from = pool.timesteps[jnp.minimum(jnp.arange(1, num_segments + 1) * segment_size, num_steps) - 1]
-    win, lose, valid = jax.vmap(jax.vmap(compare, in_axes=(0, None)))(pool.scores, threshold(drawn_from))
+    scores = pool.scores
+    if compared is not None:
+        chex.assert_shape(compared, (num_segments, batch_size, None))
+        scores = jnp.take_along_axis(scores, compared, axis=2)
+    win, lose, valid = jax.vmap(jax.vmap(compare, in_axes=(0, None)))(scores, threshold(drawn_from))
+    if compared is not None:
+        win, lose = (jnp.take_along_axis(compared, place[..., None], axis=2)[..., 0] for place in (win, lose))
+    wanted = (pool.timesteps >= timesteps[0]) & (pool.timesteps < timesteps[1])
 
     def pick(index: jax.Array) -> jax.Array:
         index = index[segments][:, :, None, None, None, None]
@@ -70,7 +97,7 @@ def make_pairs(pool: Pool, threshold: Threshold) -> PreferencePairs:
         lose=worse,
         timesteps=spread(pool.timesteps),
         previous_timesteps=spread(pool.previous_timesteps),
-        valid=valid[segments],
+        valid=valid[segments] & wanted[:, None],
         lose_latents=starts(worse) if pool.num_inner_steps else None,
     )
 

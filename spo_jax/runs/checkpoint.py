@@ -49,6 +49,8 @@ FREE_KEYS = (
 # Keys that configs did not always have, with what runs did before they had them.
 ADDED_KEYS = {
     "loss.kind": "spo",
+    "pairs.kind": "best_worst",
+    "pairs.timesteps": [0, 1000],
     "scorer.kind": "image",
     "train.warmup": "linear",
     "unet": "",

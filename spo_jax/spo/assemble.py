@@ -59,7 +59,7 @@ from spo_jax.runs.tuning import (
 from spo_jax.sampling.encode import prompt_shardings
 from spo_jax.sampling.generate import make_decode
 from spo_jax.spo.exchange import arrange, make_exchange
-from spo_jax.spo.rollout import make_draw_pool, make_score_pool
+from spo_jax.spo.rollout import make_draw_pool, make_score_pool, num_used_steps
 from spo_jax.spo.update import make_loss, make_update
 from spo_jax.types import Pool, PromptBatch, Tokenizer
 
@@ -89,8 +89,8 @@ class SPO:
 
     @property
     def pool_params(self) -> dict[str, PyTree]:
-        """What the pool reads; the scorer only where the best candidate goes on."""
-        scored = self.config.sampling.continuation == "win"
+        """What the pool reads; the scorer only where the best or worst candidate goes on."""
+        scored = self.config.sampling.continuation != "random"
         return {part: self.params[part] for part in ("unet", *self.scorer.parts * scored)}
 
     @property
@@ -124,7 +124,7 @@ class SPO:
     def executions(self) -> dict[str, int]:
         """How often a whole run executes each program, if every pair is valid."""
         config, batches = self.config, self.config.num_batches
-        pairs = config.prompts_per_batch * (config.sampling.num_steps - config.sampling.num_plain_steps)
+        pairs = config.prompts_per_batch * num_used_steps(config, self.process)
         updates = batches * math.ceil(pairs / config.train.minibatch_size)
         shown = evaluation_executions(self, batches)
         return {
@@ -158,6 +158,7 @@ def assemble(config: ConfigDict, mesh: Mesh, load: type[Load]) -> SPO:
     pipeline = loaded.pipeline(base_of_config(config), *size, remat=config.remat)
     process = make_schedule(pipeline.scheduler_config, config.sampling.num_steps)
     check_trainable(process)
+    num_used_steps(config, process)  # refuses a range of timesteps that no pair is drawn from
     preference, scorer_params = _image_scorer(config, pipeline, mesh, loaded)
     setup = ScorerSetup(config.scorer, preference and preference.scorer, make_decode(pipeline), mesh.size)
     scorer = SCORERS[config.scorer.kind](setup)
@@ -227,7 +228,7 @@ def _score(made: SPO) -> Program:
 
     def shapes() -> tuple[PyTree, ...]:
         pool = sharded(made.programs["pool"].results, _pool_shardings(made))
-        return shapes_of(made.score_params), pool, _batch(made).scorer_text
+        return shapes_of(made.score_params), pool, _batch(made).scorer_text, key_shape(made.mesh)
 
     return Program("score", function, shapes)
 

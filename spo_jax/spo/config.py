@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     c.sampling.num_inner_steps = 0  # m, steps that a candidate goes alone before it is scored; SDXL: 3
     c.sampling.guidance_scale = 5.0  # w of classifier-free guidance, in sampling and training
     c.sampling.eta = 1.0  # of DDIM; 0 would make all candidates equal
-    c.sampling.continuation = "random"  # which candidate starts the next step; "win" is the paper's ablation
+    c.sampling.continuation = "random"  # which candidate starts the next step; ablations: "win", the best; "lose"
 
     c.scorer = ConfigDict()
     # "image": decodes the predicted clean latents of each candidate and scores the image. Others, in SCORERS of
@@ -47,6 +47,9 @@ def get_config() -> ConfigDict:
 
     c.pairs = ConfigDict()
     c.pairs.threshold = 0.3  # least p(win) - p(lose) for a pair to be used
+    # "best_worst": of all candidates of a step; "random": of two different ones that are drawn at random (ablation).
+    c.pairs.kind = "best_worst"
+    c.pairs.timesteps = (0, 1000)  # pairs drawn from t, the first <= t < the second, are used; (0, 1000): all
 
     c.loss = ConfigDict()
     # "spo"; "gradspo" (NeurIPS 2025), which samples with the average, so it needs train.ema_decay, 0.9 there; or "dpo",
@@ -76,6 +79,7 @@ RANGES = TUNING_RANGES | {
     "sampling.eta": Range(0.0, 1.0, open="low", why="because candidates differ only by their noise"),
     "scorer.chunk": Range(1, MAX_BATCH, special=(0, "no limit")),
     "pairs.threshold": Range(0.0, 1.0, open="high"),
+    "pairs.timesteps": Range(0, MAX_BATCH),
     "loss.beta": Range(1e-6, 1e6),
     "loss.clip_range": Range(1e-6, 1.0, open="high"),
     "train.minibatch_size": Range(1, MAX_BATCH),
@@ -85,18 +89,23 @@ RANGES = TUNING_RANGES | {
 def check(config: ConfigDict, num_devices: int = 1) -> None:
     """Raises UserError for a value that no run on so many devices can use, by its key."""
     # These import the networks; a config file is read without them.
+    from spo_jax.diffusion.pool import CONTINUATIONS
     from spo_jax.formats.scorers import load_function
     from spo_jax.preference.losses import OBJECTIVES
+    from spo_jax.preference.pairs import KINDS
     from spo_jax.preference.scorers import SCORERS
 
     check_base(config, RANGES, BATCHES, num_devices)
     sampling, num_pool_steps = config.sampling, config.sampling.num_steps - config.sampling.num_plain_steps
+    drawn = config.pairs.timesteps
     refuse(
         config,
         [
             ("sampling.num_plain_steps", num_pool_steps > 0, "from 0 to num_steps - 1"),
             ("sampling.num_inner_steps", sampling.num_inner_steps < sampling.num_steps, "below num_steps"),
-            ("sampling.continuation", sampling.continuation in ("random", "win"), "random or win"),
+            ("sampling.continuation", sampling.continuation in CONTINUATIONS, " or ".join(CONTINUATIONS)),
+            ("pairs.kind", config.pairs.kind in KINDS, " or ".join(KINDS)),
+            ("pairs.timesteps", len(drawn) == 2 and drawn[0] < drawn[1], "two numbers, the second one larger"),
             ("scorer.kind", config.scorer.kind in SCORERS, " or ".join(SCORERS)),
             ("loss.kind", config.loss.kind in OBJECTIVES, " or ".join(OBJECTIVES)),
             *tuning_rules(config),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -16,8 +17,9 @@ from spo_jax.diffusion.guidance import make_guided_prediction
 from spo_jax.diffusion.pool import PoolOptions, draw_pool, draw_pool_noise, score_pool
 from spo_jax.diffusion.process import Process
 from spo_jax.distributed.mesh import constrain_batch
+from spo_jax.errors import UserError
 from spo_jax.formats.pipeline import Pipeline
-from spo_jax.preference.pairs import constant_threshold, make_pairs
+from spo_jax.preference.pairs import ALL, constant_threshold, draw_two, make_pairs
 from spo_jax.preference.scorers import Scorer
 from spo_jax.types import Candidates, Pool, PoolNoise, PreferencePairs, PromptBatch
 
@@ -35,8 +37,8 @@ class Rollout:
 
 # ``(params, trained, prompts, key) -> pool``; everything of a prompt stays on its device.
 MakePool = Callable[[dict[str, PyTree], PyTree, PromptBatch, jax.Array], Pool]
-# ``(params, pool, text of the prompts) -> (pairs [S, B, ...], scores [E, B, k])``.
-ScorePool = Callable[[dict[str, PyTree], Pool, jax.Array], tuple[PreferencePairs, jax.Array]]
+# ``(params, pool, text of the prompts, key) -> (pairs [S, B, ...], scores [E, B, k])``.
+ScorePool = Callable[[dict[str, PyTree], Pool, jax.Array, jax.Array], tuple[PreferencePairs, jax.Array]]
 
 
 def make_draw_pool(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, process: Process, mesh: Mesh) -> MakePool:
@@ -80,15 +82,43 @@ def make_draw_pool(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, proce
 
 
 def make_score_pool(config: ConfigDict, scorer: Scorer) -> ScorePool:
-    """The program that scores pools and makes pairs of them."""
-    threshold = constant_threshold(config.pairs.threshold)
+    """The program that scores pools and makes pairs of them; the key is used where pairs are drawn at random."""
+    threshold, timesteps = constant_threshold(config.pairs.threshold), used_timesteps(config)
 
-    def score(params: dict[str, PyTree], pool: Pool, text: jax.Array) -> tuple[PreferencePairs, jax.Array]:
+    def score(
+        params: dict[str, PyTree], pool: Pool, text: jax.Array, key: jax.Array
+    ) -> tuple[PreferencePairs, jax.Array]:
         scored = score_pool(lambda candidates: scorer.score(params, candidates, text), pool)
         assert scored.scores is not None
-        return make_pairs(scored, threshold), scored.scores
+        compared = None
+        if config.pairs.kind == "random":
+            *shape, num_candidates = scored.scores.shape
+            compared = draw_two(rng.stream(key, "pairs"), tuple(shape), num_candidates)
+        return make_pairs(scored, threshold, compared, timesteps), scored.scores
 
     return score
+
+
+def used_timesteps(config: ConfigDict) -> tuple[int, int]:
+    """The timesteps, from the first up to the second, of the pairs that are used; the key's default is all."""
+    low, high = config.pairs.timesteps
+    return ALL if (low, high) == (0, 1000) else (low, high)
+
+
+def num_used_steps(config: ConfigDict, process: Process) -> int:
+    """At how many of the N - d pool steps a pair may be used.
+
+    Raises:
+      UserError: at none.
+    """
+    low, high = used_timesteps(config)
+    drawn = np.asarray(process.timesteps)[config.sampling.num_plain_steps :]
+    if not (count := int(((drawn >= low) & (drawn < high)).sum())):
+        raise UserError(
+            f"config.pairs.timesteps = {(low, high)} holds none of the timesteps that candidates are drawn from, "
+            f"{', '.join(map(str, drawn))}; widen it."
+        )
+    return count
 
 
 def make_sample_pool(config: ConfigDict, pipeline: Pipeline, scorer: Scorer, process: Process, mesh: Mesh) -> MakePool:

@@ -29,7 +29,7 @@ def draw(spo: SPO, state: TrainState, prompts: PromptBatch, key: jax.Array) -> P
 
 def collect(spo: SPO, pool: Pool, prompts: PromptBatch, key: jax.Array) -> tuple[Rollout, int]:
     """Scores pools and orders their pairs; also the number of valid pairs, on the host."""
-    pairs, scores = spo.programs["score"](spo.score_params, pool, prompts.scorer_text)
+    pairs, scores = spo.programs["score"](spo.score_params, pool, prompts.scorer_text, key)
     rollout = Rollout(pairs, *spo.programs["arrange"](key, pairs.valid, scores))
     return rollout, int(rollout.num_valid)
 

@@ -58,12 +58,13 @@ def reference(schedule, noise, plain, continuation, inner=0):
             scores = seen.sum((-1, -2, -3)) + t / 100
             all_scores.append(scores)
             if not last:
-                choice = scores.argmax(1) if continuation == "win" else noise.choices[s].astype(int)
+                choices = {"random": noise.choices[s].astype(int), "win": scores.argmax(1), "lose": scores.argmin(1)}
+                choice = choices[continuation]
                 x = candidates[np.arange(len(x)), choice]
     return np.stack(starts), np.stack(all_candidates), np.stack(all_scores)
 
 
-@pytest.mark.parametrize("continuation", ["random", "win"])
+@pytest.mark.parametrize("continuation", ["random", "win", "lose"])
 @pytest.mark.parametrize("num_steps, plain", [(5, 0), (5, 4), (1, 0), (6, 2)])
 def test_every_split_into_plain_and_pool_steps(num_steps, plain, continuation):
     """From no plain step to a single pool step: the loop in float64 gives the same pool."""
@@ -77,7 +78,7 @@ def test_every_split_into_plain_and_pool_steps(num_steps, plain, continuation):
     np.testing.assert_array_equal(pool.previous_timesteps, schedule.previous_timesteps[plain:])
 
 
-@pytest.mark.parametrize("continuation", ["random", "win"])
+@pytest.mark.parametrize("continuation", ["random", "win", "lose"])
 @pytest.mark.parametrize("num_steps, plain, inner", [(9, 1, 3), (8, 1, 2), (6, 0, 1), (6, 1, 3), (4, 2, 7), (1, 0, 3)])
 def test_every_cut_into_segments(num_steps, plain, inner, continuation):
     """Segments that fit, a last one that is shorter, down to one step, and a single one: as the loop in float64."""
@@ -148,6 +149,14 @@ def test_random_continuation_does_not_look_at_the_scores():
     np.testing.assert_array_equal(pools[0].scores, -pools[1].scores)
 
 
+def test_the_worst_goes_on_where_the_best_would_by_the_opposite_score():
+    schedule, noise = make_schedule(CONFIG, 5), noise_of(3, 5, 1)
+    win = sample_pool(predict, score, schedule, noise, PoolOptions(1, continuation="win"))
+    lose = sample_pool(predict, lambda c: -score(c), schedule, noise, PoolOptions(1, continuation="lose"))
+    np.testing.assert_array_equal(win.candidates, lose.candidates)
+    np.testing.assert_array_equal(win.scores, -lose.scores)
+
+
 def test_prompts_do_not_touch_each_other():
     """The trajectory of a prompt depends on its own noise only."""
     schedule, noise = make_schedule(CONFIG, 5), noise_of(4, 5, 1)
@@ -159,8 +168,8 @@ def test_prompts_do_not_touch_each_other():
 
 
 def test_unknown_continuation_is_refused():
-    with pytest.raises(ValueError, match="lose"):
-        sample_pool(predict, score, make_schedule(CONFIG, 5), noise_of(0, 5, 1), PoolOptions(1, continuation="lose"))
+    with pytest.raises(ValueError, match="best"):
+        sample_pool(predict, score, make_schedule(CONFIG, 5), noise_of(0, 5, 1), PoolOptions(1, continuation="best"))
 
 
 def test_random_numbers_are_standard_normal_and_choices_uniform():

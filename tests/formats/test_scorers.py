@@ -175,5 +175,5 @@ def test_a_plain_clip_fits_into_the_sampling_program():
     )
     draw = make_draw_pool(config, pipeline, scorer, make_schedule(pipeline.scheduler_config, 4), make_mesh(1, 8))
     pool = jax.eval_shape(draw, params, {}, prompts, jax.random.key(0))
-    pairs, _ = jax.eval_shape(make_score_pool(config, scorer), params, pool, prompts.scorer_text)
+    pairs, _ = jax.eval_shape(make_score_pool(config, scorer), params, pool, prompts.scorer_text, jax.random.key(0))
     assert pairs.valid.shape == (2, 8)

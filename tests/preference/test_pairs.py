@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from spo_jax.preference.pairs import compact, compare, constant_threshold, make_pairs
+from spo_jax.preference.pairs import compact, compare, constant_threshold, draw_two, make_pairs
 from spo_jax.types import Pool
 
 SCORES = st.lists(st.floats(-4, 4, width=16), min_size=2, max_size=6).map(lambda x: np.array(x, np.float32))
@@ -115,6 +115,64 @@ def test_pairs_of_one_step_and_prompt_come_from_its_candidates():
     np.testing.assert_array_equal(pairs.lose.ravel(), 4 * np.arange(6) + np.asarray(pool.scores).argmin(-1).ravel())
     np.testing.assert_array_equal(pairs.timesteps, [[30, 30], [20, 20], [10, 10]])
     np.testing.assert_array_equal(pairs.previous_timesteps, [[20, 20], [10, 10], [0, 0]])
+
+
+# ------------------------------------------------------------------------------------------------------ pairs at random
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_two_candidates_are_different_and_every_two_equally_likely(k):
+    drawn = np.asarray(draw_two(jax.random.key(k), (60, 100), k))
+    assert drawn.shape == (60, 100, 2) and drawn.min() == 0 and drawn.max() == k - 1
+    ordered, counts = np.unique(drawn.reshape(-1, 2), axis=0, return_counts=True)
+    assert len(ordered) == k * (k - 1) and (ordered[:, 0] != ordered[:, 1]).all()
+    assert scipy.stats.chisquare(counts).pvalue > 0.01
+
+
+def scored_pool(inner=0, steps=5, batch=3, k=4, seed=0):
+    """Candidates are their own numbers, so that a pair tells where it comes from."""
+    segments = -(-steps // (inner + 1))
+    scores = np.random.default_rng(seed).standard_normal((segments, batch, k))
+    return Pool(
+        latents=jnp.full((segments, batch, 1, 1, 1), -1.0),
+        candidates=jnp.arange(steps * batch * k, dtype=jnp.float32).reshape(steps, batch, k, 1, 1, 1),
+        scores=jnp.asarray(scores, jnp.float32),
+        timesteps=jnp.arange(10 * steps, 0, -10),
+        previous_timesteps=jnp.arange(10 * steps - 10, -1, -10),
+        num_inner_steps=inner,
+    )
+
+
+@pytest.mark.parametrize("inner, seed", [(0, 0), (0, 1), (1, 2)])
+def test_a_random_pair_is_of_the_two_that_were_drawn_the_better_one_wins(inner, seed):
+    pool = scored_pool(inner, seed=seed)
+    drawn = draw_two(jax.random.key(seed), pool.scores.shape[:2], 4)
+    pairs, best_worst = (make_pairs(pool, constant_threshold(0.3), which) for which in (drawn, None))
+    pool, pairs, drawn = jax.tree.map(np.asarray, (pool, pairs, drawn))
+    for s, b in np.ndindex(5, 3):
+        segment = s // (inner + 1)
+        better, worse = sorted(drawn[segment, b].tolist(), key=lambda i: -pool.scores[segment, b, i])
+        assert pairs.win[s, b] == pool.candidates[s, b, better] and pairs.lose[s, b] == pool.candidates[s, b, worse]
+        margin = math.tanh(float(pool.scores[segment, b, better] - pool.scores[segment, b, worse]) / 2)
+        assert abs(margin - 0.3) < 1e-5 or bool(pairs.valid[s, b]) == (margin > 0.3)
+    assert (~pairs.valid | best_worst.valid).all(), "no two candidates differ more than the best and the worst"
+
+
+def test_to_look_at_all_candidates_in_any_order_is_the_default():
+    pool = scored_pool()
+    order = jnp.broadcast_to(jnp.array([2, 0, 3, 1]), pool.scores.shape)
+    pairs, default = (make_pairs(pool, constant_threshold(0.3), which) for which in (order, None))
+    jax.tree.map(np.testing.assert_array_equal, pairs, default)
+
+
+# ------------------------------------------------------------------------------------------------- ranges of timesteps
+@pytest.mark.parametrize("inner, low, high", [(0, 20, 50), (0, 0, 60), (0, 51, 60), (1, 20, 31), (2, 0, 11)])
+def test_pairs_outside_the_range_of_timesteps_are_invalid_and_the_others_as_before(inner, low, high):
+    pool = scored_pool(inner)
+    pairs, default = (make_pairs(pool, constant_threshold(0.1), None, r) for r in ((low, high), (0, 1000)))
+    inside = (low <= np.asarray(default.timesteps)) & (np.asarray(default.timesteps) < high)
+    np.testing.assert_array_equal(pairs.valid, default.valid & inside)
+    for name in ("latents", "win", "lose", "timesteps", "previous_timesteps"):
+        np.testing.assert_array_equal(getattr(pairs, name), getattr(default, name))
+    jax.tree.map(np.testing.assert_array_equal, default, make_pairs(pool, constant_threshold(0.1)))
 
 
 @pytest.mark.parametrize("name", ["scores", "latents"])

@@ -367,6 +367,12 @@ def test_config_that_json_writes_differently_is_still_the_same(tmp_path):
             {"train": {"warmup": "log"}},
             r"config\.train\.warmup was 'linear' there and is 'log' now",
         ),
+        (
+            {"pairs": {"threshold": 0.3}},
+            {"pairs": {"threshold": 0.3, "kind": "best_worst", "timesteps": (0, 1000)}},
+            {"pairs": {"threshold": 0.3, "kind": "best_worst", "timesteps": (0, 750)}},
+            r"config\.pairs\.timesteps was \[0, 1000\] there and is \[0, 750\] now",
+        ),
     ],
 )
 def test_a_run_from_before_a_key_was_added_goes_on_where_the_key_has_the_old_meaning(

@@ -1,6 +1,7 @@
 """What a config can switch on: the shipped recipes, memory savers, accumulation, averages, warnings."""
 
 import re
+import types
 from importlib import import_module
 
 import chex
@@ -20,6 +21,7 @@ from spo_jax.formats.hub import local
 from spo_jax.formats.pipeline import read_pipeline
 from spo_jax.models import UNet2DConditionModel
 from spo_jax.models.lora import init_lora
+from spo_jax.planning.shapes import Shapes
 from spo_jax.preference.losses import PairLoss
 from spo_jax.preference.scorers import ImageScorer, ScorerSetup, image_candidates_scorer
 from spo_jax.runs.held_out import encode_texts, untrained
@@ -31,9 +33,10 @@ from spo_jax.sampling.generate import make_decode
 from spo_jax.spo import config as spo_config
 from spo_jax.spo.assemble import assemble
 from spo_jax.spo.config import check as check_config
+from spo_jax.spo.rollout import make_score_pool
 from spo_jax.spo.steps import collect, draw, run_updates
 from spo_jax.spo.update import CLIPPED_BATCHES, clipped_warning, make_update
-from spo_jax.types import Candidates, PreferencePairs
+from spo_jax.types import Candidates, Pool, PreferencePairs
 from tests.small_pipeline import small_pipeline
 
 
@@ -200,6 +203,35 @@ def test_weights_that_are_seldom_used_wait_in_the_hosts_memory():
         assert {x.sharding.memory_kind for x in jax.tree.leaves(visiting)} == {"device"}
     assert kinds[False] == {name: {"device"} for name in ("unet", "vae", "text_encoder")}
     assert kinds[True] == kinds[False] | {"text_encoder": {"pinned_host"}}
+
+
+# ------------------------------------------------------------------------------------------------------------- pairs
+def test_only_random_pairs_depend_on_the_key():
+    generator = np.random.default_rng(0)
+    candidates = jnp.asarray(generator.standard_normal((3, 4, 5, 2, 2, 1)), jnp.float32)
+    times = jnp.array([30, 20, 10])
+    pool = Pool(candidates[:, :, 0], candidates, None, times, times - 10, x0=candidates)
+    made = {}
+    for kind in ("best_worst", "random"):
+        config = spo_config.get_config()
+        config.pairs.kind = kind
+        scorer = types.SimpleNamespace(score=lambda params, candidates, text: candidates.x0.sum((-1, -2, -3)))
+        score = make_score_pool(config, scorer)
+        made[kind] = [score({}, pool, jnp.zeros(4), jax.random.key(seed)) for seed in (0, 0, 1)]
+    for kind, (pairs, again, other) in made.items():
+        chex.assert_trees_all_equal(pairs, again)
+        assert (pairs[0].win != other[0].win).any() == (kind == "random")
+        np.testing.assert_array_equal(pairs[1], made["best_worst"][0][1])
+
+
+def test_a_plan_counts_the_steps_whose_pairs_are_used():
+    config = tiny.get_config()
+    config.num_batches, config.prompts_per_batch, config.train.minibatch_size = 5, 8, 16
+    updates = {}
+    for timesteps in ((0, 1000), (0, 750), (250, 750), (0, 500)):  # the pool's are 701, 601, ..., 1
+        config.pairs.timesteps = timesteps
+        updates[timesteps] = assemble(config, make_mesh(-1, 1), Shapes).executions["update"] // 5
+    assert list(updates.values()) == [4, 4, 3, 3]  # of 8, 8, 5 and 5 pairs a prompt, two prompts' in a minibatch
 
 
 # --------------------------------------------------------------------------------------------------------- optimizer

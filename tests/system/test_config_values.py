@@ -14,6 +14,7 @@ from spo_jax import methods
 from spo_jax.errors import UserError
 from spo_jax.formats.lora import FILE_NAME
 from spo_jax.formats.safetensors_io import read_tensors
+from spo_jax.runs.metrics import METRICS_FILE, read_metrics
 from spo_jax.spo.config import RANGES
 from tests.small_pipeline import small_pipeline
 
@@ -50,6 +51,21 @@ def test_a_run_that_learns_nothing_says_so(tmp_path, capfd):
     )
 
 
+def test_ablations_of_pairs_and_trajectories_learn_from_what_is_left(tmp_path):
+    """At t = 667 there is no pool, those drawn from t = 334 are left out; eight prompts have a pair at t = 1."""
+    values = {"sampling.continuation": "lose", "pairs.kind": "random", "pairs.timesteps": (0, 300)}
+    values |= {"sampling.num_candidates": 3}
+    assert lora_of(values, tmp_path).any()
+    (row,) = read_metrics(tmp_path / METRICS_FILE)
+    assert 0 < row["num_pairs"] <= 8 and row["num_updates"] == 1
+
+
+def test_a_range_without_pairs_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match=r"config\.pairs\.timesteps = \(400, 600\) holds none .*334, 1; widen it"):
+        methods.train(small_config({"pairs.timesteps": (400, 600)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def extremes():
     """Each number at both ends of its range and at its special value, except ends that only take memory or time."""
     large = ("num_batches", "prompts_per_batch", "minibatch_size", "num_steps", "num_plain_steps", "num_inner_steps")
@@ -61,6 +77,7 @@ def extremes():
         for value in values:
             inside = math.nextafter(value, 0.5) if isinstance(value, float) and allowed.fault(value) else value
             number = np.float32(inside).item() if isinstance(inside, float) else inside
+            number = (0, number) if name.endswith("timesteps") else number
             if (name, number) != whole_unet:
                 yield name, number
 
