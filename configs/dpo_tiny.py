@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     c.checkpoint.every = 50
     c.validation.every = 50
     c.validation.num_pairs = 320
+    c.validation.timesteps = tuple(range(100, 1000, 200))
     c.sampling.num_steps = 10
     c.sampling.guidance_scale = 2.0
     c.evaluation.prompts = "emoji:prompts/held_out.txt"
