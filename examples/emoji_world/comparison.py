@@ -63,7 +63,7 @@ SIDES = {
     ),
     "Diffusion-DPO": Side(
         dpo_tiny.get_config(),
-        grid((1e-4, 3e-4, 1e-3), (1000.0, 5000.0)),
+        grid((3e-4, 1e-3, 3e-3), (1000.0, 5000.0)),
         {"num_steps": 150},
         {"num_steps": 600, "evaluation.every": 30},
     ),
