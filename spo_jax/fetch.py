@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from spo_jax import cli
-from spo_jax.data.places import pairs_folder
+from spo_jax.data.places import EMOJI_PAIRS, pairs_folder
 from spo_jax.formats.download import (
     bytes_to_fetch,
     cache_folder,
@@ -99,7 +99,8 @@ def inventory(config: ConfigDict, stocks: Sequence[Stock]) -> str:
             lines.append(f"        {file.path}, {size}" + (f", of it here {in_bytes(part)}" if part else ""))
     for pairs in artifacts.pairs_of(config):  # they are not fetched, because Pick-a-Pic has left the hub
         here = pairs_folder(pairs.name.partition("@")[0]).is_dir()
-        state = "here" if here else "missing; make it with spo_jax.prepare, as the top of the config file says"
+        makes = "the first run makes them" if pairs.name.startswith(EMOJI_PAIRS) else "make them with spo_jax.prepare"
+        state = "here" if here else f"missing; {makes}, as the top of the config file says"
         lines += [f"pairs (config.{pairs.key}): {state}", f"    {pairs.name}"]
     return "\n".join([*lines, _total(stocks)])
 

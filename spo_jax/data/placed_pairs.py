@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ def rows_of(tokenizers: Tokenizers, batch: PairBatch) -> LabelledPairs:
     def ids(tokenizer: Tokenizer | None) -> np.ndarray | None:
         return None if tokenizer is None else tokenize(tokenizer, captions)
 
-    rows = {
+    rows: dict[str, Any] = {
         "images": batch.images,
         "tokens": tokenize_prompts(tokenizers.pipeline, captions),
         "crops": batch.crops,

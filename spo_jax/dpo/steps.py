@@ -50,7 +50,7 @@ class Training:
     loader: PairLoader
     held_out: HeldOut
     window: list[DPOMetrics]
-    rows: list[Mapping[str, float]]
+    rows: list[dict[str, Any]]
     since: float
 
     @property

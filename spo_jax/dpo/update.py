@@ -130,11 +130,12 @@ def errors_of(policy: jax.Array, reference: jax.Array | None, noise: jax.Array) 
     residuals = policy - noise[:, None]
     win, lose = residuals[:, 0], residuals[:, 1]
     errors = PairErrors(mean(jnp.square(win)), mean(jnp.square(lose)), *jnp.zeros((2, len(policy))))
-    errors = errors.replace(overlap=mean(win * lose))
+    errors = dataclasses.replace(errors, overlap=mean(win * lose))
     if reference is None:
         return errors
     of_reference = jnp.square(reference - noise[:, None])
-    return errors.replace(
+    return dataclasses.replace(
+        errors,
         win_reference=mean(of_reference[:, 0]),
         lose_reference=mean(of_reference[:, 1]),
         shift=mean(jnp.square(policy[:, 0] - reference[:, 0])),
@@ -274,7 +275,7 @@ def metrics_to_json(updates: list[DPOMetrics]) -> list[dict[str, object]]:
 def metrics_from_json(rows: list[dict[str, object]]) -> list[DPOMetrics]:
     """What ``metrics_to_json`` was given, on the host."""
 
-    def exact(value: float) -> np.ndarray:
+    def exact(value: float) -> np.generic:
         return np.int32(value) if isinstance(value, int) else np.float32(value)
 
     return [DPOMetrics(**jax.tree.map(exact, row)) for row in rows]

@@ -7,6 +7,7 @@ it in ``OFFLINE``, or an objective of one pair and name it in ``ON_GIVEN_PAIRS``
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -146,4 +147,5 @@ def guarded(pairs: GivenPairs, strength: float) -> tuple[GivenPairs, Float[Array
     cap = (1.0 - strength) * along / jnp.where(towards > 0, towards + 1e-9, 1.0)
     factor = jax.lax.stop_gradient(jnp.where(towards > 0, jnp.clip(cap, 0.0, 1.0), 1.0))
     still = jax.lax.stop_gradient(errors.lose)
-    return pairs.replace(errors=errors.replace(lose=still + factor * (errors.lose - still))), factor
+    errors = dataclasses.replace(errors, lose=still + factor * (errors.lose - still))
+    return dataclasses.replace(pairs, errors=errors), factor

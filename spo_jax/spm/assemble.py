@@ -242,6 +242,7 @@ def _report(made: SPM) -> Program:
         timesteps = jnp.full((len(pairs.images),), timestep)
         prompts, keys = seen.encode(frozen, pairs.tokens), pair_keys(key, pairs.positions)
         clean = seen.predict_clean(frozen, pairs.images, prompts, timesteps, keys)
+        assert pairs.scorer_tokens is not None
         return clean, score_pairs(scorer, params, clean, scorer.encode_text(params, pairs.scorer_tokens), timesteps)
 
     def shapes() -> tuple[PyTree, ...]:

@@ -79,6 +79,7 @@ def spm_loss(
     the global batch: so a prompt with many pairs counts as one with few, as in the released code. A batch without any
     weight has loss and gradient 0.
     """
+    assert pairs.scorer_tokens is not None
     text = scorer.encode_text(params, pairs.scorer_tokens)
     scores = score_pairs(scorer, params, clean, text, timesteps)
     losses = jax.vmap(preference_loss)(scores, pairs.labels)

@@ -22,6 +22,7 @@ _CURVES = (
     ("Fraction of pairs with a clear preference", "Only these are learned from.", "valid_fraction"),
     ("Probability ratio to the base model", "The better sample should rise above the worse.", "win_ratio lose_ratio"),
     ("Fraction of ratios clipped", "Clipped samples no longer push.", "win_clipped lose_clipped"),
+    ("Accuracy of the implicit reward", "How often it prefers the better sample; a coin has 0.5.", "rewards/accuracy"),
     ("Gradient norm", "It should stay of one size.", "grad_norm"),
 )
 

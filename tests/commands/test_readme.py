@@ -53,7 +53,9 @@ def commands(page):
                 yield match[1], shlex.split(match[2], comments=True)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "commands.md"], ids=name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("commands", "own_pairs", "data"))], ids=name
+)
 def test_commands_have_these_options(page):
     found = list(commands(page))
     assert found
