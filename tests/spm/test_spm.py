@@ -57,6 +57,7 @@ def some_pairs(pipeline, **changes) -> LabelledPairs:
     fields = {
         "images": np.asarray(coarse.repeat(4, axis=2).repeat(4, axis=3)),
         "tokens": tokenize_prompts(pipeline, CAPTIONS),
+        "crops": np.zeros((8, 2, 4), np.int32),
         "scorer_tokens": tokenize(pipeline.tokenizer, CAPTIONS),
         "labeller_tokens": None,
         "labels": labels,
