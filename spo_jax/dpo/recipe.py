@@ -43,7 +43,8 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
     with Loop(folder, dpo.state, Unit("DPO", "step", config.num_steps), extra) as loop:
         loader = loop.enter(contextlib.closing(training_pairs(dpo, loop.extra["data"])))
         window = metrics_from_json(loop.extra["window"])
-        rows = read_metrics(folder.path / METRICS_FILE, loop.finished)
+        # Those before the window: that of a step which is still to be logged may be there, from before a kill.
+        rows = read_metrics(folder.path / METRICS_FILE, loop.finished - bool(window))
         run = Training(dpo, loop, loader, encode_held_out(dpo), window, rows, time.time())
 
         def on_save(state: TrainState) -> dict[str, object]:

@@ -34,6 +34,7 @@ class MetricsWriter:
 
     A context manager. ``workdir`` gets ``metrics.jsonl`` (one object a step) and ``tensorboard/``. Rows behind
     ``resume_step`` are of a run that was killed after its last checkpoint; they are dropped and will be written again.
+    A row that is kept is not: a checkpoint that SIGTERM made before its step was logged may be restored a second time.
     ``more`` sinks stay open. ``enabled=False`` writes nothing, for all but one of several processes.
     """
 
@@ -41,7 +42,9 @@ class MetricsWriter:
         self._enabled, self._more = enabled, more
         if enabled:
             path = Path(workdir) / METRICS_FILE
-            write_text(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path, resume_step)))
+            kept = read_metrics(path, resume_step)
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._last_kept = kept[-1]["step"] if kept else -1
             self._rows = path.open("a", encoding="utf-8")
             self._events = SummaryWriter(str(path.with_name("tensorboard")), purge_step=resume_step + 1)
 
@@ -55,7 +58,7 @@ class MetricsWriter:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One row of scalars; one that is not finite is null in the file, because JSON has no NaN."""
-        if not self._enabled:
+        if not self._enabled or step <= self._last_kept:
             return
         row = {name: float(value) if np.isfinite(value) else None for name, value in scalars.items()}
         self._rows.write(json.dumps({"step": step, **row}) + "\n")

@@ -93,7 +93,8 @@ def finish(
         wins = "none, as its images are those of the base model,"
     print(
         f"Tuned model wins on {wins or 'no metric'} of {len(made.held_out)} held-out prompts.\n"
-        f"Report: {workdir / 'report.html'}\nNumbers: {workdir / 'summary.json'}\nAdapters: {workdir}"
+        f"Report: {workdir / 'report.html'}\nNumbers: {workdir / 'summary.json'}\n"
+        + (f"Adapters: {workdir}" if config.lora.rank else f"Model: {workdir / 'model'}")
     )
     return summary
 

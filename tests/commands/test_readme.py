@@ -54,7 +54,9 @@ def commands(page):
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("commands", "own_pairs", "data"))], ids=name
+    "page",
+    [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("commands", "own_pairs", "data"))],
+    ids=name,
 )
 def test_commands_have_these_options(page):
     found = list(commands(page))

@@ -18,6 +18,7 @@ from spo_jax.spo.update import nothing_learned
 
 CONFIGS = {
     "spo": (spo_config.get_config, tiny.get_config, spo_config.RANGES, spo_config.check),
+    "dpo": (dpo_config.get_config, dpo_tiny.get_config, dpo_config.RANGES, dpo_config.check),
     "spm": (spm_config.get_config, spm_tiny.get_config, spm_config.RANGES, spm_config.check),
 }
 
