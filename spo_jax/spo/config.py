@@ -52,8 +52,8 @@ def get_config() -> ConfigDict:
     c.pairs.timesteps = (0, 1000)  # pairs drawn from t, the first <= t < the second, are used; (0, 1000): all
 
     c.loss = ConfigDict()
-    # "spo"; "gradspo" (NeurIPS 2025), which samples with the average, so it needs train.ema_decay, 0.9 there; or "dpo",
-    # without clipping. They stand in OBJECTIVES of preference/losses.py.
+    # "spo"; "gradspo" (NeurIPS 2025), which samples with the average, so it needs train.ema_decay, 0.9 there; or one of
+    # given pairs, without clipping: dpo, ipo, hinge, dmpo. They stand in OBJECTIVES of preference/losses.py.
     c.loss.kind = "spo"
     c.loss.beta = 10.0  # strength of the preference
     c.loss.clip_range = 0.1  # probability ratios are clamped to 1 -+ this

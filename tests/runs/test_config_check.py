@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import spm_tiny, tiny
+from configs import dpo_tiny, spm_tiny, tiny
+from spo_jax.dpo import config as dpo_config
 from spo_jax.errors import UserError
 from spo_jax.runs.optimizer import make_optimizer
 from spo_jax.runs.result import still_zero
@@ -95,7 +96,7 @@ def test_numbers_that_no_run_can_use_are_refused_by_name(method, name):
         ("spo", "pairs.timesteps", (3, 3), "two numbers, the second one larger"),
         ("spo", "pairs.timesteps", (0.5, 3), "whole numbers"),
         ("spo", "mesh.data", 0, "at least 1, or -1 for all devices that are left, not 0"),
-        ("spo", "loss.kind", "ppo", "spo or gradspo or dpo, not 'ppo'"),
+        ("spo", "loss.kind", "ppo", "spo or gradspo or dpo or ipo or hinge or dmpo, not 'ppo'"),
         ("spo", "loss.kind", "gradspo", "train.ema_decay must be on for this loss.kind"),
         ("spo", "scorer.kind", "latents", "image, not 'latents'"),
         ("spo", "evaluation.metrics", ("beauty",), "some of preference_score, alignment_top1, colorfulness"),
