@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import chex
@@ -30,23 +31,25 @@ class TrainState:
         reference. Of a preference model: its parameters.
       opt_state: of the optimizer.
       average: exponential moving average of ``trained``; None if it is off.
-      reference: variables of the reference, in the form of ``trained``, where it is not the base model; else None. It
-        does not change, and is kept here so that a run that goes on has the reference that it began with.
     """
 
     step: jax.Array
     trained: PyTree
     opt_state: PyTree
     average: PyTree | None = None
-    reference: PyTree | None = None
 
     @classmethod
     def create(cls, trained: PyTree, optimizer: Optimizer, *, starts_as_reference: bool = False) -> TrainState:
         """The state before the first step; ``starts_as_reference``: what is trained is the reference, as it is now."""
         # A copy, because an update gives the buffers of the old state away.
         average = jax.tree.map(jnp.copy, trained) if optimizer.ema_decay else None
-        reference = jax.tree.map(jnp.copy, trained) if starts_as_reference else None
-        return cls(jnp.zeros((), jnp.int32), trained, optimizer.transformation.init(trained), average, reference)
+        fields = jnp.zeros((), jnp.int32), trained, optimizer.transformation.init(trained), average
+        return ReferencedState(*fields, jax.tree.map(jnp.copy, trained)) if starts_as_reference else cls(*fields)
+
+    @property
+    def reference(self) -> PyTree | None:
+        """Variables of the reference, in the form of ``trained``; None where that is the base model."""
+        return None
 
     @property
     def result(self) -> PyTree:
@@ -71,4 +74,14 @@ class TrainState:
         average = self.average
         if average is not None:
             average = optax.incremental_update(trained, average, 1.0 - optimizer.ema_decay)
-        return TrainState(self.step + 1, trained, opt_state, average, self.reference)
+        return dataclasses.replace(self, step=self.step + 1, trained=trained, opt_state=opt_state, average=average)
+
+
+@flax.struct.dataclass
+class ReferencedState(TrainState):
+    """A state with a reference, which does not change: a run that goes on has the reference that it began with.
+
+    It is a class of its own, because a checkpoint knows the fields of what it holds.
+    """
+
+    reference: PyTree = None

@@ -31,7 +31,7 @@ def write_pairs(folder):
 
 
 def dpo_config(folder):
-    """Two minibatches a step; adapters that start from others, which are the reference."""
+    """Two minibatches a step."""
     write_pairs(folder)
     c = dpo_tiny.get_config()
     c.model = str(small_pipeline())
