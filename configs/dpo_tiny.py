@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     """Adapters on 8,760 pairs."""
     c = config.get_config()
     c.model = "emoji:model"
-    c.num_steps = 300
+    c.num_steps = 200
     c.dtype = "float32"
 
     c.data.train = "emoji:pairs@train"
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     c.train.warmup_steps = 20
 
     c.checkpoint.every = 50
-    c.validation.every = 50
+    c.validation.every = 100
     c.validation.num_pairs = 320
     c.validation.timesteps = tuple(range(100, 1000, 200))
     c.sampling.num_steps = 10
