@@ -19,14 +19,14 @@ from spo_jax.dpo import config
 
 
 def get_config(model: str = "") -> ConfigDict:
-    """Rank 16, 8 pairs a step; images as they are, because what somebody chose may be a matter of left and right."""
+    """Rank 16, 8 pairs a step. Images as they are, because what somebody chose may be a matter of left and right."""
     c = config.get_config()
     c.num_steps = 1000
     c.data.train, c.data.validation = "data/mine@train", ""
     c.data.flip = "none"
     c.data.empty_prompts = 0.1
     c.lora.rank = 16
-    c.train.batch_size, c.train.accumulation_steps = 4, 2
+    c.train.batch_size, c.train.accumulation_steps = 8, 1
     c.train.learning_rate = 1e-5
     c.train.warmup_steps = 50
     c.loss.beta = 5000.0
