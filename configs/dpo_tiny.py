@@ -27,7 +27,8 @@ def get_config() -> ConfigDict:
 
     c.lora.rank = 4
     c.train.batch_size, c.train.accumulation_steps = 32, 1
-    c.train.learning_rate = 1e-4
+    c.loss.beta = 1000.0  # with the learning rate a choice of examples/emoji_world/comparison.py
+    c.train.learning_rate = 1e-3
     c.train.warmup_steps = 20
 
     c.checkpoint.every = 50

@@ -36,7 +36,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs, the table a
 TABLE = flags.DEFINE_bool("table", False, "Write table and picture of the runs that are there, and make none.")
 
 SEEDS = (0, 1, 2)
-NUM_TRY_CAPTIONS = 100  # training captions that a try is measured on
+NUM_TRY_CAPTIONS = NUM_CAPTIONS = 100  # training captions that a try is measured on, held-out ones of a run
 MOST_ALIGNMENT_LOST = 0.05  # of a try that may be chosen: a model that ignores the prompt is no better one
 
 
@@ -65,7 +65,7 @@ SIDES = {
         dpo_tiny.get_config(),
         grid((3e-4, 1e-3, 3e-3), (1000.0, 5000.0)),
         {"num_steps": 150},
-        {"num_steps": 600, "evaluation.every": 30},
+        {"num_steps": 450, "evaluation.every": 30},
     ),
 }
 COMMON = {"validation.every": 0, "evaluation.metrics": ("colorfulness", "alignment_top1")}
@@ -108,7 +108,7 @@ def missing(workdir: Path, captions: Path) -> Iterator[tuple[str, ConfigDict, Pa
             folder = run_folder(workdir, name, seed)
             if not (folder / "summary.json").is_file():
                 setting = side.tries[best_try(workdir, name)]
-                more = {"seed": seed, "evaluation.batch_size": 50}
+                more = {"seed": seed, "evaluation.num_prompts": NUM_CAPTIONS, "evaluation.batch_size": 50}
                 yield f"{name}, seed {seed}", changed(side.recipe, COMMON, side.of_run, setting, more), folder
 
 
