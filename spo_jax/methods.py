@@ -22,6 +22,17 @@ def module_of(method: str, name: str) -> ModuleType:
     return importlib.import_module(f"spo_jax.{method}.{name}")
 
 
+def check(config: ConfigDict, num_devices: int = 1) -> None:
+    """Raises UserError for a value that no run on so many devices can use, or a config of another method's keys."""
+    module = module_of(config.method, "config")
+    if missing := set(module.get_config()) - set(config):
+        raise UserError(
+            f"config.method is {config.method!r}, whose config has {', '.join(sorted(missing))} as well; it belongs to "
+            "the config file: choose another one."
+        )
+    module.check(config, num_devices)
+
+
 def train(config: ConfigDict, workdir: Path) -> dict[str, object] | None:
     """Trains and measures; goes on where an interrupted run of the same command stopped.
 
@@ -43,7 +54,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, object] | None:
     from spo_jax.runs.loop import RunFolder
 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    module_of(config.method, "config").check(config, mesh.size)
+    check(config, mesh.size)
     platform = attention.platform_of(mesh.devices.flat[0])
     attention.check_kind(config.attention, platform, config.dtype)
     wandb_run.check(config)

@@ -165,7 +165,7 @@ def make_for(config: ConfigDict) -> None:
     from spo_jax.distributed.processes import is_main_process
 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    methods.module_of(config.method, "config").check(config, mesh.size)
+    methods.check(config, mesh.size)
 
     def act() -> None:
         make_prepared(show=is_main_process())

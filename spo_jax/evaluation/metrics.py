@@ -173,7 +173,5 @@ def colorfulness(images: Float[Array, "*n h w 3"]) -> Float[Array, "*n"]:
 def meaning_of(name: str, metric: Described, model: str) -> str:
     """What a report says of a metric of a model; the emoji world's simulated people prefer colourfulness."""
     if name == "colorfulness" and model.startswith("emoji:"):
-        return (
-            "It is the true preference of the emoji world, which training knows only through a scorer or labels."
-        )
+        return "It is the true preference of the emoji world, which training knows only through a scorer or labels."
     return metric.meaning

@@ -58,7 +58,7 @@ class Plan:
 
 def check(config: ConfigDict, target: Target) -> None:
     """Raises UserError for a config that no run can use, or not on so many devices."""
-    methods.module_of(config.method, "config").check(config)  # what it says of devices, this says better below
+    methods.check(config)  # what it says of devices, this says better below
     count = target.num_devices
     mesh_sizes(config.mesh.data, config.mesh.fsdp, count)
     check_kind(config.attention, target.platform, config.dtype)

@@ -206,7 +206,8 @@ def test_a_mistake_is_found_before_anything_is_written(tmp_path, data, changes, 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "dpo"}, ["config.method", "dpo"]),
+        ({"method": "dpo"}, ["config.method", "dpo", "sampling"]),
+        ({"method": "ppo"}, ["config.method", "spo or dpo or spm"]),
         ({"data.validation": "nowhere@validation"}, ["nowhere", "spo_jax.prepare"]),
         ({"data.strict": True}, ["Record", "config.data.strict"]),
     ],
