@@ -6,11 +6,10 @@
 ``configs/dpo_lora.py:sdxl`` is for SDXL. Say ``--config.data.validation=data/mine@validation`` if there are pairs that
 are not trained on; a tenth of them is well spent, because only these tell when to stop.
 
-What to expect. 500 pairs are seen 16 times in 1,000 steps of 8. ``rewards/accuracy`` rises within the first hundred
-steps. ``held_out/accuracy`` follows it at first; when it falls while the other goes on rising, the pairs are being
-learned by heart, and an earlier checkpoint or fewer steps are better. The loss stays near log 2 = 0.69, also in a good
-run. Where errors on the worse images run away, pictures break: then ``--config.loss.guard=0.9``, or a lower
-learning rate.
+What to expect. An update needs about 8 GiB, by the plan's estimate. 500 pairs are seen 16 times in 1,000 steps of 8.
+This recipe has not been run on Stable Diffusion yet. In the emoji world ``rewards/accuracy`` rises from the first steps
+on, and nears 1 where few pairs are learned by heart; ``held_out/accuracy`` tells whether fewer steps or a lower
+learning rate are better. Where errors on the worse images run away, ``--config.loss.guard=0.9`` holds them.
 """
 
 from ml_collections import ConfigDict

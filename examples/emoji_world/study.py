@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import copy
 import re
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import spm_tiny
 from examples.emoji_world import study_table
 from spo_jax import cli, methods
+from spo_jax.emoji.make_pairs import make_for
 from spo_jax.errors import UserError, notice
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py", "The recipe.", lock_config=True)
@@ -125,31 +123,11 @@ def make_judge(workdir: Path) -> bool:
     """Trains the preference model of clean images, without the time input; False if SIGTERM has stopped it."""
     if (workdir / JUDGE / study_table.SUMMARY).is_file():
         return True
-    data = workdir / "emoji_data"
-    make_pairs(workdir / "emoji_pairs", data)
     config = spm_tiny.get_config()
     config.scorer.step_aware, config.timesteps = False, (0, 1)
-    config.data.train, config.data.validation = f"{data}@train", f"{data}@validation"
+    config.data.train, config.data.validation = "emoji:pairs@train", "emoji:pairs@validation"
+    make_for(config)
     return methods.train(config, workdir / JUDGE) is not None
-
-
-def make_pairs(pairs: Path, data: Path) -> None:
-    """Draws the pairs of images and prepares them, by the commands of ``docs/emoji.md``; what is there stays."""
-    from spo_jax.data.builder import INFO, open_builder  # seconds, which the table need not wait for
-
-    if not pairs.exists():
-        partial = pairs.with_name(pairs.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        _command("spo_jax.emoji.pairs", f"--out={partial}")
-        partial.rename(pairs)
-    for split in ("train", "validation"):
-        if not (data / INFO).is_file() or split not in open_builder(data).info.splits:
-            _command("spo_jax.prepare", f"--source={pairs / split}.jsonl", f"--split={split}", f"--out={data}")
-
-
-def _command(module: str, *arguments: str) -> None:
-    if code := subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode:
-        raise UserError(f"python -m {module} {' '.join(arguments)} ended with {code}; see above.")
 
 
 if __name__ == "__main__":

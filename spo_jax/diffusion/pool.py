@@ -119,19 +119,16 @@ def draw_pool(
     size, num_starts = options.num_inner_steps + 1, num_candidates if options.num_inner_steps else 1
     ranked = {"win": jnp.argmax, "lose": jnp.argmin}.get(options.continuation)
 
-    def choice_of(seen: _Look, timestep: jax.Array, arrived: jax.Array, random_choice: jax.Array) -> jax.Array:
-        if ranked is None:
-            return random_choice
-        assert score is not None
-        return ranked(_scored(score, Candidates(seen.latents, seen.x0, timestep, arrived)), axis=1)
-
     def segment_step(seen: _Look, inputs: tuple[jax.Array, ...]) -> tuple[_Look, tuple[jax.Array, ...]]:
         timestep, previous, following, step_noise, random_choice, closes = inputs
         candidates = draw(seen, timestep, previous, step_noise)
         ahead = look(candidates, following)
 
         def close(ahead: _Look) -> _Look:
-            choice = choice_of(ahead, timestep, following, random_choice)
+            choice = random_choice
+            if ranked is not None:
+                assert score is not None
+                choice = ranked(_scored(score, Candidates(ahead.latents, ahead.x0, timestep, following)), axis=1)
             return _spread(_Look(*(_choose(x, choice) for x in ahead)), num_starts)
 
         going_on = close(ahead) if size == 1 else jax.lax.cond(closes, close, lambda ahead: ahead, ahead)

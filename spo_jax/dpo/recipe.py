@@ -15,12 +15,12 @@ from spo_jax.data.preferences import total_state
 from spo_jax.distributed.processes import say
 from spo_jax.dpo.assemble import assemble
 from spo_jax.dpo.steps import Training, finish_step, kept, training_pairs
-from spo_jax.dpo.update import metrics_from_json
+from spo_jax.dpo.update import DPOMetrics
 from spo_jax.dpo.words import words_of
 from spo_jax.runs.held_out import cut_texts, encode_held_out
 from spo_jax.runs.load import Weights
 from spo_jax.runs.loop import Loop, RunFolder, Unit
-from spo_jax.runs.metrics import METRICS_FILE, read_metrics
+from spo_jax.runs.metrics import METRICS_FILE, read_metrics, window_from_json
 from spo_jax.runs.result import finish, write_result
 from spo_jax.runs.state import TrainState
 
@@ -42,7 +42,7 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
     extra: dict[str, object] = {"data": None, "window": [], "accuracy": {}}
     with Loop(folder, dpo.state, Unit("DPO", "step", config.num_steps), extra) as loop:
         loader = loop.enter(contextlib.closing(training_pairs(dpo, loop.extra["data"])))
-        window = metrics_from_json(loop.extra["window"])
+        window = window_from_json(DPOMetrics, loop.extra["window"])
         # Those before the window: that of a step which is still to be logged may be there, from before a kill.
         rows = read_metrics(folder.path / METRICS_FILE, loop.finished - bool(window))
         run = Training(dpo, loop, loader, encode_held_out(dpo), window, rows, time.time())

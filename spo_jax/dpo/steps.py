@@ -7,12 +7,13 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from spo_jax import rng
 from spo_jax.data.augmentation import Augmentation
@@ -21,14 +22,14 @@ from spo_jax.data.preferences import PairLoader, total_state
 from spo_jax.distributed.mesh import fetch
 from spo_jax.distributed.processes import say
 from spo_jax.dpo.assemble import DPO
-from spo_jax.dpo.update import ERRORS, DPOMetrics, dpo_metrics, implicit_rewards, metrics_to_json
+from spo_jax.dpo.update import ERRORS, DPOMetrics, dpo_metrics, rewards_of
 from spo_jax.errors import UserError
 from spo_jax.evaluation.pair_accuracy import first_pairs
 from spo_jax.preference.accuracy import wilson_interval
 from spo_jax.preference.losses import PairErrors
 from spo_jax.runs.held_out import HeldOut, measure_curve, show_validation
 from spo_jax.runs.loop import Loop
-from spo_jax.runs.metrics import REWARDS
+from spo_jax.runs.metrics import REWARDS, window_to_json
 from spo_jax.runs.pair_data import data_metrics, open_loader, validation_loader
 
 PATIENCE = 5  # rows of the log in a row before a warning
@@ -94,10 +95,10 @@ def finish_step(run: Training) -> None:
     if row and loop.due(config.evaluation.every):
         row |= measure_curve(dpo, loop, run.held_out)
     if row:
-        loop.log(row, "loss", *(name for name in (REWARDS[3],) if name in row))
+        loop.log(row, "loss", *({REWARDS[3]} & row.keys()))
         run.window.clear()
         run.rows.append({"step": loop.finished, **row})
-        say(runs_away(run.rows), undecided(run.rows, config), not_moving(run.rows, dpo))
+        say(runs_away(run.rows), undecided(run.rows, config), not_moving(run.rows, config))
     if loop.finished and loop.due(config.checkpoint.every):
         loop.save()
     if row and loop.due(config.validation.every):
@@ -123,9 +124,8 @@ def measure(run: Training) -> dict[str, Any] | None:
                 errors, tied, usable = dpo.programs["errors"](*models, pairs, jnp.int32(timestep), key)
                 total = errors if total is None else jax.tree.map(jnp.add, total, errors)
             mean, tied, usable = fetch((jax.tree.map(lambda x: x / len(validation.timesteps), total), tied, usable))
-            chosen, rejected = implicit_rewards(mean, dpo.objective, dpo.options)
             counted = np.asarray(usable & ~tied)
-            agreed += list(0.5 * (1.0 + np.sign(np.asarray(chosen - rejected)))[counted])
+            agreed += list(np.asarray(rewards_of(mean, dpo.objective, dpo.options)[2])[counted])
             four = (mean.win, mean.lose, mean.win_reference, mean.lose_reference)
             sums += [float(np.asarray(x)[counted].sum()) for x in four]
     if loop.preempted():
@@ -150,7 +150,7 @@ def kept(run: Training) -> dict[str, Any]:
         run.loop.check(dpo_metrics(run.window, guard=False))
     return {
         "data": total_state(run.loader.state()),
-        "window": metrics_to_json(run.window),
+        "window": window_to_json(run.window),
         "accuracy": run.accuracy,
     }
 
@@ -175,7 +175,7 @@ def runs_away(rows: Sequence[Mapping[str, float]]) -> str | None:
     )
 
 
-def undecided(rows: Sequence[Mapping[str, float]], config: Any) -> str | None:
+def undecided(rows: Sequence[Mapping[str, float]], config: ConfigDict) -> str | None:
     """What to tell a user whose implicit reward does not prefer what people preferred; None if all is well.
 
     Rows of the warm-up do not count.
@@ -189,9 +189,8 @@ def undecided(rows: Sequence[Mapping[str, float]], config: Any) -> str | None:
     )
 
 
-def not_moving(rows: Sequence[Mapping[str, float]], dpo: DPO) -> str | None:
-    """What to tell a user whose loss stays where indifference has it; None if it moves. Of ``dpo`` alone."""
-    config = dpo.config
+def not_moving(rows: Sequence[Mapping[str, float]], config: ConfigDict) -> str | None:
+    """What to tell a user whose loss stays where indifference has it; None if it moves, or is not that of dpo."""
     learning = [row for row in rows if row["step"] > config.train.warmup_steps]
     return _once(
         learning,
@@ -201,7 +200,7 @@ def not_moving(rows: Sequence[Mapping[str, float]], dpo: DPO) -> str | None:
     )
 
 
-def _once(rows: Sequence[Mapping[str, float]], bad: Any, sentence: str) -> str | None:
+def _once(rows: Sequence[Mapping[str, float]], bad: Callable[[Mapping[str, float]], bool], sentence: str) -> str | None:
     """The sentence when exactly the last ``PATIENCE`` rows are bad: so it is said once as long as that lasts."""
     streak = len(list(itertools.takewhile(bad, reversed(rows))))
     return sentence if streak == PATIENCE else None

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from spo_jax import rng
 from spo_jax.diffusion.guidance import GuidedPrediction
 from spo_jax.diffusion.process import Process
-from spo_jax.preference.losses import LossOptions, PairErrors
+from spo_jax.preference.losses import LossOptions, PairErrors, implicit_rewards
 from spo_jax.preference.offline import GivenPairs, Offline, guarded
 from spo_jax.runs.metrics import REWARDS
 from spo_jax.runs.state import Optimizer, TrainState
@@ -240,10 +240,10 @@ def make_dpo_update(
     return update
 
 
-def implicit_rewards(errors: PairErrors, objective: Offline, options: LossOptions) -> tuple[jax.Array, jax.Array]:
-    """Rewards [B] of better and worse image: how much nearer the policy is than the reference."""
+def rewards_of(errors: PairErrors, objective: Offline, options: LossOptions) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``implicit_rewards`` of B pairs, [B]: how much nearer the policy is to each image than the reference."""
     scale = objective.reward_scale * options.beta
-    return scale * (errors.win_reference - errors.win), scale * (errors.lose_reference - errors.lose)
+    return implicit_rewards(errors.win_reference - errors.win, errors.lose_reference - errors.lose, scale)
 
 
 def _sums(given: GivenPairs, losses: jax.Array, objective: Offline, options: LossOptions) -> dict[str, jax.Array]:
@@ -251,8 +251,7 @@ def _sums(given: GivenPairs, losses: jax.Array, objective: Offline, options: Los
     errors = given.errors
     values = {"loss": losses, ERRORS[0]: errors.win, ERRORS[1]: errors.lose}
     if objective.reads_reference:
-        chosen, rejected = implicit_rewards(errors, objective, options)
-        agreed = 0.5 * (1.0 + jnp.sign(chosen - rejected))
+        chosen, rejected, agreed = rewards_of(errors, objective, options)
         values |= {ERRORS[2]: errors.win_reference, ERRORS[3]: errors.lose_reference}
         values |= dict(zip(REWARDS, (chosen, rejected, chosen - rejected, agreed), strict=True))
     return {name: jnp.where(given.usable, value, 0.0).sum() for name, value in values.items()}
@@ -265,17 +264,3 @@ def dpo_metrics(updates: list[DPOMetrics], guard: bool) -> dict[str, float]:
     row = {name: float(np.sum([m.sums[name] for m in updates])) / max(count, 1) for name in updates[0].sums}
     row |= {"num_pairs": count, "grad_norm": float(np.mean([m.grad_norm for m in updates]))}
     return row | ({"guard": float(np.mean([m.guard for m in updates]))} if guard else {})
-
-
-def metrics_to_json(updates: list[DPOMetrics]) -> list[dict[str, object]]:
-    """Of some updates, as a checkpoint keeps them that is written before they are logged; every bit is kept."""
-    return [jax.tree.map(lambda x: x.item(), vars(m)) for m in jax.device_get(updates)]
-
-
-def metrics_from_json(rows: list[dict[str, object]]) -> list[DPOMetrics]:
-    """What ``metrics_to_json`` was given, on the host."""
-
-    def exact(value: float) -> np.generic:
-        return np.int32(value) if isinstance(value, int) else np.float32(value)
-
-    return [DPOMetrics(**jax.tree.map(exact, row)) for row in rows]

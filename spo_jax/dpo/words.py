@@ -39,7 +39,7 @@ _CURVES = (
     ("Margin of the rewards", "Of the better image over the worse one; it should grow.", "rewards/margin"),
     ("Reward of the better images", "It may fall, but less than that of the worse ones.", "rewards/chosen"),
     ("Reward of the worse images", "Far below zero, the model mostly unlearns.", "rewards/rejected"),
-    ("Loss", "That of dpo starts at log 2 = 0.693 and stays near it, also in a good run.", "loss"),
+    ("Loss", "That of dpo starts at log 2 = 0.693; it may stay near it in a good run.", "loss"),
     ("Error on the better images", "Of the predicted noise; noisy, as each timestep has its own.", "error/chosen"),
     ("Error on the worse images", "Where it runs away, pictures break.", "error/rejected"),
     ("Gradient norm", "Before clipping; it should stay of one size.", "grad_norm"),

@@ -191,7 +191,7 @@ def spo_loss(
 
 
 def implicit_rewards(win: jax.Array, lose: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The last three fields of a ``PairLoss``, of two log-ratios or gains."""
+    """Rewards of better and worse, of two log-ratios or gains, and ``agreed`` of ``PairLoss``; of one pair or many."""
     return scale * win, scale * lose, 0.5 * (1.0 + jnp.sign(win - lose))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
@@ -15,6 +16,7 @@ from spo_jax.errors import UserError
 from spo_jax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
+T = TypeVar("T")
 # The implicit rewards: mean of the better and of the worse of a pair, of the difference, and how often it is positive.
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy")
 Row = Mapping[str, float | None]  # of metrics.jsonl
@@ -109,6 +111,23 @@ def check_finite(row: Mapping[str, float], when: str, workdir: Path) -> None:
             f"{broken[0]} is not finite in {when}; training stops. {saved}; lower "
             "config.train.learning_rate or check the weights."
         )
+
+
+def window_to_json(window: Sequence[Any]) -> list[dict[str, Any]]:
+    """Metrics of some updates, as a checkpoint keeps them that is written before they are logged; every bit is kept.
+
+    Each is a dataclass of int32 and float32 scalars, or of dicts of them.
+    """
+    return [jax.tree.map(lambda x: x.item(), vars(metrics)) for metrics in jax.device_get(window)]
+
+
+def window_from_json(kind: Callable[..., T], rows: Sequence[Mapping[str, Any]]) -> list[T]:
+    """What ``window_to_json`` was given, on the host; ``kind`` is the dataclass."""
+
+    def exact(value: float) -> np.generic:
+        return np.int32(value) if isinstance(value, int) else np.float32(value)
+
+    return [kind(**jax.tree.map(exact, dict(row))) for row in rows]
 
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:

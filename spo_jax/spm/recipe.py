@@ -13,10 +13,11 @@ from spo_jax import rng
 from spo_jax.data.placed_pairs import to_devices
 from spo_jax.runs.load import Weights
 from spo_jax.runs.loop import Loop, RunFolder, Unit
+from spo_jax.runs.metrics import window_from_json
 from spo_jax.spm.assemble import assemble
 from spo_jax.spm.evaluation import finish
 from spo_jax.spm.steps import Training, finish_step, kept, training_pairs
-from spo_jax.spm.update import metrics_from_json
+from spo_jax.spm.update import SPMMetrics
 
 
 def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object] | None:
@@ -37,7 +38,7 @@ def train(config: ConfigDict, mesh: Mesh, folder: RunFolder) -> dict[str, object
     extra: dict[str, object] = {"data": None, "window": [], "accuracy": {}}
     with Loop(folder, spm.state, Unit("SPM", "step", config.num_steps), extra) as loop:
         loader = loop.enter(contextlib.closing(training_pairs(spm, loop.extra["data"])))
-        run = Training(spm, loop, loader, metrics_from_json(loop.extra["window"]), folder.path)
+        run = Training(spm, loop, loader, window_from_json(SPMMetrics, loop.extra["window"]), folder.path)
         loop.on_save = lambda state: kept(run)
         finish_step(run)  # of the step that is saved: SIGTERM may have come before it was logged and measured
         for _ in loop.steps():

@@ -19,9 +19,10 @@ from spo_jax.errors import UserError
 from spo_jax.evaluation.pair_accuracy import SCORER, accuracy_row, first_pairs, measure_accuracy
 from spo_jax.formats.scorers import write_scorer
 from spo_jax.runs.loop import Loop
+from spo_jax.runs.metrics import window_to_json
 from spo_jax.runs.pair_data import data_metrics, open_loader, validation_loader
 from spo_jax.spm.assemble import SPM
-from spo_jax.spm.update import SPMMetrics, metrics_to_json, spm_metrics
+from spo_jax.spm.update import SPMMetrics, spm_metrics
 
 
 class Training(NamedTuple):
@@ -109,7 +110,7 @@ def kept(run: Training) -> dict[str, Any]:
         run.loop.check(spm_metrics(run.window))
     return {
         "data": total_state(run.loader.state()),
-        "window": metrics_to_json(run.window),
+        "window": window_to_json(run.window),
         "accuracy": run.accuracy,
     }
 

@@ -143,17 +143,3 @@ def spm_metrics(updates: list[SPMMetrics]) -> dict[str, float]:
         "num_pairs": pairs,
         "grad_norm": float(np.mean([m.grad_norm for m in updates])),
     }
-
-
-def metrics_to_json(updates: list[SPMMetrics]) -> list[dict[str, float]]:
-    """Of some updates, as a checkpoint keeps them that is written before they are logged; every bit is kept."""
-    return [{name: value.item() for name, value in vars(m).items()} for m in jax.device_get(updates)]
-
-
-def metrics_from_json(rows: list[dict[str, float]]) -> list[SPMMetrics]:
-    """What ``metrics_to_json`` was given, on the host."""
-
-    def exact(value: float) -> jax.Array:
-        return jax.device_get(jnp.int32(value) if isinstance(value, int) else jnp.float32(value))
-
-    return [SPMMetrics(**{name: exact(value) for name, value in row.items()}) for row in rows]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import chex
 import jax
@@ -371,8 +370,7 @@ def said(rows, config, first=30):
     found = []
     for count in range(1, len(rows) + 1):
         some = rows[:count]
-        made = types.SimpleNamespace(config=config)
-        found += [runs_away(some), undecided(some, config), not_moving(some, made)]
+        found += [runs_away(some), undecided(some, config), not_moving(some, config)]
     return [sentence for sentence in found if sentence]
 
 
