@@ -57,13 +57,13 @@ def grid(rates: tuple[float, ...], betas: tuple[float, ...]) -> list[dict[str, A
 SIDES = {
     "SPO": Side(
         tiny.get_config(),
-        grid((5e-5, 1e-4, 2e-4), (10.0, 30.0)),
+        grid((2e-4, 4e-4, 8e-4), (3.0, 10.0)),
         {"num_batches": 30},
         {"num_batches": 60, "evaluation.every": 5},
     ),
     "Diffusion-DPO": Side(
         dpo_tiny.get_config(),
-        grid((3e-4, 1e-3, 3e-3), (1000.0, 5000.0)),
+        grid((3e-3, 1e-2, 3e-2), (300.0, 1000.0)),
         {"num_steps": 150},
         {"num_steps": 450, "evaluation.every": 30},
     ),

@@ -34,7 +34,13 @@ TABLE = flags.DEFINE_bool("table", False, "Write the table of the runs that are 
 
 NUMBERS = (15, 60, 240, 960)
 SEEDS = (0, 1, 2)
-CHANGES = {"validation.num_prompts": 1, "validation.every": 200, "checkpoint.every": 100}
+# The learning rate is that of docs/own_pairs.md: by the recipe's, few pairs are learned by heart, and prompts are lost.
+CHANGES = {
+    "train.learning_rate": 3e-4,
+    "validation.num_prompts": 1,
+    "validation.every": 200,
+    "checkpoint.every": 100,
+}
 
 
 def main() -> None:
