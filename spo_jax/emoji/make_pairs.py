@@ -27,6 +27,7 @@ NUM_VALIDATION_CAPTIONS = 160
 CAPTIONS_PER_BATCH = 20
 CEILING = "ceiling.json"
 PREPARED_SEED = 0  # the shipped preference model was trained on its pairs
+PREPARED_SPLITS = ("train", "validation")  # what training reads; "test" is a third of all pictures, which take minutes
 
 
 class Split(NamedTuple):
@@ -104,7 +105,7 @@ def write_pairs(out: Path, seed: int, every: Mapping[str, Split], *, show: bool 
 
 
 def make_prepared(num_captions: int | None = None, *, show: bool = True) -> Path:
-    """The folder that ``emoji:pairs`` stands for; makes it if it is not there, with all splits.
+    """The folder that ``emoji:pairs`` stands for; makes it if it is not there, with ``PREPARED_SPLITS``.
 
     It appears at once and whole. Processes that share a disk may all call this: one makes the folder, the others wait.
 
@@ -130,6 +131,7 @@ def make_prepared(num_captions: int | None = None, *, show: bool = True) -> Path
         if show:
             notice(f"the pairs of the emoji world are made once, in minutes, and kept in {folder}.")
         every = splits(PREPARED_SEED, num_captions)
+        every = {name: every[name] for name in PREPARED_SPLITS}
         # One of its own for each machine: a disk that several share may have no locks.
         scratch = folder.with_name(f".{folder.name}.{platform.node()}")
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed

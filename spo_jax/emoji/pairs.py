@@ -32,7 +32,7 @@ def main() -> None:
     if PREPARED.value:
         if OUT.value or SEED.value != PREPARED_SEED:
             raise UserError("--prepared has a place and a seed of its own; leave --out and --seed out.")
-        print(f"emoji:pairs@train, @validation and @test are in {make_prepared()}.")
+        print(f"emoji:pairs@train and emoji:pairs@validation are in {make_prepared()}.")
         return
     if not OUT.value:
         raise UserError("--out is missing; for example --out=runs/emoji_pairs, or give --prepared.")

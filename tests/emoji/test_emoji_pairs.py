@@ -71,13 +71,13 @@ def test_pairs_by_name_are_made_once(home, painted, capfd):
     folder = make_prepared(2)
     assert folder == pairs_folder("emoji:pairs") == home / "emoji_pairs_v1"
     assert f"kept in {folder}" in capfd.readouterr().err
-    assert [len(open_pairs(f"emoji:pairs@{name}")) for name in ("train", "validation", "test")] == [12, 4, 12]
+    assert [len(open_pairs(f"emoji:pairs@{name}")) for name in ("train", "validation")] == [12, 4]
     batch = next(PairLoader(open_pairs("emoji:pairs@train"), batch_size=12, size=(8, 8), seed=0, num_workers=0))
     assert (batch.weights > 0).all()
-    with pytest.raises(UserError, match="has no split 'all', only test, train, validation"):
+    with pytest.raises(UserError, match="has no split 'all', only train, validation"):
         open_pairs("emoji:pairs@all")
-    assert len(painted) == 3
-    assert make_prepared(2) == folder and len(painted) == 3
+    assert len(painted) == 2
+    assert make_prepared(2) == folder and len(painted) == 2
     assert sorted(path.name for path in home.iterdir()) == ["emoji_pairs_v1", "emoji_pairs_v1.lock"]
     assert json.loads((folder / "ceiling.json").read_text())["train"]["pairs"] == 12
 
@@ -109,7 +109,7 @@ def test_two_at_once(home, painted, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(painted) == 3 and len(open_pairs("emoji:pairs@train")) == 6
+    assert len(painted) == 2 and len(open_pairs("emoji:pairs@train")) == 6
 
 
 def test_another_machine_that_was_faster(home, painted, monkeypatch):
