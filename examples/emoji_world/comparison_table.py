@@ -1,19 +1,21 @@
 """Table and picture of ``comparison.py``: preference gain against training FLOPs and seconds, from its runs' files.
 
 The gain is that of the mean true preference of held-out captions over the base model, in standard deviations of the
-base model's images. What a step costs in seconds is the median over a run's rows, so that compiling, measuring and a
-busy moment do not count.
+base model's images. Intervals are of 95 %, Student's t over the seeds. What a step costs in seconds is the median over
+a run's rows, so that compiling, measuring and a busy moment do not count.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from examples.emoji_world.study_table import over_seeds
 from spo_jax.files import write_text
 from spo_jax.formats.json_files import read_json
 from spo_jax.runs.metrics import read_metrics
@@ -97,12 +99,12 @@ def curve_of(found: Found, folder: Path) -> Curve:
     return Curve(gains, spent[measured], steps[measured] * np.median(seconds), lost)
 
 
-def cost_of(curve: Curve, gain: float, what: str) -> float | None:
-    """FLOPs or seconds at which a curve first has the gain, on a straight line between measurements; None: never."""
+def cost_of(curve: Curve, gain: float, what: str) -> float:
+    """FLOPs or seconds at which a curve first has the gain, on a straight line between measurements; nan: never."""
     costs, gains = (np.concatenate([[0.0], x]) for x in (getattr(curve, what), curve.gains))
     above = np.flatnonzero(gains >= gain)
     if not len(above):
-        return None
+        return math.nan
     i = above[0]
     part = (gain - gains[i - 1]) / (gains[i] - gains[i - 1]) if i else 0.0
     return float(costs[i - 1] + part * (costs[i] - costs[i - 1])) if i else 0.0
@@ -119,41 +121,39 @@ def _tries_table(found: Mapping[str, Found]) -> list[str]:
 
 
 def _costs_table(curves: Mapping[str, Sequence[Curve]], judge_flops: float) -> list[str]:
-    half = _half(curves)
+    half = float(np.mean([curve.gains[-1] for curve in curves["SPO"]])) / 2
     head = "| method | gain at the end | alignment lost | half of SPO's gain costs, TFLOP | with its judge | seconds |"
     lines = [f"Half of SPO's final gain is {half:.2f}.", "", head, "|---|---|---|---|---|---|"]
+    costs = {}
     for name, some in curves.items():
-        judge = judge_flops if name == "SPO" else 0.0
-        costs = [cost_of(curve, half, "flops") for curve in some]
+        flops, seconds = (np.array([cost_of(curve, half, what) for curve in some]) for what in ("flops", "seconds"))
+        costs[name] = [flops / 1e12, (flops + judge_flops * (name == "SPO")) / 1e12, seconds]
         cells = [
-            name,
-            _spread([curve.gains[-1] for curve in some], "+.2f"),
-            _spread([curve.alignment_lost for curve in some], "+.3f"),
-            _spread([None if cost is None else cost / 1e12 for cost in costs], ".2f"),
-            _spread([None if cost is None else (cost + judge) / 1e12 for cost in costs], ".2f"),
-            _spread([cost_of(curve, half, "seconds") for curve in some], ".0f"),
+            _shown(np.array([curve.gains[-1] for curve in some]), "+.2f"),
+            _shown(np.array([curve.alignment_lost for curve in some]), "+.3f"),
+            *(_shown(values, form) for values, form in zip(costs[name], (".2f", ".2f", ".0f"), strict=True)),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    (first, its), (second, others) = costs.items()
+    both = min(len(its[0]), len(others[0]))  # a seed has the same noise of evaluation for both
+    ratios = [_shown(y[:both] / x[:both], ".2f") for x, y in zip(its, others, strict=True)]
+    return [*lines, f"| {second} over {first} | | | {' | '.join(ratios)} |"]
 
 
-def _half(curves: Mapping[str, Sequence[Curve]]) -> float:
-    return float(np.mean([curve.gains[-1] for curve in curves["SPO"]])) / 2
-
-
-def _spread(values: Sequence[float | None], form: str) -> str:
-    """Mean and range over the seeds; which seeds never come there is said."""
-    reached = [value for value in values if value is not None]
-    if not reached:
+def _shown(values: np.ndarray, form: str) -> str:
+    """Mean and interval over the seeds; how many of them have no value is said."""
+    reached = values[~np.isnan(values)]
+    if not len(reached):
         return "never"
-    shown = f"{np.mean(reached):{form}} ({min(reached):{form}} to {max(reached):{form}})"
+    mean, low, high = over_seeds(reached)
+    shown = f"{mean:{form}}" + (f" [{low:{form}}, {high:{form}}]" if len(reached) > 1 else "")
     return shown if len(reached) == len(values) else f"{shown}, {len(values) - len(reached)} of {len(values)} never"
 
 
 # ------------------------------------------------------------------------------------------------------------- picture
 def drawing(curves: Mapping[str, Sequence[Curve]], judge_flops: float) -> str:
     """An SVG of two panels, gain over TFLOP and over seconds; SPO is dashed with its judge's training added."""
-    width, height, left, top, gap = 330, 220, 44, 34, 60
+    width, height, left, top, gap = 330, 220, 58, 34, 60
     parts = []
     highest = max(float(curve.gains.max()) for some in curves.values() for curve in some) * 1.05
     lowest = min(0.0, *(float(curve.gains.min()) for some in curves.values() for curve in some))
@@ -183,7 +183,12 @@ def drawing(curves: Mapping[str, Sequence[Curve]], judge_flops: float) -> str:
                     points = " ".join(place(*point) for point in zip(costs, [0.0, *curve.gains], strict=True))
                     parts.append(f'<polyline points="{points}" fill="none" stroke="{ink}"{dashes}/>')
     for i, (name, ink) in enumerate(zip(curves, INKS, strict=True)):
-        parts.append(f'<text x="{left + 8 + i * 130}" y="20" fill="{ink}" font-weight="bold">{name}</text>')
+        parts.append(f'<text x="{left + 8 + i * 45}" y="20" fill="{ink}" font-weight="bold">{name}</text>')
+    words = "one line a seed; dashed: the training of SPO's judge counted"
+    parts.append(f'<text x="{left + 165}" y="20">{words}</text>')
+    middle = f"{left - 40} {top + height / 2}"
+    label = "gain in the base's standard deviations"
+    parts.append(f'<text transform="translate({middle}) rotate(-90)" text-anchor="middle">{label}</text>')
     size = f'viewBox="0 0 {left + 2 * width + gap + 20} {top + height + 44}"'
     title = "<title>Preference gain of SPO and Diffusion-DPO against what training costs</title>"
     paper = '<rect width="100%" height="100%" fill="#fff"/>'
