@@ -261,8 +261,9 @@ def test_the_four_errors_of_each_pair_are_those_of_pytorch(case, kind, full):
         ("sd", True, "dpo"),
         ("sdxl", False, "dpo"),
         ("sdxl", True, "dpo"),
-        ("sd", False, "kto"),
-        ("sdxl", True, "dspo"),
+        # In the suite: tests/dpo/test_objectives.py, with a linear UNet.
+        pytest.param("sd", False, "kto", marks=pytest.mark.slow),
+        pytest.param("sdxl", True, "dspo", marks=pytest.mark.slow),
     ],
 )
 def test_loss_gradients_and_the_first_step_of_adamw_are_those_of_pytorch(case, kind, full, objective):

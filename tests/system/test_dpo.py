@@ -202,6 +202,7 @@ def states_of(workdir):
     return {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "seconds"}
 
 
+@pytest.mark.slow  # in the suite: tests/dpo, and SPO's command in test_training.py, which writes with the same function
 def test_all_weights_without_validation_pairs_write_a_model(tmp_path, model, data):
     workdir = tmp_path / "w"
     changes = {"lora.rank": 0, "data.validation": "", "num_steps": 2, "checkpoint.every": 1}
