@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
 
     c.lora.rank = 4
     c.train.batch_size, c.train.accumulation_steps = 32, 1
-    c.loss.beta = 1000.0  # with the learning rate a choice of examples/emoji_world/comparison.py
+    c.loss.beta = 1000.0  # with the learning rate one of the tries in docs/emoji.md, not the boldest
     c.train.learning_rate = 1e-3
     c.train.warmup_steps = 20
 

@@ -20,15 +20,14 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import spm_tiny
-from examples.emoji_world import study_table
+from examples.emoji_world import studies, study_table
 from spo_jax import cli, methods
 from spo_jax.emoji.make_pairs import make_for
 from spo_jax.errors import UserError, notice
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py", "The recipe.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs and table.md.")
 ONLY = flags.DEFINE_multi_string("only", [], "Name of a run to make, may be given several times; all by default.")
-TABLE = flags.DEFINE_bool("table", False, "Write the table of the runs that are there, and make none.")
+flags.adopt_module_key_flags(studies)  # so that --help lists them
 
 JUDGE = "plain_judge"  # its folder in the workdir
 
@@ -65,12 +64,12 @@ SIZES = {"train.learning_rate": 2e-4, "num_batches": 30, "validation.every": 0, 
 
 def main() -> None:
     """Makes the runs that are missing, and writes the table after each."""
-    recipe, workdir = cli.config_of(CONFIG), cli.workdir_of(WORKDIR)
+    recipe, workdir = cli.config_of(CONFIG), cli.workdir_of(studies.WORKDIR)
     for name in ONLY.value:
         if name not in RUNS:
             raise UserError(f"--only: there is no run {name!r}; the runs are {', '.join(RUNS)}.")
     failed = []
-    for name in [] if TABLE.value else ONLY.value or RUNS:
+    for name in [] if studies.TABLE.value else ONLY.value or RUNS:
         if (folder_of(workdir, name) / study_table.SUMMARY).is_file():
             continue
         began, processor = time.time(), time.process_time()
