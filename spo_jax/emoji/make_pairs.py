@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +27,7 @@ SAMPLING_STEPS = 10
 GUIDANCE_SCALE = 2.0
 NUM_VALIDATION_CAPTIONS = 160
 CAPTIONS_PER_BATCH = 20
+BATCHES_AT_ONCE = 2  # of so small a model: one alone leaves a second core half idle
 CEILING = "ceiling.json"
 PREPARED_SEED = 0  # the shipped preference model was trained on its pairs
 PREPARED_SPLITS = ("train", "validation")  # what training reads; "test" is a third of all pictures, which take minutes
@@ -78,15 +81,22 @@ def write_pairs(out: Path, seed: int, every: Mapping[str, Split], *, show: bool 
     root = rng.stream(jax.random.key(seed), "pairs")
     total = sum(len(split.captions) * split.pictures for split in every.values())
     ceilings = {}
-    with tqdm(total=total, desc="pictures", dynamic_ncols=True, disable=not show) as progress:
+    bar = tqdm(total=total, desc="pictures", dynamic_ncols=True, disable=not show)
+    with bar as progress, contextlib.ExitStack() as stack:
+        pool = ThreadPoolExecutor(BATCHES_AT_ONCE)
+        stack.callback(pool.shutdown, cancel_futures=True)  # an interruption does not wait for all that was asked for
         for name, split in every.items():
             generator = np.random.default_rng([seed, *name.encode()])
             apart = np.arange(split.pictures).reshape(-1, 2).T
             first, second = np.triu_indices(split.pictures, 1) if split.all_pairs else apart
             lines, agreements = [], []
-            for start in range(0, len(split.captions), CAPTIONS_PER_BATCH):
+
+            def draw(start: int, name: str = name, split: Split = split) -> tuple[list[str], np.ndarray, np.ndarray]:
                 captions = split.captions[start : start + CAPTIONS_PER_BATCH]
-                images, colors = sample(captions, split.pictures, rng.stream(rng.stream(root, name), "batch", start))
+                return captions, *sample(captions, split.pictures, rng.stream(rng.stream(root, name), "batch", start))
+
+            starts = range(0, len(split.captions), CAPTIONS_PER_BATCH)
+            for start, (captions, images, colors) in zip(starts, pool.map(draw, starts), strict=True):
                 difference = colors[:, first] - colors[:, second]
                 labels = generator.binomial(split.votes, 1 / (1 + np.exp(-difference / TEMPERATURE))) / split.votes
                 agreements.append(((difference > 0) == (labels > 0.5))[labels != 0.5])
