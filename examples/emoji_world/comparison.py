@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import dpo_tiny, spm_tiny, tiny
-from examples.emoji_world import comparison_table, studies
+from examples.emoji_world import comparison_table, study_flags
 from spo_jax import cli, methods
 from spo_jax.emoji.make_pairs import make_for
 from spo_jax.errors import notice
@@ -32,7 +32,7 @@ from spo_jax.formats.json_files import read_json
 from spo_jax.planning.estimate import estimate_program
 from spo_jax.planning.targets import parse_target
 
-flags.adopt_module_key_flags(studies)  # so that --help lists them
+flags.adopt_module_key_flags(study_flags)  # so that --help lists them
 
 SEEDS = (0, 1, 2)
 NUM_TRY_CAPTIONS = NUM_CAPTIONS = 100  # training captions that a try is measured on, held-out ones of a run
@@ -72,8 +72,8 @@ COMMON = {"validation.every": 0, "evaluation.metrics": ("colorfulness", "alignme
 
 def main() -> None:
     """Makes what is missing, and writes table and picture after each run."""
-    workdir = cli.workdir_of(studies.WORKDIR)
-    if not studies.TABLE.value:
+    workdir = cli.workdir_of(study_flags.WORKDIR)
+    if not study_flags.TABLE.value:
         captions = training_captions(workdir)
         make_for(dpo_tiny.get_config())
         for name, config, folder in missing(workdir, captions):

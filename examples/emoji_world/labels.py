@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import dpo_tiny
-from examples.emoji_world import studies
+from examples.emoji_world import study_flags
 from spo_jax import cli, methods
 from spo_jax.data.builder import INFO, write_split
 from spo_jax.data.preferences import open_pairs
@@ -32,7 +32,7 @@ from spo_jax.errors import notice
 from spo_jax.files import write_text
 from spo_jax.formats.json_files import read_json
 
-flags.adopt_module_key_flags(studies)  # so that --help lists them
+flags.adopt_module_key_flags(study_flags)  # so that --help lists them
 
 NUMBERS = (15, 60, 240, 960)
 RATES = (3e-4, 1e-3)  # that of docs/own_pairs.md, and the recipe's
@@ -53,8 +53,8 @@ RUNS = [Run(number, rate, seed) for seed in SEEDS for rate in RATES for number i
 
 def main() -> None:
     """Makes the runs that are missing, and writes the table after each."""
-    workdir, recipe = cli.workdir_of(studies.WORKDIR), dpo_tiny.get_config()
-    if not studies.TABLE.value:
+    workdir, recipe = cli.workdir_of(study_flags.WORKDIR), dpo_tiny.get_config()
+    if not study_flags.TABLE.value:
         make_for(recipe)
         for run in RUNS:
             folder = folder_of(workdir, run)

@@ -20,14 +20,14 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import spm_tiny
-from examples.emoji_world import studies, study_table
+from examples.emoji_world import study_flags, study_table
 from spo_jax import cli, methods
 from spo_jax.emoji.make_pairs import make_for
 from spo_jax.errors import UserError, notice
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py", "The recipe.", lock_config=True)
 ONLY = flags.DEFINE_multi_string("only", [], "Name of a run to make, may be given several times; all by default.")
-flags.adopt_module_key_flags(studies)  # so that --help lists them
+flags.adopt_module_key_flags(study_flags)  # so that --help lists them
 
 JUDGE = "plain_judge"  # its folder in the workdir
 
@@ -57,19 +57,19 @@ RECIPES = {
 }
 SEEDS = (0, 1, 2)
 RUNS = {f"{recipe}, seed {seed}": (recipe, seed) for seed in SEEDS for recipe in RECIPES}
-# Of all runs alike: with this learning rate, the best of the first tries of comparison.py, half of the recipe's batches
-# gain as much. Nobody looks at 36 times three sheets, and a checkpoint every few minutes is enough.
-SIZES = {"train.learning_rate": 2e-4, "num_batches": 30, "validation.every": 0, "checkpoint.every": 20}
+# Of all runs alike. With this learning rate, the best of comparison.py's tries with the recipe's beta, half of the
+# recipe's batches gain as much. Nobody looks at 36 times three sheets, and a checkpoint every few minutes is enough.
+COMMON = {"train.learning_rate": 2e-4, "num_batches": 30, "validation.every": 0, "checkpoint.every": 20}
 
 
 def main() -> None:
     """Makes the runs that are missing, and writes the table after each."""
-    recipe, workdir = cli.config_of(CONFIG), cli.workdir_of(studies.WORKDIR)
+    recipe, workdir = cli.config_of(CONFIG), cli.workdir_of(study_flags.WORKDIR)
     for name in ONLY.value:
         if name not in RUNS:
             raise UserError(f"--only: there is no run {name!r}; the runs are {', '.join(RUNS)}.")
     failed = []
-    for name in [] if studies.TABLE.value else ONLY.value or RUNS:
+    for name in [] if study_flags.TABLE.value else ONLY.value or RUNS:
         if (folder_of(workdir, name) / study_table.SUMMARY).is_file():
             continue
         began, processor = time.time(), time.process_time()
@@ -97,7 +97,7 @@ def folder_of(workdir: Path, name: str) -> Path:
 def config_of_run(recipe: ConfigDict, name: str, workdir: Path) -> ConfigDict:
     """The config of a run: the recipe's with the run's seed and changes."""
     changed, seed = RUNS[name]
-    changes = {"seed": seed, **SIZES, **RECIPES[changed].changes}
+    changes = {"seed": seed, **COMMON, **RECIPES[changed].changes}
     if changes.get("scorer.path") == JUDGE:
         changes["scorer.path"] = str(workdir / JUDGE / "best")
     config = copy.deepcopy(recipe)

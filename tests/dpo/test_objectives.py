@@ -16,9 +16,8 @@ from spo_jax.types import LabelledPairs, PromptBatch
 PAIRS, LATENT = 3, (2, 2, 2)
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
 GRADIENT = Optimizer(optax.trace(0.0))  # its state is the gradient of the last update
-BASE = np.array(
-    [0.4, -0.2, 0.1]
-)  # the linear UNet's weights: of the latents, of the timestep, and what is always added
+# Weights of the linear UNet: of the latents, of the timestep, and what is always added.
+BASE = np.array([0.4, -0.2, 0.1])
 TUNED = BASE + np.array([0.3, 0.05, -0.1])
 BETA = dict(sft=1.0, dpo=4.0, ipo=2.0, hinge=1.0, dmpo=3.0, dspo=0.5, dspo_sdxl=2.0, mapo=0.1, kto=3.0)
 
